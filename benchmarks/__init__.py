@@ -1,0 +1,1 @@
+"""What a mixture-of-experts layer costs: the sweep, its records, the profiler and the report."""

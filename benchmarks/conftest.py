@@ -1,0 +1,277 @@
+"""``pytest benchmarks``: the options of the sweep, its cells, and where its results go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import record, report
+from benchmarks.progress import SweepProgress
+from benchmarks.sweep import Settings, measure_workload
+from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads
+from correctness.problems import LOADS, Problem
+from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
+from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
+
+SIZES = ("T", "D", "H", "E", "K")
+SELF_TESTS = Path(__file__).parent / "tests"
+
+
+@dataclass
+class Sweep:
+    """What the command line asks for: cells by their ids, and where their rows go."""
+
+    cells: dict[str, tuple[Problem, str]]
+    implementations: dict[str, Implementation]
+    environment: record.Environment
+    settings: Settings
+    out: Path
+    csv: Path | None = None
+    progress: SweepProgress | None = None
+    closing_lines: list[str] = field(default_factory=list)
+
+
+SWEEP = pytest.StashKey[Sweep]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sweep", "MoE benchmark sweep")
+    group.addoption("--grid", default="default", metavar="NAME", help=f"what to measure: {', '.join(GRIDS)}")
+    group.addoption("--impl", action="append", metavar="NAME", help=(
+        "measure only this implementation (repeatable): a name, package.module:function or file.py:function"
+    ))  # fmt: skip
+    group.addoption("--model", action="append", metavar="NAME", help=(
+        f"instead of the grid, the layer of this model (repeatable): {', '.join(MODELS)}"
+    ))  # fmt: skip
+    group.addoption("--mode", action="append", metavar="NAME", help=f"only this mode: {', '.join(MODES)}")
+    group.addoption("--device", default="cpu", metavar="NAME", help=f"{', '.join(DEVICES)}")
+    group.addoption("--dtype", default="float32", metavar="NAME", help=", ".join(map(dtype_name, DTYPES)))
+    group.addoption("--load", action="append", metavar="NAME", help=(
+        f"how tokens spread over experts (repeatable): {', '.join(LOADS)}"
+    ))  # fmt: skip
+    for size in SIZES:
+        group.addoption(f"--{size}", dest=size, action="append", type=int, metavar="N", help=(
+            f"measure this {size} (repeatable) in place of the grid's; with --model only --T"
+        ))  # fmt: skip
+    group.addoption("--seed", default=0, type=int, metavar="N", help="seed of inputs and routing")
+    group.addoption("--seconds", type=float, metavar="S", help=(
+        f"time for the samples of each cell, at the least 7 rounds; by grid: {SECONDS}"
+    ))  # fmt: skip
+    group.addoption("--cell-timeout", default=Settings.call_timeout_s, type=float, metavar="S", help=(
+        "what any one call of an implementation may take, the first with its compilation included"
+    ))  # fmt: skip
+    group.addoption("--out", metavar="DIR", help="folder of the CSV and the report (results/<machine>)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[SWEEP] = _sweep(config)
+    except (ValueError, ResolveError) as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _sweep(config: pytest.Config) -> Sweep:
+    option = config.getoption
+    device, dtype = option("device"), option("dtype")
+    check_choice("--device", device.partition(":")[0], DEVICES)
+    check_choice("--dtype", dtype, tuple(map(dtype_name, DTYPES)))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device here")
+    for mode in option("mode") or ():
+        check_choice("--mode", mode, MODES)
+    for name in ("seconds", "cell_timeout"):
+        if option(name) is not None and not option(name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {option(name)}; it must be above 0")
+    implementations = [resolve(name) for name in dict.fromkeys(option("impl") or IMPLEMENTATIONS)]
+
+    cells: dict[str, tuple[Problem, str]] = {}
+    for block in _blocks(config):
+        for problem in block.problems():
+            made = replace(problem, device=device, dtype=getattr(torch, dtype), seed=option("seed"))
+            for mode in option("mode") or MODES:
+                cells[_cell_id(made, mode)] = (made, mode)
+    name = "-".join(option("model") or [option("grid")])
+    environment = record.environment(device, record.slug(name))
+    return Sweep(
+        cells,
+        {implementation.name: implementation for implementation in implementations},
+        environment,
+        Settings(option("seconds") or SECONDS[option("grid")], call_timeout_s=option("cell_timeout")),
+        Path(option("out") or record.ROOT / "results" / environment.machine),
+    )
+
+
+def _blocks(config: pytest.Config) -> list[Workloads]:
+    """The grid or the models, with the sizes and loads of the command line in place of their own."""
+    check_choice("--grid", config.getoption("grid"), tuple(GRIDS))
+    models = config.getoption("model") or []
+    for name in models:
+        check_choice("--model", name, tuple(MODELS))
+    chosen = {size: tuple(dict.fromkeys(config.getoption(size))) for size in SIZES if config.getoption(size)}
+    for size, values in chosen.items():
+        if min(values) < 1:
+            raise ValueError(f"--{size} is {min(values)}; it must be at least 1")
+    fixed = [f"--{size}" for size in chosen if size != "T"]
+    if models and fixed:
+        raise ValueError(
+            f"{', '.join(fixed)} cannot be given with --model, whose layer is fixed; valid is --T"
+        )
+    changes: dict[str, tuple] = dict(chosen)
+    for load in config.getoption("load") or ():
+        check_choice("--load", load, tuple(LOADS))
+    if config.getoption("load"):
+        changes["load"] = tuple(dict.fromkeys(config.getoption("load")))
+    # Given sizes or loads replace the axes of the grid's first block: its other blocks hold single cases.
+    grid = GRIDS[config.getoption("grid")]
+    blocks = [MODELS[name] for name in models] or list(grid[:1] if changes else grid)
+    blocks = [replace(block, **changes) for block in blocks]
+    if {"E", "K"} & set(chosen):
+        for block in blocks:
+            if max(block.K) > min(block.E):
+                raise ValueError(f"--K is {max(block.K)}; it must not exceed E, here {min(block.E)}")
+    return blocks
+
+
+def _cell_id(p: Problem, mode: str) -> str:
+    load = [] if p.load == "uniform" else [p.load]
+    sizes = [f"{size}{getattr(p, size)}" for size in SIZES]
+    return "-".join([p.name, *sizes, *load, dtype_name(p.dtype), p.device, mode])
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tests of the benchmark code run when asked for by path, not as part of a sweep."""
+    if collection_path != SELF_TESTS:
+        return None
+    asked = (Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args)
+    return None if any(path.is_relative_to(SELF_TESTS) for path in asked) else True
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "rows" in metafunc.fixturenames:
+        sweep = metafunc.config.stash[SWEEP]
+        metafunc.parametrize("rows", list(sweep.cells), indirect=True, scope="module")
+        metafunc.parametrize("implementation", list(sweep.implementations))
+
+
+def _selected(items: list[pytest.Item]) -> dict[str, list[str]]:
+    """The implementations to measure for each workload, from the tests that are left to run."""
+    chosen: dict[str, list[str]] = {}
+    for item in items:
+        if (callspec := getattr(item, "callspec", None)) and "rows" in callspec.params:
+            chosen.setdefault(callspec.params["rows"], []).append(callspec.params["implementation"])
+    return chosen
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config = session.config
+    chosen = _selected(session.items)
+    if not chosen or config.option.collectonly:
+        return
+    if getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError(
+            "-n cannot be given: workloads that are timed side by side disturb each other"
+        )
+    sweep = config.stash[SWEEP]
+    path = sweep.out / f"{sweep.environment.run_id}.csv"
+    try:
+        record.create(path)
+    except OSError as error:
+        raise pytest.UsageError(f"--out: {path} cannot be written: {error.strerror or error}") from error
+    sweep.csv = path
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    stream = terminal._tw._file
+    bar = stream.isatty() and config.get_verbosity() == 0
+    if not bar:
+        terminal.ensure_newline()
+    sweep.progress = SweepProgress(len(chosen), stream, bar=bar)
+
+
+@pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest) -> dict[str, record.Row]:
+    """The rows of one workload: all selected implementations, measured side by side, and written."""
+    sweep = request.config.stash[SWEEP]
+    problem, mode = sweep.cells[request.param]
+    names = _selected(request.session.items)[request.param]
+    assert sweep.csv is not None and sweep.progress is not None
+    capture = request.config.pluginmanager.get_plugin(
+        "capturemanager"
+    )  # lets what follows reach the terminal
+    with capture.global_and_fixture_disabled():
+        sweep.progress.begin(request.param)
+    chosen = [sweep.implementations[name] for name in names]
+    measured = measure_workload(problem, mode, chosen, sweep.environment, sweep.settings)
+    for row in measured.values():
+        record.append(sweep.csv, row)
+    with capture.global_and_fixture_disabled():
+        sweep.progress.finish(request.param, list(measured.values()))
+    return measured
+
+
+@pytest.fixture
+def row(rows: dict[str, record.Row], implementation: str, request: pytest.FixtureRequest) -> record.Row:
+    """The row of one cell. Its samples become what pytest-benchmark's timer reads when it is set up next."""
+    measured = rows[implementation]
+    group = request.node.callspec.params["rows"]
+    timer = replay(measured.samples_ms or ())
+    request.node.add_marker(pytest.mark.benchmark(group=group, timer=timer))
+    return measured
+
+
+def replay(samples_ms: tuple[float, ...]):
+    """A clock whose readings, taken in pairs, are apart by the samples: 0, first, 0, second in seconds."""
+
+    def readings() -> Iterator[float]:
+        for sample in samples_ms:
+            yield 0.0
+            yield sample / 1e3
+
+    iterator = readings()
+
+    def recorded_samples() -> float:
+        return next(iterator)
+
+    return recorded_samples
+
+
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config):
+    """While the bar is shown, nothing else writes to its line; failures are told by the bar."""
+    sweep = config.stash.get(SWEEP, None)
+    if sweep is None or sweep.progress is None or config.get_verbosity() > 0:
+        return None
+    if report.passed:
+        return ("passed" if report.when == "call" else "", "", "")
+    if report.skipped:
+        return "skipped", "", ""
+    return "failed" if report.when == "call" else "error", "", ""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    sweep = session.config.stash.get(SWEEP, None)
+    if sweep is None or sweep.csv is None:
+        return
+    if sweep.progress is not None:
+        sweep.progress.close()
+    sweep.closing_lines.append(f"CSV:    {_shown(sweep.csv)}")
+    try:
+        sweep.closing_lines.append(f"report: {_shown(report.write(sweep.out))}")
+    except (record.RecordError, OSError) as error:
+        sweep.closing_lines.append(f"report: not written, {error}")
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The very last lines: where the results are."""
+    sweep = config.stash.get(SWEEP, None)
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if sweep is not None and terminal is not None:
+        for line in sweep.closing_lines:
+            terminal.write_line(line)
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

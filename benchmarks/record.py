@@ -1,0 +1,264 @@
+"""One measured cell as a row of a CSV file: the columns, the environment, appending and reading.
+
+``results/README.md`` says what each column means.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from moe_impls.interface import Routing
+
+SCHEMA_VERSION = 1
+STATUSES = ("ok", "incorrect", "unsupported", "out_of_memory", "error", "timeout")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RecordError(ValueError):
+    """A CSV file that cannot be used; the message says which, where and why in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What a run has in common: the first columns of each of its rows."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    git_commit: str
+    machine: str
+    device: str
+    device_name: str
+    torch_version: str
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Environment):
+    """One cell: an implementation on a workload in one mode. The fields are the columns, in this order.
+
+    Fields that are None are empty in the file; a row that is not ``ok`` has no timings.
+    """
+
+    time_utc: str
+    implementation: str
+    workload: str
+    T: int
+    D: int
+    H: int
+    O: int
+    E: int
+    K: int
+    activation: str
+    output_activation: str
+    combine: str
+    bias: bool
+    dtype: str
+    load: str
+    seed: int
+    routing_checksum: str | None
+    mode: str
+    status: str
+    reason: str
+    rounds: int | None = None
+    calls_per_sample: int | None = None
+    median_ms: float | None = None
+    min_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    tokens_per_s: float | None = None
+    flops: int
+    tflop_per_s: float | None = None
+    limit_ms: float | None = None
+    efficiency: float | None = None
+    compile_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    worst_error_fraction: float | None = None
+    samples_ms: tuple[float, ...] | None = None
+
+
+COLUMNS = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+TIMINGS = (
+    "rounds", "calls_per_sample", "median_ms", "min_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflop_per_s",
+    "limit_ms", "efficiency", "compile_ms", "peak_memory_bytes", "worst_error_fraction", "samples_ms",
+)  # fmt: skip
+
+
+def environment(device: str, grid: str) -> Environment:
+    """Capture where and with what a run is made. The machine is named by its processor, never by its host."""
+    name = device_name(device)
+    cores = "" if device.startswith("cuda") else f"-{os.cpu_count()}-cpus"
+    return Environment(
+        run_id=f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{grid}",
+        git_commit=git_commit(),
+        machine=slug(name) + cores,
+        device=device,
+        device_name=name,
+        torch_version=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    import cpuinfo  # comes with pytest-benchmark; it takes a second to look
+
+    return cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
+
+
+def slug(text: str) -> str:
+    """Lower-case letters, digits and single hyphens: "AMD EPYC (2x)" -> "amd-epyc-2x"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
+
+
+def git_commit() -> str:
+    """The commit of the checkout, with ``-dirty`` if files differ from it; ``unknown`` outside of one."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return "unknown"
+    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def routing_checksum(routing: Routing) -> str:
+    """Twelve hexadecimal digits that differ when an expert id or a gate (as float32) does."""
+    digest = hashlib.sha256(routing.expert_ids.cpu().contiguous().numpy().tobytes())
+    digest.update(routing.gates.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def now_utc() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def create(path: Path) -> None:
+    """A new file with the header only. Raises OSError if it cannot be written or exists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("x", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+
+
+def append(path: Path, row: Row) -> None:
+    """Add one row; when this returns it is on disk."""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerow(_to_text(getattr(row, name)) for name in COLUMNS)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return ";".join(map(repr, value))
+    if isinstance(value, str):
+        return " ".join(value.split())  # a row is a line
+    return repr(value)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file.
+
+    Raises:
+        RecordError: no such file, missing or unknown columns, another schema version, a value that is not of
+            its column's type, or timings that do not fit the status; with the line where it is.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            _check_header(path, header)
+            return [_parse(f"{path}, line {reader.line_num}", header, values) for values in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RecordError(f"{path} cannot be read: {error}") from error
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    missing = [name for name in COLUMNS if name not in header]
+    unknown = [name for name in header if name not in COLUMNS]
+    if missing:
+        raise RecordError(f"{path} has no column {', '.join(missing)}")
+    if unknown or len(set(header)) < len(header):
+        raise RecordError(f"{path} has unknown or repeated columns: {', '.join(unknown or header)}")
+
+
+def _parse(place: str, header: list[str], texts: list[str]) -> Row:
+    if len(texts) != len(header):
+        raise RecordError(f"{place}: {len(texts)} values in {len(header)} columns")
+    values = {name: _from_text(place, name, text) for name, text in zip(header, texts, strict=True)}
+    row = Row(**values)  # type: ignore[arg-type]  # _from_text gives each column its type
+    if row.schema_version != SCHEMA_VERSION:
+        raise RecordError(
+            f"{place}: schema_version is {row.schema_version}; this version reads {SCHEMA_VERSION}"
+        )
+    if row.status not in STATUSES:
+        raise RecordError(f"{place}: status is {row.status!r}; valid are {', '.join(STATUSES)}")
+    for name in TIMINGS:
+        value = getattr(row, name)
+        if row.status == "ok" and value is None:
+            raise RecordError(f"{place}: {name} is empty in a row with status ok")
+        if row.status != "ok" and value is not None and name != "worst_error_fraction":
+            raise RecordError(
+                f"{place}: {name} is {value} in a row with status {row.status}; it must be empty"
+            )
+    return row
+
+
+def _from_text(place: str, name: str, text: str) -> object:
+    kind, _, optional = COLUMNS[name].partition(" | ")
+    if text == "" and optional:
+        return None
+    try:
+        if kind == "str":
+            return text
+        if kind == "int":
+            return int(text)
+        if kind == "bool":
+            return {"True": True, "False": False}[text]
+        numbers = _finite(text.split(";")) if kind.startswith("tuple") else _finite([text])
+        return numbers if kind.startswith("tuple") else numbers[0]
+    except (ValueError, KeyError) as error:
+        raise RecordError(
+            f"{place}: {name} is {text!r}; it must be {_KINDS.get(kind, 'a finite number >= 0')}"
+        ) from error
+
+
+_KINDS = {"int": "a whole number", "bool": "True or False"}
+
+
+def _finite(texts: Iterable[str]) -> tuple[float, ...]:
+    numbers = tuple(map(float, texts))
+    if not all(math.isfinite(n) and n >= 0 for n in numbers):
+        raise ValueError
+    return numbers
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or none of it: to a temporary neighbour first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

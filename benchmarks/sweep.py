@@ -1,0 +1,248 @@
+"""The sweep's one loop: every implementation on one workload, checked, timed side by side, checked again."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from benchmarks.measure import CallTimeout, Timing
+from benchmarks.record import Environment, Row, now_utc, routing_checksum
+from benchmarks.workloads import flops
+from correctness import compare
+from correctness.compare import CheckFailed
+from correctness.problems import Inputs, Problem, make_inputs, unsupported
+from moe_impls.interface import Implementation, dtype_name
+
+LIMIT = "limit"  # the candidate that is timed beside the implementations
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure: see ``measure.interleave``."""
+
+    seconds: float = 0.25
+    min_rounds: int = measure.MIN_ROUNDS
+    call_timeout_s: float = 300.0
+
+
+@dataclass
+class _Cell:
+    """What is known of one implementation on the workload so far; a status other than ok ends it."""
+
+    status: str = "ok"
+    reason: str = ""
+    first_call_s: float = 0.0
+    peak_memory_bytes: int = 0
+    worst_error_fraction: float | None = None
+
+    def fail(self, error: BaseException, when: str) -> None:
+        self.status = status_of(error)
+        kind = "" if isinstance(error, CheckFailed | CallTimeout) else f"{type(error).__name__}: "
+        self.reason = f"{when}: {kind}{' '.join(str(error).split())[:500]}"
+
+
+def status_of(error: BaseException) -> str:
+    """The status of a row whose measurement ended with this exception."""
+    if isinstance(error, CallTimeout):
+        return "timeout"
+    if isinstance(error, CheckFailed):
+        return "incorrect"
+    # The CPU's allocator has no exception class of its own.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out_of_memory"
+    return "error"
+
+
+def measure_workload(
+    problem: Problem,
+    mode: str,
+    implementations: Sequence[Implementation],
+    environment: Environment,
+    settings: Settings = Settings(),  # noqa: B008  # frozen
+) -> dict[str, Row]:
+    """One row for each implementation, by name, whatever happens to it.
+
+    Each is checked against the oracle before it is timed and, with new contents in the same memory, after.
+    """
+    cells = {implementation.name: _Cell() for implementation in implementations}
+    gradients = mode == "forward_backward"
+    for implementation in implementations:
+        reason = unsupported(implementation.support, problem)
+        if gradients and not implementation.support.gradients:
+            reason = "gradients not declared"
+        if reason is not None:
+            cells[implementation.name].status, cells[implementation.name].reason = "unsupported", reason
+    needed = measure.needed_memory_bytes(problem, mode)
+    available = measure.available_memory_bytes(problem.device)
+    if needed > available:
+        for cell in _live(cells):
+            cell.status = "out_of_memory"
+            cell.reason = (
+                f"needs at least {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are "
+                "available; not attempted"
+            )
+
+    timings: dict[str, Timing] = {}
+    checksum = None
+    if _live(cells):
+        try:
+            with measure.memory_limit(problem.device):
+                live = [i for i in implementations if cells[i.name].status == "ok"]
+                timings, checksum = _check_and_time(problem, mode, live, cells, settings)
+        except Exception as error:  # making the inputs or the oracle's results failed, for all alike
+            for cell in _live(cells):
+                cell.fail(error, "before any measurement")
+    return {
+        name: _row(problem, mode, name, cell, timings.get(name), timings.get(LIMIT), checksum, environment)
+        for name, cell in cells.items()
+    }
+
+
+def _live(cells: dict[str, _Cell]) -> list[_Cell]:
+    return [cell for cell in cells.values() if cell.status == "ok"]
+
+
+def _check_and_time(
+    problem: Problem,
+    mode: str,
+    implementations: Sequence[Implementation],
+    cells: dict[str, _Cell],
+    settings: Settings,
+) -> tuple[dict[str, Timing], str]:
+    inputs = make_inputs(problem)
+    checksum = routing_checksum(inputs.routing)
+    _check_all(problem, mode, inputs, implementations, cells, settings, "check before timing")
+
+    calls = {i.name: measure.call_of(i.forward, problem, inputs, mode) for i in implementations}
+    for name, call in calls.items():
+        if cells[name].status == "ok":
+            try:
+                with measure.time_limit(settings.call_timeout_s):
+                    cells[name].peak_memory_bytes = measure.peak_memory_bytes(call, problem.device)
+            except (Exception, CallTimeout) as error:
+                cells[name].fail(error, "measuring memory")
+    candidates = {name: call for name, call in calls.items() if cells[name].status == "ok"}
+    if not candidates:
+        return {}, checksum
+
+    outcomes = measure.interleave(
+        {LIMIT: measure.dense_products(problem, mode), **candidates},
+        device=problem.device,
+        seconds=settings.seconds,
+        min_rounds=settings.min_rounds,
+        call_timeout_s=settings.call_timeout_s,
+    )
+    timings = {}
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, Timing):
+            timings[name] = outcome
+        elif name == LIMIT:
+            raise outcome
+        else:
+            cells[name].fail(outcome, "timing")
+
+    # New contents at the same addresses: whatever was remembered from the timed calls is wrong now.
+    again = replace(problem, seed=problem.seed + 1)
+    _overwrite(inputs, make_inputs(again))
+    live = [i for i in implementations if cells[i.name].status == "ok"]
+    _check_all(again, mode, inputs, live, cells, settings, "check on new inputs after timing")
+    return timings, checksum
+
+
+def _overwrite(target: Inputs, source: Inputs) -> None:
+    for name, tensor in target.tensors.items():
+        tensor.copy_(source.tensors[name])
+    target.routing.expert_ids.copy_(source.routing.expert_ids)
+    target.dy.copy_(source.dy)
+
+
+def _check_all(
+    problem: Problem,
+    mode: str,
+    inputs: Inputs,
+    implementations: Sequence[Implementation],
+    cells: dict[str, _Cell],
+    settings: Settings,
+    when: str,
+) -> None:
+    """Compare each implementation with the oracle; the first call of all is this one, and is timed."""
+    gradients = mode == "forward_backward"
+    reference = compare.make_reference(problem, inputs, gradients)
+    for implementation in implementations:
+        cell = cells[implementation.name]
+        try:
+            with measure.time_limit(settings.call_timeout_s):
+                begin = time.perf_counter()
+                results = compare.run(implementation.forward, inputs, problem.combine, gradients=gradients)
+                cell.first_call_s = cell.first_call_s or time.perf_counter() - begin
+            worst = max(compare.fractions(results, reference).values())
+            cell.worst_error_fraction = max(cell.worst_error_fraction or 0.0, min(worst, 1e30))
+            compare.require(results, reference)
+        except (Exception, CallTimeout) as error:
+            cell.fail(error, when)
+
+
+def _row(
+    problem: Problem,
+    mode: str,
+    name: str,
+    cell: _Cell,
+    timing: Timing | None,
+    limit: Timing | None,
+    checksum: str | None,
+    environment: Environment,
+) -> Row:
+    p = problem
+    row = Row(
+        **asdict(environment),
+        time_utc=now_utc(),
+        implementation=name,
+        workload=p.name,
+        T=p.T,
+        D=p.D,
+        H=p.H,
+        O=p.O,
+        E=p.E,
+        K=p.K,
+        activation=p.activation,
+        output_activation=p.output_activation,
+        combine=p.combine,
+        bias=p.bias,
+        dtype=dtype_name(p.dtype),
+        load=p.load,
+        seed=p.seed,
+        routing_checksum=checksum,
+        mode=mode,
+        status=cell.status,
+        reason=cell.reason,
+        flops=flops(p, mode),
+        worst_error_fraction=cell.worst_error_fraction,
+    )
+    if cell.status != "ok" or timing is None or limit is None:
+        return row
+    samples_ms = tuple(round(s * 1e3, 6) for s in timing.samples_s)
+    median_ms = statistics.median(samples_ms)
+    limit_ms = statistics.median(limit.samples_s) * 1e3
+    p20_ms, p80_ms = (float(q) for q in np.quantile(samples_ms, (0.2, 0.8)))
+    return replace(
+        row,
+        rounds=len(samples_ms),
+        calls_per_sample=timing.calls_per_sample,
+        median_ms=median_ms,
+        min_ms=min(samples_ms),
+        p20_ms=round(p20_ms, 6),
+        p80_ms=round(p80_ms, 6),
+        tokens_per_s=float(f"{p.T / median_ms * 1e3:.6g}"),
+        tflop_per_s=float(f"{row.flops / median_ms / 1e9:.6g}"),
+        limit_ms=round(limit_ms, 6),
+        efficiency=float(f"{limit_ms / median_ms:.6g}"),
+        compile_ms=round(max(0.0, cell.first_call_s * 1e3 - median_ms), 3),
+        peak_memory_bytes=cell.peak_memory_bytes,
+        samples_ms=samples_ms,
+    )

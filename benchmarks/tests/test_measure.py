@@ -1,0 +1,148 @@
+"""The timer, the memory probe and the limit, against cases whose answer is known."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.measure import CallTimeout, Timing
+from correctness.problems import Problem, make_inputs
+from moe_impls.registry import resolve
+
+PROBLEM = Problem("p", T=6, D=8, H=4, O=8, E=3, K=2)
+
+
+def busy(seconds: float):
+    def call() -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return call
+
+
+def timings(outcomes: dict) -> dict[str, Timing]:
+    assert all(isinstance(outcome, Timing) for outcome in outcomes.values())
+    return outcomes
+
+
+def test_a_call_of_known_length_is_timed_as_that_long() -> None:
+    timing = timings(measure.interleave({"busy": busy(0.005)}, seconds=0.1))["busy"]
+    assert timing.calls_per_sample == 1
+    assert min(timing.samples_s) == pytest.approx(0.005, rel=0.05)
+
+
+def test_every_candidate_gets_the_same_number_of_samples_and_no_fewer_than_the_minimum() -> None:
+    found = timings(measure.interleave({"slow": busy(0.01), "fast": busy(0.0002)}, seconds=0.001))
+    assert [len(t.samples_s) for t in found.values()] == [measure.MIN_ROUNDS] * 2
+
+
+def test_rounds_are_interleaved_in_alternating_order() -> None:
+    order: list[str] = []
+
+    def named(name: str):
+        return lambda: (order.append(name), time.sleep(0.001))
+
+    measure.interleave({n: named(n) for n in "abc"}, seconds=0.001, min_rounds=3, max_rounds=3)
+    assert "".join(order[-9:]) == "abccbaabc"
+
+
+def test_calls_shorter_than_the_clock_resolves_are_taken_together() -> None:
+    timing = timings(measure.interleave({"nothing": lambda: None}, seconds=0.01))["nothing"]
+    assert timing.calls_per_sample > 100
+    assert 0 < min(timing.samples_s) < 5e-6
+
+
+def test_a_candidate_that_raises_while_timed_is_reported_and_the_others_go_on() -> None:
+    calls = iter(range(100))
+
+    def fails_late() -> None:
+        time.sleep(0.001)
+        if next(calls) == 4:
+            raise KeyError("late")
+
+    outcomes = measure.interleave({"bad": fails_late, "good": busy(0.001)}, seconds=0.01)
+    assert isinstance(outcomes["bad"], KeyError)
+    good = outcomes["good"]
+    assert isinstance(good, Timing) and len(good.samples_s) >= measure.MIN_ROUNDS
+
+
+def test_a_call_over_the_time_limit_is_stopped() -> None:
+    begin = time.monotonic()
+    outcomes = measure.interleave(
+        {"endless": busy(60), "good": busy(0.001)}, seconds=0.01, call_timeout_s=0.2
+    )
+    assert isinstance(outcomes["endless"], CallTimeout) and isinstance(outcomes["good"], Timing)
+    assert time.monotonic() - begin < 10
+
+
+def test_invalid_numbers_of_rounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="min_rounds is 0"):
+        measure.interleave({}, min_rounds=0)
+
+
+MEBIBYTE = 2**20
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda a: a + a, 1),
+        (lambda a: (a + a) * a, 2),  # the product is made while the sum is still held
+        (lambda a: [a + a, a * a, a - a], 3),
+        (lambda a: [(a + a).sum() for _ in range(5)], 1),  # each is released before the next
+        (lambda a: a.view(2, -1), 0),
+    ],
+)
+def test_peak_memory_of_a_call_is_what_its_tensors_add_up_to(call, expected: int) -> None:
+    a = torch.ones(MEBIBYTE // 4)
+    found = measure.peak_memory_bytes(lambda: call(a), "cpu")
+    assert found == pytest.approx(expected * MEBIBYTE, abs=1024)
+
+
+def test_memory_that_a_call_releases_but_did_not_take_does_not_count() -> None:
+    held = [torch.ones(MEBIBYTE)]
+
+    def call() -> torch.Tensor:
+        held.clear()
+        return torch.ones(MEBIBYTE // 4)
+
+    assert measure.peak_memory_bytes(call, "cpu") == pytest.approx(MEBIBYTE, abs=1024)
+
+
+def test_the_timed_call_is_what_its_mode_says() -> None:
+    inputs = make_inputs(PROBLEM)
+    forward = resolve("sorted_dispatch").forward
+    y = measure.call_of(forward, PROBLEM, inputs, "forward")()
+    assert isinstance(y, torch.Tensor) and y.shape == (PROBLEM.T, PROBLEM.O) and not y.requires_grad
+    grads = measure.call_of(forward, PROBLEM, inputs, "forward_backward")()
+    assert isinstance(grads, tuple)
+    assert [g.shape for g in grads] == [t.shape for t in inputs.tensors.values()]
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+def test_the_limit_does_as_many_operations_as_the_row_says(mode: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.workloads import flops
+
+    problem = Problem("p", T=6, D=8, H=4, O=12, E=3, K=2)
+    with FlopCounterMode(display=False) as counter:
+        measure.dense_products(problem, mode)()
+    assert counter.get_total_flops() == flops(problem, mode)
+
+
+def test_memory_needed_grows_with_the_weights_and_with_gradients() -> None:
+    weights = 4 * PROBLEM.E * (PROBLEM.F * PROBLEM.D + PROBLEM.O * PROBLEM.H)
+    forward = measure.needed_memory_bytes(PROBLEM, "forward")
+    assert forward > 2 * weights
+    assert measure.needed_memory_bytes(PROBLEM, "forward_backward") == forward * 3 // 2
+
+
+def test_an_allocation_beyond_the_machine_fails_instead_of_being_killed() -> None:
+    beyond = measure.available_memory_bytes("cpu") + 2**30
+    with measure.memory_limit("cpu"), pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        torch.empty(beyond, dtype=torch.uint8)

@@ -1,0 +1,102 @@
+"""The report says what the CSVs say, and refuses what cannot be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import report
+from benchmarks.__main__ import main
+from benchmarks.record import RecordError, Row
+from benchmarks.tests.test_record import failed_row, make_row, write
+
+
+def grid(run_id: str = "run", time_utc: str = "2026-01-01T00:00:00Z", slow: float = 3.0) -> list[Row]:
+    """Two implementations on T x E x K, where `a` takes T ms and `b` `slow` times as long."""
+    return [
+        make_row(
+            run_id=run_id, time_utc=time_utc, implementation=name, T=T, E=E, K=K,
+            median_ms=T * factor, min_ms=T * factor, p20_ms=T * factor * 0.9, p80_ms=T * factor * 1.1,
+        )
+        for T in (16, 32) for E in (4, 8) for K in (1, 2) for name, factor in (("a", 1.0), ("b", slow))
+    ]  # fmt: skip
+
+
+def table(rows: list[Row]) -> pd.DataFrame:
+    import dataclasses
+
+    return pd.DataFrame([dataclasses.asdict(row) for row in rows])
+
+
+def test_the_fastest_of_each_cell_is_named_with_how_much_slower_the_next_is() -> None:
+    best = report.winners(table(grid()))
+    assert len(best) == 8 and set(best["fastest"]) == {"a"} and set(best["next"]) == {"b"}
+    assert best["next_ratio"].tolist() == [3.0] * 8 and not best["tied"].any()
+
+
+def test_overlapping_ranges_are_a_tie() -> None:
+    assert report.winners(table(grid(slow=1.1)))["tied"].all()
+
+
+def test_a_cell_is_shown_from_its_newest_run_alone() -> None:
+    newer = [
+        row for row in grid("newer", "2026-02-01T00:00:00Z") if row.T == 16 and row.implementation == "b"
+    ]
+    shown = report.newest(table(grid() + newer))
+    assert set(shown[shown["T"] == 16]["run_id"]) == {"newer"}
+    assert set(shown[shown["T"] == 16]["implementation"]) == {"b"}  # never beside another run's times
+    assert set(shown[shown["T"] == 32]["run_id"]) == {"run"}
+
+
+def test_the_report_holds_plots_winners_environment_and_failures(tmp_path: Path) -> None:
+    write(tmp_path / "r.csv", *grid(), failed_row("out_of_memory", "needs at least 90 GiB", T=64))
+    path = report.write(tmp_path)
+    text = path.read_text()
+    images = {line.rpartition("(")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    assert {i.split("-")[2] for i in images if i.startswith("time-against")} == {"T", "E", "K"}
+    assert any(i.startswith("efficiency") for i in images)
+    assert all((tmp_path / i).read_bytes().startswith(b"\x89PNG") for i in images)
+    assert "needs at least 90 GiB" in text and "CPU, 2 cores" in text and "b (3x)" in text
+
+
+def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    write(tmp_path / "r.csv", *grid())
+    (tmp_path / "time-against-T-old.png").write_bytes(b"old")
+    report.write(tmp_path)
+    assert not (tmp_path / "time-against-T-old.png").exists()
+
+
+def test_making_the_report_twice_gives_the_same_files(tmp_path: Path) -> None:
+    write(tmp_path / "r.csv", *grid())
+    report.write(tmp_path)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    report.write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def refused(folder: Path, message: str, capsys: pytest.CaptureFixture) -> None:
+    before = sorted(folder.iterdir()) if folder.is_dir() else []
+    with pytest.raises(RecordError, match=message):
+        report.write(folder)
+    assert main(["report", str(folder)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert (sorted(folder.iterdir()) if folder.is_dir() else []) == before
+
+
+def test_folders_that_hold_nothing_to_compare_are_refused_in_one_line(tmp_path, capsys) -> None:
+    refused(tmp_path / "none", "is no folder", capsys)
+    refused(tmp_path, "holds no CSV file", capsys)
+    write(tmp_path / "r.csv", failed_row())
+    refused(tmp_path, "no row with status ok", capsys)
+
+
+def test_a_file_without_a_column_is_refused_in_one_line(tmp_path, capsys) -> None:
+    path = write(tmp_path / "r.csv", *grid())
+    path.write_text(path.read_text().replace("limit_ms", "ceiling_ms"))
+    refused(tmp_path, "has no column limit_ms", capsys)
+
+
+def test_colours_and_markers_tell_eight_implementations_apart() -> None:
+    assert len(set(report.COLOURS)) == len(set(report.MARKERS)) == 8

@@ -1,0 +1,265 @@
+"""The one place that measures error and says how much of it is allowed.
+
+Error is measured row by row, relative to a scale that the oracle derives from the terms of each sum:
+
+    y, x        a row is a token
+    gates       a row is a slot (token, choice)
+    weights     a row is one row of one expert's gradient
+
+The error of a row is its largest |result - oracle| / scale. A row whose scale is zero (the gradient of
+an expert without tokens) must be exactly right. The budget of a tensor is FACTOR times what a plain
+computation in the same dtype loses in its worst row, never less than FACTOR * eps. Right implementations in
+other summation orders stay below 6 times the plain one; wrong ones are 30 to 40,000,000 times off.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
+from correctness.reference import Evaluation, evaluate
+from moe_impls.interface import Experts, Forward, Routing, dtype_name
+
+FACTOR = 8.0
+# Above this size the weight gradients of a sample of experts are compared, to bound memory.
+MAX_COMPARED_WEIGHTS = 2**28
+SAMPLED_EXPERTS = 8
+
+
+class CheckFailed(AssertionError):
+    """A check's finding about an implementation: what is wrong, where, by how much, and how to see it again."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The oracle's results for one problem and the error that each tensor is allowed, as a multiple of scale."""
+
+    problem: Problem
+    oracle: Evaluation
+    budget: dict[str, float]
+
+
+@functools.lru_cache(maxsize=8)
+def reference(problem: Problem, gradients: bool = True) -> Reference:
+    """The oracle and the budgets of a problem; kept for the next implementation that meets it."""
+    return make_reference(problem, make_inputs(problem), gradients)
+
+
+def make_reference(problem: Problem, inputs: Inputs, gradients: bool = True) -> Reference:
+    """The same for inputs made elsewhere; ``problem`` gives combine and dtype."""
+    x, (ids, gates), experts, dy = inputs
+    arguments = (x, ids, gates, experts, dy if gradients else None, problem.combine)
+    kept = _compared_experts(problem, ids)
+    oracle = evaluate(*arguments, keep=kept)
+    # float64 has no wider dtype to show what it loses: rounding errors are proportional to eps.
+    plain_dtype = torch.float32 if problem.dtype == torch.float64 else problem.dtype
+    plain = evaluate(*arguments, dtype=plain_dtype, wide=torch.float32, keep=kept)
+    eps = torch.finfo(problem.dtype).eps
+    ratio = eps / torch.finfo(plain_dtype).eps
+    budget = {
+        name: FACTOR * max(eps, ratio * _worst(row_errors(plain.values[name], oracle, name))[0])
+        for name in oracle.values
+    }
+    return Reference(problem, oracle, budget)
+
+
+def _compared_experts(problem: Problem, ids: Tensor) -> list[int] | None:
+    if problem.E * problem.F * problem.D <= MAX_COMPARED_WEIGHTS:
+        return None
+    counts = ids.flatten().bincount(minlength=problem.E)
+    by_load = counts.argsort(stable=True).tolist()  # the emptiest, the fullest and some between
+    step = max(1, (problem.E - 1) // (SAMPLED_EXPERTS - 1))
+    return sorted({*by_load[::step][: SAMPLED_EXPERTS - 1], by_load[-1]})
+
+
+def row_errors(result: Tensor, oracle: Evaluation, name: str) -> Tensor:
+    """Error of each row relative to its scale: [T] for y and x, [T, K] for gates, [experts, rows] for weights."""
+    want, scale = oracle.values[name], oracle.scale[name]
+    got = result.to(want.dtype)
+    # Equal infinities agree; NaN never does.
+    error = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf)
+    if name in ("y", "x"):
+        scale = scale.unsqueeze(-1)
+    error = torch.where(error == 0, 0.0, error / scale)  # anything but zero over scale zero is infinite
+    if error.dim() == 1 or name in ("gates", "b_in", "b_out"):
+        return error  # every entry is a row
+    return error.amax(dim=-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])
+
+
+def _worst(rows: Tensor) -> tuple[float, tuple[int, ...]]:
+    """The largest row error and its index."""
+    if rows.numel() == 0:
+        return 0.0, ()
+    flat = int(rows.flatten().argmax())
+    return float(rows.flatten()[flat]), tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape))
+
+
+def run(
+    forward: Forward,
+    inputs: Inputs,
+    combine: str,
+    *,
+    gradients: bool = True,
+    wanted: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """Call an implementation: its y and, with gradients, what flows back from dy, by name.
+
+    The implementation gets leaves of its own. ``wanted`` names those that require a gradient (all by
+    default). A gradient that is missing is a failure, since the contract promises each.
+    """
+    names = list(inputs.tensors) if wanted is None else list(wanted)
+    leaves = {n: t.detach().requires_grad_(gradients and n in names) for n, t in inputs.tensors.items()}
+    x, routing, experts = assemble(inputs, leaves)
+    with torch.set_grad_enabled(gradients):
+        y = forward(x, routing, experts, combine=combine)
+    check_output(y, inputs)
+    results = {"y": y.detach()}
+    if gradients:
+        if not y.requires_grad:
+            raise CheckFailed(f"y does not require a gradient though {', '.join(names)} do: the graph is cut")
+        grads = torch.autograd.grad(y, [leaves[n] for n in names], inputs.dy, allow_unused=True)
+        for name, grad in zip(names, grads, strict=True):
+            if grad is None:
+                raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")
+            results[name] = grad
+    return results
+
+
+def assemble(inputs: Inputs, tensors: dict[str, Tensor]) -> tuple[Tensor, Routing, Experts]:
+    """The arguments x, routing, experts with the tensors of ``inputs`` replaced by those of that name."""
+    experts = inputs.experts
+    named = Experts(
+        tensors["w_in"],
+        tensors.get("b_in"),
+        tensors["w_out"],
+        tensors.get("b_out"),
+        experts.activation,
+        experts.output_activation,
+    )
+    return tensors["x"], Routing(inputs.routing.expert_ids, tensors["gates"]), named
+
+
+def check_output(y: object, inputs: Inputs) -> None:
+    """Raise CheckFailed unless y is a tensor [T, O] with the dtype and the device of x."""
+    if not isinstance(y, Tensor):
+        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a tensor")
+    x, shape = inputs.x, tuple(inputs.dy.shape)
+    for what, got, want in (
+        ("shape", tuple(y.shape), shape),
+        ("dtype", y.dtype, x.dtype),
+        ("device", y.device, x.device),
+    ):
+        if got != want:
+            raise CheckFailed(f"the result has {what} {got}; it must have {want}")
+
+
+def fractions(results: dict[str, Tensor], ref: Reference) -> dict[str, float]:
+    """For each tensor its worst row's error as a fraction of the budget; at most 1 is right."""
+    return {name: _worst(errors(results, ref, name))[0] / ref.budget[name] for name in compared(results, ref)}
+
+
+def errors(results: dict[str, Tensor], ref: Reference, name: str) -> Tensor:
+    result = results[name]
+    if name in ("w_in", "b_in", "w_out", "b_out"):
+        result = result[ref.oracle.kept]
+    return row_errors(result, ref.oracle, name)
+
+
+def compared(results: dict[str, Tensor], ref: Reference) -> list[str]:
+    """The tensors that a rounding budget can judge.
+
+    In low precision a right implementation may round a pre-activation to the other side of a kink; then the
+    gradients that flow through that unit differ by their full size. Those are checked in exact mode instead.
+    """
+    through_kinks = {"x", "w_in", "b_in"}
+    if ref.problem.output_activation == "relu":
+        through_kinks |= {"w_out", "b_out"}
+    judged = ref.problem.dtype not in LOW_PRECISION or not ref.problem.has_kinks
+    return [n for n in results if n in ref.oracle.values and (judged or n not in through_kinks)]
+
+
+def require(results: dict[str, Tensor], ref: Reference) -> dict[str, float]:
+    """``fractions``, or CheckFailed for the first tensor over its budget."""
+    found = fractions(results, ref)
+    for name, fraction in found.items():
+        if not fraction <= 1:
+            raise CheckFailed(describe(results, ref, name))
+    return found
+
+
+def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
+    """What is wrong with one tensor: where, how much, what it looks like, and the line that shows it again."""
+    rows, budget = errors(results, ref, name), ref.budget[name]
+    error, index = _worst(rows)
+    if name in ("y", "x"):
+        place = f"token {index[0]}"
+    elif name == "gates":
+        place = f"token {index[0]}, slot {index[1]}"
+    else:
+        place = f"expert {ref.oracle.kept[index[0]]}, row {index[1]}"
+    bad = rows > budget
+    what = "y" if name == "y" else f"the gradient of {name}"
+    hint = f"; hint: {_hint(bad, name, results, ref)}" if _hint(bad, name, results, ref) else ""
+    return (
+        f"{what} is wrong at {place}: error {error:.3g} of the row's scale, budget {budget:.3g} "
+        f"({dtype_name(ref.problem.dtype)}); {int(bad.sum())} of {bad.numel()} rows are over it{hint}\n"
+        f"  reproduce: {ref.problem.code()}"
+    )
+
+
+def _hint(bad: Tensor, name: str, results: dict[str, Tensor], ref: Reference) -> str:
+    """The kind of mistake that the pattern of wrong rows suggests, or an empty string."""
+    got = results[name]
+    if bool(torch.isnan(got).any()):
+        return "NaN in the result: memory that was never written, or an overflow"
+    if got.numel() and not bool(got.any()):
+        return "the whole tensor is zero"
+    if bool(bad.all()):
+        return "every row is wrong: a factor or a term that all share (gate, bias, activation, layout)"
+    if name in ("w_in", "w_out", "b_in", "b_out"):
+        whole = bad.flatten(1).all(dim=1).nonzero().flatten().tolist()
+        if whole:
+            return f"all rows of expert(s) {[ref.oracle.kept[e] for e in whole][:8]} are wrong, others are right"
+        return ""
+    if name in ("y", "x"):
+        first = int(bad.nonzero()[0])
+        if bool(bad[first:].all()):
+            return f"all tokens from {first} on are wrong: the tail of a tile, or a size limit"
+        inputs = make_inputs(ref.problem)
+        touched = [set(row) for row in inputs.routing.expert_ids[bad.cpu()].tolist()]
+        common = set.intersection(*touched) - set(inputs.routing.expert_ids[~bad.cpu()].flatten().tolist())
+        if common:
+            return f"exactly the tokens of expert(s) {sorted(common)[:8]} are wrong"
+    return ""
+
+
+def verify(
+    forward: Forward,
+    problem: Problem,
+    *,
+    gradients: bool = True,
+    runner: Callable[..., dict[str, Tensor]] = run,
+) -> dict[str, float]:
+    """Run an implementation on a problem and compare: worst error as a fraction of the budget, by tensor.
+
+    At most 1 is right. Exact problems give 0 or infinity.
+    """
+    results = runner(forward, make_inputs(problem), problem.combine, gradients=gradients)
+    if problem.exact:
+        ref = exact_reference(problem, gradients)
+        return {name: 0.0 if torch.equal(results[name], want) else torch.inf for name, want in ref.items()}
+    return fractions(results, reference(problem, gradients))
+
+
+@functools.lru_cache(maxsize=8)
+def exact_reference(problem: Problem, gradients: bool = True) -> dict[str, Tensor]:
+    """What every right implementation returns for an exact problem, to the bit, in the dtypes it returns."""
+    inputs = make_inputs(problem)
+    x, (ids, gates), experts, dy = inputs
+    oracle = evaluate(x, ids, gates, experts, dy if gradients else None, problem.combine)
+    return {n: v.to(gates.dtype if n == "gates" else problem.dtype) for n, v in oracle.values.items()}

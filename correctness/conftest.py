@@ -1,0 +1,70 @@
+"""Options of ``pytest correctness`` and the parameters they give to the tests."""
+
+from __future__ import annotations
+
+import os
+
+# Read by OpenMP when torch is loaded: threads that wait for work sleep instead of spinning. The problems are
+# small, and on a busy machine spinning threads make them twenty times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+
+from correctness.checks import cases  # noqa: E402
+from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moe", "MoE implementations and routers under test")
+    group.addoption(
+        "--impl",
+        action="append",
+        metavar="NAME",
+        help="check only this implementation (repeatable): a name, package.module:function or path/file.py:function",
+    )
+    group.addoption("--router", metavar="FILE:FN", help="check only this route(logits, spec, *, selection_bias=None)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    names, router = config.getoption("impl"), config.getoption("router")
+    try:
+        config.stash[SUBJECTS] = [resolve(name) for name in names or IMPLEMENTATIONS]
+        config.stash[ROUTER] = _router(router or "moe_impls.router:route")
+    except ResolveError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+SUBJECTS = pytest.StashKey[list]()
+ROUTER = pytest.StashKey[tuple]()
+
+
+def _router(name: str) -> tuple:
+    _, function = load_function(name)
+    check_signature(name, function, 2, ("selection_bias",))
+    return name, function
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "case",
+            [
+                pytest.param(case, id=case.id, marks=[pytest.mark.skip(reason=case.skip)] if case.skip else [])
+                for case in cases(config.stash[SUBJECTS])
+            ],
+        )
+    if "router" in metafunc.fixturenames:
+        name, function = config.stash[ROUTER]
+        metafunc.parametrize("router", [pytest.param(function, id=name.rpartition(":")[2])])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --impl or --router only the tests of that subject run, and at least one must."""
+    wanted = {name for name, option in (("case", "impl"), ("router", "router")) if config.getoption(option)}
+    if not wanted:
+        return
+    keep = [item for item in items if wanted & set(getattr(item, "fixturenames", ()))]
+    dropped = [item for item in items if item not in set(keep)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = keep

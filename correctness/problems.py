@@ -1,0 +1,391 @@
+"""Problems: everything that determines one call of an implementation, as data, and the inputs made from it.
+
+Two kinds of numbers. Ordinary problems hold random reals of unit scale, so that results and gradients are of
+unit scale too and no tolerance is larger than the signal. Exact problems (``exact=True``) hold small integers
+and gates that are powers of two: every right implementation computes them without rounding, in any order of
+summation, so results must be bit-equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_impls.interface import (
+    ACTIVATIONS,
+    COMBINES,
+    DTYPES,
+    GATED_ACTIVATIONS,
+    OUTPUT_ACTIVATIONS,
+    Experts,
+    Routing,
+    Support,
+    dtype_name,
+)
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Derivatives with a jump. Where rounding differs, a unit near the jump takes the other side: in float32 the
+# inputs keep away from it (see `make_inputs`), in low precision these gradients are checked in exact mode.
+KINKED_ACTIVATIONS = ("relu", "reglu", "swiglu_clamped")
+KINK_MARGIN = 1e-4  # relative to the unit scale of hidden and output values
+
+
+class Inputs(NamedTuple):
+    """The arguments of one call, and ``dy`` [T, O], the random gradient that flows into its result."""
+
+    x: Tensor
+    routing: Routing
+    experts: Experts
+    dy: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a gradient is taken of, by name: x, gates and the weights that are present."""
+        return {"x": self.x, "gates": self.routing.gates, **self.experts.tensors}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same call with ``function`` applied to each floating-point tensor."""
+        ids, gates = self.routing
+        return Inputs(function(self.x), Routing(ids, function(gates)), self.experts.map(function), function(self.dy))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call. Sizes as everywhere: tokens T, features D -> H -> O, experts E, experts per token K.
+
+    load: how tokens spread over experts, a key of LOADS. gates: their values, a key of GATES.
+    low_gates: gates in the dtype of x even where that is lower than float32.
+    exact: integers and powers of two instead of random reals (relu and reglu with combine "sum" only).
+    """
+
+    name: str
+    T: int
+    D: int
+    H: int
+    O: int
+    E: int
+    K: int
+    activation: str = "swiglu"
+    output_activation: str = "none"
+    combine: str = "sum"
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    load: str = "uniform"
+    gates: str = "softmax"
+    low_gates: bool = False
+    seed: int = 0
+    exact: bool = False
+
+    @property
+    def F(self) -> int:
+        """Rows of w_in for each expert: 2H if the activation is gated."""
+        return self.H * (1 + (self.activation in GATED_ACTIVATIONS))
+
+    @property
+    def has_kinks(self) -> bool:
+        return self.activation in KINKED_ACTIVATIONS or self.output_activation == "relu"
+
+    @property
+    def id(self) -> str:
+        """A short name that tells what differs from the defaults, for test ids and messages."""
+        parts = [self.name, dtype_name(self.dtype), self.activation]
+        parts += ["out_relu"] * (self.output_activation == "relu") + [self.combine] * (self.combine != "sum")
+        parts += ["no_bias"] * (not self.bias) + ["exact"] * self.exact
+        parts += [self.load] * (self.load != "uniform") + [f"gates_{self.gates}"] * (self.gates != "softmax")
+        parts += ["low_gates"] * self.low_gates + [f"seed{self.seed}"] * (self.seed != 0)
+        return "-".join(parts)
+
+    def code(self) -> str:
+        """One line of Python that makes this problem again."""
+        shown = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
+        return f"Problem({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
+
+
+def unsupported(support: Support, problem: Problem) -> str | None:
+    """Why an implementation does not take this problem, from its declaration alone; None if it does."""
+    claims = (
+        ("device", problem.device.partition(":")[0], support.devices),
+        ("dtype", problem.dtype, support.dtypes),
+        ("activation", problem.activation, support.activations),
+        ("output_activation", problem.output_activation, support.output_activations),
+        ("combine", problem.combine, support.combines),
+        ("bias", problem.bias, support.biases),
+    )
+    for what, value, claimed in claims:
+        if value not in claimed:
+            return f"{what} {dtype_name(value) if isinstance(value, torch.dtype) else value} not declared"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- routing
+
+
+def _by_weight(p: Problem, generator: torch.Generator, weight: Tensor) -> Tensor:
+    """K distinct experts for each token, drawn with the given weights [E] (Gumbel top-k)."""
+    uniform = torch.rand(p.T, p.E, generator=generator, dtype=torch.float64)
+    return (weight.log() - (-uniform.log()).log()).topk(p.K, dim=1).indices
+
+
+def _uniform(p: Problem, g: torch.Generator) -> Tensor:
+    return _by_weight(p, g, torch.ones(p.E, dtype=torch.float64))
+
+
+def _zipf(p: Problem, g: torch.Generator) -> Tensor:
+    weight = 1 / torch.arange(1, p.E + 1, dtype=torch.float64)
+    return _by_weight(p, g, weight[torch.randperm(p.E, generator=g)])
+
+
+def _one_hot_expert(p: Problem, g: torch.Generator) -> Tensor:
+    """Every token visits one and the same expert first; the other choices are uniform."""
+    weight = torch.ones(p.E, dtype=torch.float64)
+    weight[int(torch.randint(p.E, (), generator=g))] = 1e12
+    return _by_weight(p, g, weight)
+
+
+def _same_experts(p: Problem, g: torch.Generator) -> Tensor:
+    """Every token visits the same K experts, the others none."""
+    return torch.randperm(p.E, generator=g)[: p.K].expand(p.T, p.K).contiguous()
+
+
+def _half_empty(p: Problem, g: torch.Generator) -> Tensor:
+    """Half of the experts (but never fewer than K) take all tokens."""
+    live = torch.randperm(p.E, generator=g)[: max(p.K, (p.E + 1) // 2)]
+    return live[_uniform(replace(p, E=len(live)), g)]
+
+
+def _bursts(p: Problem, g: torch.Generator) -> Tensor:
+    """Runs of 16 neighbouring tokens visit the same experts, as tokens of one text do."""
+    ids = _uniform(replace(p, T=(p.T + 15) // 16), g)
+    return ids.repeat_interleave(16, dim=0)[: p.T]
+
+
+LOADS: dict[str, Callable[[Problem, torch.Generator], Tensor]] = {
+    "uniform": _uniform,
+    "zipf": _zipf,
+    "one_hot_expert": _one_hot_expert,
+    "same_experts": _same_experts,
+    "half_empty": _half_empty,
+    "bursts": _bursts,
+}
+
+
+def _softmax(p: Problem, g: torch.Generator) -> Tensor:
+    return torch.randn(p.T, p.K, generator=g, dtype=torch.float64).softmax(dim=1)
+
+
+def _unnormalised(p: Problem, g: torch.Generator) -> Tensor:
+    """Positive, of unequal sizes from 0.1 to 2.5, and not summing to one."""
+    return 0.1 + 2.4 * torch.rand(p.T, p.K, generator=g, dtype=torch.float64)
+
+
+def _signed(p: Problem, g: torch.Generator) -> Tensor:
+    return torch.randn(p.T, p.K, generator=g, dtype=torch.float64)
+
+
+def _one_zero(p: Problem, g: torch.Generator) -> Tensor:
+    """One slot of each token has a gate of exactly zero (with K = 1: of every third token)."""
+    gates = _unnormalised(p, g)
+    rows = torch.arange(0, p.T, 1 if p.K > 1 else 3)
+    gates[rows, rows % p.K] = 0
+    return gates
+
+
+def _cancelling(p: Problem, g: torch.Generator) -> Tensor:
+    """256, 1, -256: where the outer slots agree, a sum kept in bfloat16 loses the middle one."""
+    return torch.tensor([256.0, 1.0, -256.0], dtype=torch.float64).repeat(p.T, p.K)[:, : p.K]
+
+
+GATES: dict[str, Callable[[Problem, torch.Generator], Tensor]] = {
+    "softmax": _softmax,
+    "unnormalised": _unnormalised,
+    "signed": _signed,
+    "one_zero": _one_zero,
+    "cancelling": _cancelling,
+}
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def make_inputs(problem: Problem) -> Inputs:
+    """The inputs of a problem: the same for the same problem on every machine, none requiring gradients.
+
+    x is of unit scale, weights are scaled by the square root of what they are summed over, biases are of
+    scale 0.5 and dy is random: nothing is small enough to hide below a tolerance.
+    """
+    p = problem
+    generator = torch.Generator().manual_seed(p.seed)
+    routing = Routing(LOADS[p.load](p, generator), GATES[p.gates](p, generator))
+    make = _exact_numbers if p.exact else _real_numbers
+    inputs = make(p, routing, generator)
+    gate_dtype = p.dtype if p.low_gates else torch.promote_types(p.dtype, torch.float32)
+    gates = inputs.routing.gates.to(gate_dtype)
+    cast = inputs.map(lambda t: t.to(p.dtype))._replace(routing=Routing(routing.expert_ids, gates))
+    ids = cast.routing.expert_ids.to(p.device)
+    cast = cast.map(lambda t: t.to(p.device))
+    return cast._replace(routing=Routing(ids, cast.routing.gates))
+
+
+def _real_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> Inputs:
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        # Rounded to the problem's dtype at once, so that the kinks are looked for in what will be computed.
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        return (torch.randn(*shape, generator=generator, dtype=wide) * scale).to(p.dtype)
+
+    experts = Experts(
+        w_in=normal(p.E, p.F, p.D, scale=p.D**-0.5),
+        b_in=normal(p.E, p.F, scale=0.5) if p.bias else None,
+        w_out=normal(p.E, p.O, p.H, scale=p.H**-0.5),
+        b_out=normal(p.E, p.O, scale=0.5) if p.bias else None,
+        activation=p.activation,
+        output_activation=p.output_activation,
+    )
+    x, dy = normal(p.T, p.D), normal(p.T, p.O)
+    inputs = Inputs(x, routing, experts, dy)
+    if p.has_kinks and p.dtype not in LOW_PRECISION:
+        redrawn = torch.arange(p.T)
+        while len(redrawn := redrawn[_near_kink(p, inputs, redrawn)]):
+            x[redrawn] = normal(len(redrawn), p.D)
+    return inputs
+
+
+def _near_kink(p: Problem, inputs: Inputs, tokens: Tensor) -> Tensor:
+    """Which of the tokens [N] have a selected expert within KINK_MARGIN of a kink: bool [N]."""
+    from correctness.reference import hidden_and_output  # the oracle's own equations, float64
+
+    near = torch.zeros(len(tokens), dtype=torch.bool)
+    ids = inputs.routing.expert_ids[tokens]
+    for expert in ids.unique().tolist():
+        rows = (ids == expert).any(dim=1).nonzero().squeeze(1)
+        h, f = hidden_and_output(inputs.x[tokens[rows]].double(), inputs.experts, expert)
+        distances = []
+        if p.activation == "relu":
+            distances.append(h.abs())
+        elif p.activation == "reglu":
+            distances.append(h[:, : p.H].abs())
+        elif p.activation == "swiglu_clamped":
+            distances += [(h[:, : p.H] - 7).abs(), (h[:, p.H :].abs() - 7).abs()]
+        if p.output_activation == "relu":
+            distances.append(f.abs())
+        near[rows] |= (torch.cat(distances, dim=1) < KINK_MARGIN).any(dim=1)
+    return near
+
+
+def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> Inputs:
+    """Integers (biases: half-integers) so small that no intermediate of any right computation is rounded.
+
+    Hidden pre-activations are never zero: with biases they are half-integers; without, they are odd, since
+    one feature of x and its weights are odd and all other weights even. So no derivative is taken at a kink.
+    """
+    if p.activation not in ("relu", "reglu") or p.combine != "sum":
+        raise ValueError(f"exact problems need relu or reglu and combine 'sum', not {p.activation}, {p.combine}")
+    if p.output_activation == "relu" and not p.bias:
+        raise ValueError("exact problems with an output relu need biases, which keep outputs off its kink")
+
+    def sparse(*shape: int, nonzeros: int, values: tuple[float, ...]) -> Tensor:
+        """About ``nonzeros`` random entries of the last dimension take one of ``values``."""
+        pick = torch.rand(*shape, generator=generator) < nonzeros / shape[-1]
+        drawn = torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
+        return torch.where(pick, drawn, 0.0).double()
+
+    def signs(*shape: int) -> Tensor:
+        return torch.randint(2, shape, generator=generator).double() * 2 - 1
+
+    halves = (-1.5, -0.5, 0.5, 1.5)
+    x = sparse(p.T, p.D, nonzeros=4, values=(-1, 1))
+    x[:, 0] = signs(p.T)
+    w_in = sparse(p.E, p.F, p.D, nonzeros=3, values=(-2, 2))
+    w_in[..., 0] = signs(p.E, p.F)
+    experts = Experts(
+        w_in=w_in,
+        b_in=sparse(p.E, p.F, nonzeros=p.F, values=halves) if p.bias else None,
+        w_out=sparse(p.E, p.O, p.H, nonzeros=3, values=(-1, 1)),
+        b_out=sparse(p.E, p.O, nonzeros=p.O, values=(-0.125, 0.125)) if p.bias else None,
+        activation=p.activation,
+        output_activation=p.output_activation,
+    )
+    powers = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    gates = powers[torch.randint(3, (p.T, p.K), generator=generator)] * signs(p.T, p.K)
+    if p.gates == "cancelling":
+        gates = routing.gates
+    elif p.gates == "one_zero":
+        gates = torch.where(routing.gates == 0, 0, gates)
+    dy = sparse(p.T, p.O, nonzeros=3, values=(-1, 1))
+    return Inputs(x, Routing(routing.expert_ids, gates), experts, dy)
+
+
+# -------------------------------------------------------------------------------------- the suite's lists
+
+SMALL = Problem("small", T=37, D=12, H=10, O=7, E=5, K=2, gates="unnormalised")
+
+# Every combination of options, on one small problem.
+OPTIONS = tuple(
+    replace(SMALL, activation=a, output_activation=o, combine=c, bias=b, dtype=d)
+    for a, o, c, b, d in itertools.product(ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES, (True, False), DTYPES)
+)
+
+# Sizes and loads at which indices, tails and empty groups go wrong, with smooth activations.
+_SIZES = (
+    Problem("all_ones", T=1, D=1, H=1, O=1, E=1, K=1, activation="gelu"),
+    Problem("no_tokens", T=0, D=5, H=3, O=4, E=3, K=2),
+    Problem("one_token", T=1, D=9, H=6, O=5, E=7, K=3),
+    Problem("one_feature", T=21, D=1, H=4, O=1, E=3, K=2, activation="silu", gates="unnormalised"),
+    Problem("one_expert", T=65, D=8, H=17, O=9, E=1, K=1, activation="geglu", gates="unnormalised"),
+    Problem("one_choice", T=130, D=17, H=8, O=11, E=9, K=1, bias=False, gates="unnormalised"),
+    Problem("all_experts", T=33, D=10, H=14, O=6, E=4, K=4, activation="gelu"),
+    Problem("zero_gates", T=70, D=11, H=9, O=13, E=6, K=3, gates="one_zero"),
+    Problem("one_hot_expert", T=1000, D=20, H=12, O=24, E=10, K=2, load="one_hot_expert"),
+    Problem("same_experts", T=257, D=16, H=32, O=15, E=12, K=2, activation="silu", load="same_experts"),
+    Problem("half_empty", T=96, D=24, H=16, O=20, E=16, K=4, bias=False, load="half_empty"),
+    Problem("zipf", T=513, D=33, H=31, O=29, E=17, K=3, activation="geglu", load="zipf"),
+    Problem("many_experts", T=300, D=19, H=10, O=23, E=129, K=8, load="zipf"),
+    Problem("more_than_256_experts", T=700, D=8, H=6, O=10, E=301, K=2, activation="gelu", load="bursts"),
+    Problem("wide", T=40, D=263, H=131, O=257, E=4, K=2),
+    Problem("thousands", T=2500, D=48, H=40, O=56, E=11, K=2, load="zipf", seed=1),
+)
+# log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
+SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
+    Problem("signed_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="signed"),
+    *(Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, low_gates=True, dtype=d) for d in LOW_PRECISION),
+)
+
+_EXACT = (
+    Problem("integers", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", exact=True),
+    Problem("integers_out_relu", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", output_activation="relu", exact=True),
+    Problem("integers_gated", T=41, D=13, H=9, O=11, E=6, K=3, activation="reglu", bias=False, exact=True, seed=1),
+    Problem("integers_hot", T=1025, D=16, H=8, O=24, E=7, K=4, activation="relu", load="one_hot_expert", exact=True),
+    Problem("integers_empty", T=130, D=24, H=16, O=9, E=32, K=3, activation="relu", load="half_empty", exact=True, gates="one_zero"),
+    Problem("integers_cancelling", T=24, D=6, H=5, O=16, E=5, K=3, activation="relu", gates="cancelling", exact=True),
+    Problem("integers_many", T=600, D=10, H=6, O=7, E=300, K=2, activation="relu", bias=False, load="zipf", exact=True),
+)
+EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES)
+
+GRADCHECK = tuple(
+    Problem("gradcheck", T=4, D=3, H=3, O=2, E=4, K=2, activation=a, output_activation=o, combine=c,
+            dtype=torch.float64, gates="unnormalised", load="half_empty")
+    for a, o, c in itertools.product(ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES)
+)  # fmt: skip
+
+# What an implementation is tested on that compiles anew for each combination of options: every dtype, combine,
+# output activation and bias setting; and with the first of these all sizes, loads and gates.
+REPRESENTATIVE = (
+    ("swiglu", "none", "sum", True, torch.float32),
+    ("relu", "relu", "sum", True, torch.float32),
+    ("reglu", "none", "sum", False, torch.bfloat16),
+    ("geglu", "none", "logsumexp", False, torch.float16),
+    ("gelu", "none", "logsumexp", True, torch.float64),
+)
+
+
+def is_representative(problem: Problem) -> bool:
+    """Whether a ``compiles_per_case`` implementation is tested on this problem."""
+    p = problem
+    options = (p.activation, p.output_activation, p.combine, p.bias, p.dtype)
+    degenerate = min(p.T, p.D, p.H, p.O, p.E, p.K) < 2  # sizes that compilers specialise
+    return options in REPRESENTATIVE and not p.low_gates and (not degenerate or options == REPRESENTATIVE[0])

@@ -1,0 +1,365 @@
+"""What every ``route(logits, spec, *, selection_bias=None)`` is held to.
+
+A check is a function of a route and a problem that raises ``CheckFailed`` with its finding. The same table
+judges the project's router, a stranger's (``--router``) and the deliberately wrong ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from correctness import router_reference as oracle
+from correctness.compare import FACTOR, CheckFailed
+from moe_impls.interface import DTYPES, RouterSpec, Routing, dtype_name
+
+Route = Callable[..., Routing]
+
+
+@dataclass(frozen=True)
+class RouterProblem:
+    """One call of a router, as data.
+
+    bias: the mean of the selection bias, or None without one.
+    spread: the standard deviation of the logits.
+    """
+
+    name: str
+    E: int
+    spec: RouterSpec
+    bias: float | None = None
+    dtype: torch.dtype = torch.float32
+    T: int = 12
+    spread: float = 2.0
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{dtype_name(self.dtype)}"
+
+
+class RouterInputs(NamedTuple):
+    """The arguments of one call, and ``dgates`` [T, K], the random gradient that flows into the gates."""
+
+    logits: Tensor
+    selection_bias: Tensor | None
+    dgates: Tensor
+
+
+def make_inputs(problem: RouterProblem) -> RouterInputs:
+    """The inputs of a problem, the same for the same problem."""
+    p, g = problem, torch.Generator().manual_seed(problem.seed)
+    logits = (p.spread * torch.randn(p.T, p.E, generator=g, dtype=torch.float64)).to(p.dtype)
+    bias = None if p.bias is None else p.bias + 0.2 * torch.randn(p.E, generator=g)
+    # Rounded so that a router may hand out gates in any dtype and still receive exactly this gradient.
+    dgates = torch.randn(p.T, p.spec.top_k, generator=g).bfloat16().double()
+    return RouterInputs(logits, bias, dgates)
+
+
+def _spec(
+    k: int, score: str = "softmax", renormalise: bool = False, scale: float = 1.0, **groups
+) -> RouterSpec:
+    return RouterSpec(k, score, renormalise, scale, **groups)
+
+
+_TOP2 = {"group_score": "top2_sum"}
+# Routers of released models and of papers, then combinations that none of them has.
+PROBLEMS = (
+    RouterProblem("switch_base_8", 8, _spec(1)),
+    RouterProblem("mixtral_8x7b", 8, _spec(2, renormalise=True)),
+    RouterProblem("shazeer_2017", 16, _spec(4, "topk_softmax")),
+    RouterProblem("llama_4_scout", 16, _spec(1, "sigmoid")),
+    RouterProblem("gpt_oss_20b", 32, _spec(4, "topk_softmax")),
+    RouterProblem("qwen1_5_moe_a2_7b", 60, _spec(4)),
+    RouterProblem("olmoe_1b_7b", 64, _spec(8)),
+    RouterProblem("qwen3_30b_a3b", 128, _spec(8, renormalise=True)),
+    RouterProblem("deepseek_v2", 160, _spec(6, scale=16.0, groups=8, keep_groups=3)),
+    RouterProblem(
+        "deepseek_v3", 256, _spec(8, "sigmoid", True, 2.5, groups=8, keep_groups=4, **_TOP2), bias=0.0
+    ),
+    RouterProblem("kimi_k2", 384, _spec(8, "sigmoid", True, 2.827), bias=0.0),
+    RouterProblem("qwen3_next_80b_a3b", 512, _spec(10, renormalise=True)),
+    RouterProblem("one_expert", 1, _spec(1)),
+    RouterProblem("one_expert_of_three", 3, _spec(1, "topk_softmax")),
+    RouterProblem("one_renormalised", 7, _spec(1, renormalise=True, scale=0.5)),
+    RouterProblem("all_experts", 7, _spec(7)),
+    RouterProblem("all_experts_sigmoid", 5, _spec(5, "sigmoid", True)),
+    RouterProblem("scale_not_renormalised", 24, _spec(3, "sigmoid", scale=2.5)),
+    RouterProblem("scale_topk_softmax", 24, _spec(3, "topk_softmax", scale=0.25)),
+    RouterProblem("softmax_bias", 24, _spec(4), bias=0.0),
+    RouterProblem("softmax_bias_renormalised", 24, _spec(4, renormalise=True), bias=0.0),
+    RouterProblem("topk_softmax_bias", 24, _spec(4, "topk_softmax"), bias=0.0),
+    RouterProblem("sigmoid_bias_negative", 64, _spec(6, "sigmoid", True, groups=8, keep_groups=2), bias=-3.0),
+    RouterProblem("sigmoid_bias_large", 64, _spec(6, "sigmoid"), bias=12.0),
+    RouterProblem("groups_of_logits", 36, _spec(4, "topk_softmax", groups=6, keep_groups=2)),
+    RouterProblem("groups_of_logits_top2", 36, _spec(4, "topk_softmax", groups=6, keep_groups=2, **_TOP2)),
+    RouterProblem("groups_softmax_top2", 36, _spec(4, groups=4, keep_groups=2, **_TOP2)),
+    RouterProblem("groups_sigmoid", 36, _spec(3, "sigmoid", groups=12, keep_groups=5)),
+    RouterProblem("one_group_kept", 30, _spec(5, renormalise=True, groups=5, keep_groups=1)),
+    RouterProblem("all_groups_kept", 30, _spec(5, groups=5, keep_groups=5)),
+    RouterProblem("many_tokens", 8, _spec(2), T=300),
+)
+ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
+
+
+def budget(plain_errors: Tensor, computed: torch.dtype, stored: torch.dtype) -> float:
+    """The relative error that a right router may show.
+
+    FACTOR times what the oracle's equations lose in float32, scaled to the dtype in which the router
+    computes (never less than FACTOR * eps), and one rounding to the dtype in which the result is stored.
+    """
+    narrow = torch.finfo(torch.float32).eps
+    worst = max(narrow, float(plain_errors.max()) if plain_errors.numel() else 0.0)
+    rounding = torch.finfo(stored).eps if torch.finfo(stored).eps > narrow else 0.0
+    return FACTOR * worst * torch.finfo(computed).eps / narrow + rounding
+
+
+def _computed(gates: Tensor) -> torch.dtype:
+    """The dtype whose precision is asked for: float64 where the router hands out float64, else float32."""
+    return torch.float64 if gates.dtype == torch.float64 else torch.float32
+
+
+def _relative(error: Tensor, scale: Tensor) -> Tensor:
+    """|error| / scale, where nothing but zero is right over a scale of zero; NaN is never right."""
+    return torch.where(error == 0, 0.0, error.abs() / scale).nan_to_num(nan=torch.inf)
+
+
+def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
+    """The routing, or CheckFailed unless it is what the contract says, whatever the logits are."""
+    bias = {} if selection_bias is None else {"selection_bias": selection_bias}
+    result = route(logits, spec, **bias)
+    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, Tensor) for t in result)):
+        raise CheckFailed(f"the result is a {type(result).__name__}; it must be Routing(expert_ids, gates)")
+    ids, gates = result
+    T, E, K = len(logits), logits.shape[1], spec.top_k
+    for name, tensor in (("expert_ids", ids), ("gates", gates)):
+        if tensor.shape != (T, K):
+            raise CheckFailed(f"{name} has shape {list(tensor.shape)}; it must be [{T}, {K}]")
+        if tensor.device != logits.device:
+            raise CheckFailed(f"{name} is on {tensor.device}; logits are on {logits.device}")
+    if ids.dtype != torch.int64:
+        raise CheckFailed(f"expert_ids has dtype {ids.dtype}; it must be torch.int64")
+    if gates.dtype not in (torch.float32, logits.dtype):
+        raise CheckFailed(f"gates has dtype {gates.dtype}; it must be torch.float32 or {logits.dtype}")
+    for t, row in enumerate(ids.tolist()):
+        if not all(0 <= e < E for e in row):
+            raise CheckFailed(f"expert_ids[{t}] is {row}; ids must be in [0, {E})")
+        if len(set(row)) < K:
+            raise CheckFailed(f"expert_ids[{t}] is {row}; the ids of a row must be distinct")
+        if len({e // (E // spec.groups) for e in row}) > spec.keep_groups:
+            raise CheckFailed(
+                f"expert_ids[{t}] is {row}: more than {spec.keep_groups} groups of {E // spec.groups}"
+            )
+    return Routing(ids, gates)
+
+
+def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
+    """The gates are those of the experts that were chosen, for every token."""
+    wide, narrow = logits.double(), logits.float()
+    rows = routing.expert_ids.tolist()
+    want = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(wide, rows, strict=True)])
+    plain = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(narrow, rows, strict=True)])
+    allowed = budget(_relative(plain - want, want), _computed(routing.gates), routing.gates.dtype)
+    error = _relative(routing.gates.detach().double() - want, want)
+    if not float(error.max()) <= allowed:
+        t, k = divmod(int(error.argmax()), spec.top_k)
+        raise CheckFailed(
+            f"the gate of token {t}, expert {rows[t][k]} is {float(routing.gates[t, k])!r}, "
+            f"right is {float(want[t, k])!r}: relative error {float(error.max()):.3g}, budget {allowed:.3g}; "
+            f"{int((error > allowed).sum())} of {error.numel()} gates are over it"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def right_choices(problem: RouterProblem, eps: float) -> list[tuple[list[int], bool]]:
+    """For each token the oracle's experts, and whether the choice is clear at precision ``eps``."""
+    logits, bias, _ = make_inputs(problem)
+    return [oracle.select(z, problem.spec, bias, eps) for z in logits.double()]
+
+
+def values(route: Route, problem: RouterProblem) -> None:
+    """The experts of every token whose choice is clear, and the gates of every token."""
+    logits, bias, _ = make_inputs(problem)
+    routing = call(route, logits, problem.spec, bias)
+    eps = torch.finfo(_computed(routing.gates)).eps
+    for t, (row, (chosen, clear)) in enumerate(
+        zip(routing.expert_ids.tolist(), right_choices(problem, eps), strict=True)
+    ):
+        if clear and set(row) != set(chosen):
+            raise CheckFailed(f"token {t} visits experts {sorted(row)}; right is {sorted(chosen)}")
+    _require_gates(routing, logits, problem.spec)
+
+
+def gradients(route: Route, problem: RouterProblem) -> None:
+    """What flows back to the logits of every token from a random gradient of the gates."""
+    logits, bias, dgates = make_inputs(problem)
+    leaf = logits.clone().requires_grad_()
+    ids, gates = call(route, leaf, problem.spec, bias)
+    if not gates.requires_grad:
+        raise CheckFailed("gates does not require a gradient though logits does: the graph is cut")
+    (got,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+
+    def evaluate(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rows = [
+            oracle.gate_gradient(z, row, problem.spec, d)
+            for z, row, d in zip(logits.to(dtype), ids.tolist(), dgates.to(dtype), strict=True)
+        ]
+        return torch.stack([d for d, _ in rows]).double(), torch.stack([size for _, size in rows]).double()
+
+    (want, scale), (plain, _) = evaluate(torch.float64), evaluate(torch.float32)
+    allowed = budget(_relative(plain - want, scale), _computed(gates), got.dtype)
+    difference = got.double() - want
+    # Below the smallest number that the dtype of logits can hold nothing is owed.
+    unit = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    error = _relative(torch.where(difference.abs() <= unit, 0.0, difference), scale)
+    if not float(error.max()) <= allowed:
+        t, e = divmod(int(error.argmax()), problem.E)
+        raise CheckFailed(
+            f"the gradient of logits[{t}, {e}] is {float(got[t, e])!r}, right is {float(want[t, e])!r}: error "
+            f"{float(error.max()):.3g} of its scale, budget {allowed:.3g}; token {t} visits {ids[t].tolist()}"
+        )
+
+
+def ties(route: Route, problem: RouterProblem) -> None:
+    """Where all or many scores are equal, ids are valid and distinct and the gates are right for them."""
+    logits, bias, _ = make_inputs(problem)
+    equal = logits.clone()
+    equal[::2] = 0
+    equal[1::2] = equal[1::2].clamp(-0.5, 0.5).round()  # -1, 0 and 1 at most
+    bias = None if bias is None else torch.zeros_like(bias)
+    _require_gates(call(route, equal, problem.spec, bias), equal, problem.spec)
+
+
+def nan_contained(route: Route, problem: RouterProblem) -> None:
+    """A token with NaN is refused with a ValueError, or its row alone is affected and its ids are valid."""
+    logits, bias, _ = make_inputs(problem)
+    poisoned = logits.clone()
+    poisoned[3] = torch.nan
+    poisoned[7, -1] = torch.nan
+    try:
+        ids, gates = call(route, poisoned, problem.spec, bias)
+    except ValueError:
+        return
+    clean = call(route, logits, problem.spec, bias)
+    sound = torch.ones(len(logits), dtype=torch.bool)
+    sound[[3, 7]] = False
+    if not torch.equal(ids[sound], clean.expert_ids[sound]):
+        raise CheckFailed("a NaN in the logits of one token changes the experts of others")
+    _require_gates(Routing(ids[sound], gates[sound]), logits[sound], problem.spec)
+
+
+def large_logits(route: Route, problem: RouterProblem) -> None:
+    """Logits a thousand times larger than usual give finite gates, also where a score saturates."""
+    logits, bias, _ = make_inputs(problem)
+    _, gates = call(route, logits * 1000, problem.spec, bias)
+    if not bool(gates.isfinite().all()):
+        raise CheckFailed(f"gates holds {gates[~gates.isfinite()][0].item()} for logits of size 1000")
+
+
+def empty(route: Route, problem: RouterProblem) -> None:
+    """Without tokens the routing is empty."""
+    logits, bias, _ = make_inputs(replace(problem, T=0))
+    call(route, logits, problem.spec, bias)
+
+
+def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
+    """Neither logits nor bias is written to, and logits need not be contiguous."""
+    logits, bias, _ = make_inputs(problem)
+    padded = torch.full((2 * problem.E, problem.T), torch.nan, dtype=problem.dtype)
+    view = padded.T[:, ::2]
+    view.copy_(logits)
+    before = None if bias is None else bias.clone()
+    routing = call(route, view, problem.spec, bias)
+    if not torch.equal(view, logits):
+        raise CheckFailed("logits was written to")
+    if bias is not None and before is not None and not torch.equal(bias, before):
+        raise CheckFailed("selection_bias was written to")
+    if not torch.equal(routing.expert_ids, call(route, logits, problem.spec, bias).expert_ids):
+        raise CheckFailed("the experts change with the strides of logits")
+
+
+def tokens_apart(route: Route, problem: RouterProblem) -> None:
+    """The routing of a token does not depend on the others: the batch in two parts, in reverse order."""
+    logits, bias, _ = make_inputs(problem)
+    whole = call(route, logits, problem.spec, bias)
+    for part in (slice(0, 1), slice(1, None)):
+        rows = torch.arange(problem.T)[part].flip(0)
+        routing = call(route, logits[rows], problem.spec, bias)
+        if not torch.equal(routing.expert_ids, whole.expert_ids[rows]):
+            raise CheckFailed("the experts of a token depend on the other tokens")
+        _require_gates(routing, logits[rows], problem.spec)
+
+
+@dataclass(frozen=True)
+class RouterCheck:
+    function: Callable[[Route, RouterProblem], None]
+    problems: tuple[RouterProblem, ...]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+# Checks whose cause lies in the score or in the choice of groups need no more than one problem of each kind.
+_KINDS = tuple(
+    problem
+    for problem in PROBLEMS
+    if problem.name
+    in ("olmoe_1b_7b", "qwen3_30b_a3b", "shazeer_2017", "deepseek_v2", "deepseek_v3", "kimi_k2")
+)
+CHECKS = (
+    RouterCheck(values, ALL_DTYPES),
+    RouterCheck(gradients, ALL_DTYPES),
+    RouterCheck(ties, PROBLEMS),
+    RouterCheck(nan_contained, _KINDS),
+    RouterCheck(large_logits, _KINDS),
+    RouterCheck(empty, _KINDS),
+    RouterCheck(inputs_unchanged, _KINDS),
+    RouterCheck(tokens_apart, _KINDS),
+)
+
+
+@dataclass(frozen=True)
+class RouterCase:
+    """One check on one problem."""
+
+    check: RouterCheck
+    problem: RouterProblem
+
+    @property
+    def id(self) -> str:
+        return f"{self.check.name}-{self.problem.id}"
+
+    def run(self, route: Route) -> None:
+        try:
+            self.check.function(route, self.problem)
+        except CheckFailed as failure:
+            raise CheckFailed(
+                f"route fails {self.check.name!r} on {self.problem.name}, E = {self.problem.E}, "
+                f"{dtype_name(self.problem.dtype)}, {self.problem.spec}: {failure}"
+            ) from failure
+
+
+def cases() -> list[RouterCase]:
+    return [RouterCase(check, problem) for check in CHECKS for problem in check.problems]
+
+
+def findings(route: Route) -> dict[str, str]:
+    """For each check that the route fails, the first finding; empty if it is right."""
+    return {check.name: finding for check in CHECKS if (finding := first_finding(route, check.name))}
+
+
+def first_finding(route: Route, check: str) -> str | None:
+    """What a check finds on the first problem where the route fails it; None if it passes."""
+    for case in cases():
+        if case.check.name == check:
+            try:
+                case.run(route)
+            except CheckFailed as failure:
+                return str(failure)
+    return None

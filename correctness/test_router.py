@@ -1,0 +1,287 @@
+"""Every router is right on every problem: see ``correctness.router_checks``. And the checks are right, too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from correctness import balance_checks, router_checks
+from correctness.compare import CheckFailed
+from correctness.notebook import uniform_noise_gating
+from correctness.router_checks import (
+    PROBLEMS,
+    Route,
+    RouterCase,
+    RouterProblem,
+    findings,
+    first_finding,
+    right_choices,
+)
+from moe_impls import RouterSpec, Routing, count_load, importance, noisy_top_k, route, smooth_load
+
+
+@pytest.mark.parametrize("router_case", router_checks.cases(), ids=lambda case: case.id)
+def test_router(router: Route, router_case: RouterCase) -> None:
+    router_case.run(router)
+
+
+def test_a_spec_changes_what_a_router_does(router: Route) -> None:
+    """No field of the spec is without effect, so that no check passes for a router that ignores it."""
+    logits = 2 * torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    base = RouterSpec(3, groups=4, keep_groups=2)
+    for change in (
+        {"top_k": 2},
+        {"score": "sigmoid"},
+        {"renormalise": True},
+        {"scale": 2.0},
+        {"keep_groups": 3},
+        {"group_score": "top2_sum"},
+    ):
+        table = [_table(router(logits, spec)) for spec in (base, dataclasses.replace(base, **change))]
+        assert not torch.equal(*table), f"{change} has no effect"
+    biased = router(logits, base, selection_bias=torch.linspace(-1, 1, 12))
+    assert not torch.equal(_table(biased), _table(router(logits, base)))
+
+
+def _table(routing: Routing) -> Tensor:
+    return torch.zeros(len(routing.gates), 12).scatter(1, routing.expert_ids, routing.gates)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_choice_of_most_tokens_is_clear(problem: RouterProblem, dtype: torch.dtype) -> None:
+    choices = right_choices(dataclasses.replace(problem, dtype=dtype), torch.finfo(torch.float32).eps)
+    assert sum(clear for _, clear in choices) > len(choices) / 2
+
+
+# ------------------------------------------------------------------- routers that the checks must tell apart
+
+
+def _right_by_sorting(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
+    """Sorts all experts, masks groups with -inf, and divides by the sum: as most models' code does."""
+    z = logits.float()
+    scores = {"softmax": lambda: z.softmax(1), "sigmoid": z.sigmoid, "topk_softmax": lambda: z}[spec.score]()
+    rank = (scores if selection_bias is None else scores + selection_bias).detach()
+    if spec.groups > 1:
+        by_group = rank.unflatten(1, (spec.groups, -1))
+        counted = 2 if spec.group_score == "top2_sum" else 1
+        kept = (
+            by_group.sort(dim=2, descending=True).values[..., :counted].sum(2).topk(spec.keep_groups).indices
+        )
+        allowed = torch.zeros(len(z), spec.groups, dtype=torch.bool).scatter(1, kept, True)
+        rank = rank.masked_fill(~allowed.repeat_interleave(z.shape[1] // spec.groups, 1), -torch.inf)
+    ids = rank.sort(dim=1, descending=True, stable=True).indices[:, : spec.top_k]
+    if spec.score == "topk_softmax":
+        gates = F.softmax(z.gather(1, ids), 1)
+    else:
+        gates = scores.gather(1, ids)
+        if spec.renormalise:
+            gates = gates / (gates.sum(1, keepdim=True) + 1e-20)
+    return Routing(ids, gates * spec.scale)
+
+
+def _right_by_logarithms(
+    logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None
+) -> Routing:
+    """The project's choice, with gates by way of logarithms, in float32 and in any order within a row."""
+    ids = route(logits, spec, selection_bias=selection_bias).expert_ids.flip(1)
+    z = logits.float()
+    log = (
+        z
+        if spec.score == "topk_softmax"
+        else z.log_softmax(1)
+        if spec.score == "softmax"
+        else F.logsigmoid(z)
+    )
+    chosen = log.gather(1, ids)
+    if spec.renormalise or spec.score == "topk_softmax":
+        chosen = chosen - chosen.logsumexp(1, keepdim=True)
+    return Routing(ids, chosen.exp() * spec.scale)
+
+
+def _right_in_the_dtype_of_logits(
+    logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None
+) -> Routing:
+    ids, gates = route(logits.double(), spec, selection_bias=selection_bias)
+    return Routing(ids, gates.to(logits.dtype))
+
+
+@pytest.mark.parametrize("right", (_right_by_sorting, _right_by_logarithms, _right_in_the_dtype_of_logits))
+def test_right_routers_that_look_different_pass(right: Route) -> None:
+    assert findings(right) == {}
+
+
+def _changed(**fields: object) -> Route:
+    """The project's router with other values in the spec."""
+
+    def wrong(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
+        return route(logits, dataclasses.replace(spec, **fields), selection_bias=selection_bias)
+
+    return wrong
+
+
+def _gates(change: Callable[[Tensor, Tensor, Routing, RouterSpec], Tensor]) -> Route:
+    """The project's router with its gates replaced by ``change(logits, bias, routing, spec)``."""
+
+    def wrong(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
+        routing = route(logits, spec, selection_bias=selection_bias)
+        bias = torch.zeros(logits.shape[1]) if selection_bias is None else selection_bias
+        return routing._replace(gates=change(logits, bias, routing, spec))
+
+    return wrong
+
+
+def _on(change: Callable[[Tensor], Tensor]) -> Route:
+    """The project's router on changed logits."""
+
+    def wrong(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
+        return route(change(logits), spec, selection_bias=selection_bias)
+
+    return wrong
+
+
+WRONG = {
+    "gates are zero": (_gates(lambda z, b, r, s: 0 * r.gates), "values"),
+    "gates are detached": (_gates(lambda z, b, r, s: r.gates.detach()), "gradients"),
+    "one slot gets no gradient": (_gates(lambda z, b, r, s: torch.cat([r.gates[:, :-1], r.gates[:, -1:].detach()], 1)), "gradients"),
+    "never renormalised": (_changed(renormalise=False), "values"),
+    "never scaled": (_changed(scale=1.0), "values"),
+    "group score is always the maximum": (_changed(group_score="max"), "values"),
+    "the bias is in the gates": (_gates(lambda z, b, r, s: r.gates + b[r.expert_ids]), "values"),
+    "the score is recovered by subtracting the bias": (_gates(lambda z, b, r, s: (r.gates + b[r.expert_ids]) - b[r.expert_ids]), "values"),
+    "gates are normalised over tokens": (_gates(lambda z, b, r, s: r.gates / r.gates.sum(0)), "values"),
+    "logits are rounded to bfloat16": (_on(lambda z: z.bfloat16()), "values"),
+    "experts from 256 on are never chosen": (_on(lambda z: torch.where(torch.arange(z.shape[1]) < 256, z, -100.0)), "values"),
+    "the last token is routed like the first": (_on(lambda z: torch.cat([z[:-1], z[:1]]) if len(z) else z), "values"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_routers_fail(name: str) -> None:
+    wrong, check = WRONG[name]
+    assert first_finding(wrong, check)
+
+
+# -------------------------------------------------------------------------------------------- bad arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(3, 4), RouterSpec(5)), ValueError, "top_k is 5; .* at most .* 4"),
+        (
+            (torch.zeros(3, 4), RouterSpec(3, groups=2, keep_groups=1)),
+            ValueError,
+            "top_k is 3; .* at most .* 2",
+        ),
+        ((torch.zeros(3, 4), RouterSpec(1, groups=3)), ValueError, "groups is 3; it must divide .* 4"),
+        (
+            (torch.zeros(3, 4), RouterSpec(1, groups=4, group_score="top2_sum")),
+            ValueError,
+            "'top2_sum' needs groups of at least 2",
+        ),
+        ((torch.zeros(4), RouterSpec(1)), ValueError, r"logits has shape \[4\]; it must be \[T, E\]"),
+        ((torch.zeros(3, 4, dtype=torch.long), RouterSpec(1)), TypeError, "logits .* torch.int64"),
+        (([[1.0]], RouterSpec(1)), TypeError, "logits .* list"),
+    ],
+)
+def test_route_refuses(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        route(*arguments)
+
+
+def test_route_refuses_a_bias_of_the_wrong_size() -> None:
+    with pytest.raises(ValueError, match=r"selection_bias has shape \[3\]; it must be \[4\]"):
+        route(torch.zeros(2, 4), RouterSpec(1), selection_bias=torch.zeros(3))
+
+
+def test_noisy_top_k_refuses_groups_and_unequal_shapes() -> None:
+    with pytest.raises(ValueError, match="groups is 2; noisy gating"):
+        noisy_top_k(torch.zeros(2, 4), torch.zeros(2, 4), RouterSpec(1, groups=2))
+    with pytest.raises(ValueError, match=r"raw_scale has shape \[2, 3\]"):
+        noisy_top_k(torch.zeros(2, 4), torch.zeros(2, 3), RouterSpec(1))
+
+
+# ----------------------------------------------------------------------------------- load and importance
+
+
+def test_saturated_scores_do_not_make_ties() -> None:
+    """Where softmax underflows and sigmoid reaches 1, the logits still decide."""
+    logits = torch.tensor([[0.0, 500.0, 1000.0, 400.0]])
+    for score in ("softmax", "sigmoid"):
+        assert route(logits, RouterSpec(3, score)).expert_ids.tolist() == [[2, 1, 3]]
+
+
+@pytest.mark.parametrize(
+    "check", (balance_checks.load_values, balance_checks.load_gradients, balance_checks.load_matches_redraws)
+)
+def test_smooth_load(check: Callable) -> None:
+    check(smooth_load)
+
+
+def test_count_load() -> None:
+    balance_checks.counts_visits(count_load)
+
+
+def test_importance() -> None:
+    balance_checks.importance_values(importance)
+
+
+def test_noisy_gating_agrees_with_redraws_of_its_noise() -> None:
+    balance_checks.gating_matches_redraws(noisy_top_k)
+
+
+def test_the_noise_of_the_notebook_does_not() -> None:
+    with pytest.raises(CheckFailed, match="the load minus the count of choices"):
+        balance_checks.gating_matches_redraws(uniform_noise_gating)
+
+
+def test_noise_of_another_scale_does_not() -> None:
+    def louder(clean: Tensor, raw_scale: Tensor, spec: RouterSpec, **options):
+        return noisy_top_k(clean, raw_scale, spec, noise_epsilon=0.2, **options)
+
+    with pytest.raises(CheckFailed, match="Normal noise of the paper"):
+        balance_checks.gating_matches_redraws(louder)
+
+
+WRONG_LOADS = {
+    "the threshold is always the k-th": lambda clean, noisy, scale, k: torch.special.ndtr(
+        (clean - noisy.topk(k).values[:, -1:]) / scale
+    ).sum(0),
+    "the threshold is always the k+1-th": lambda clean, noisy, scale, k: torch.special.ndtr(
+        (clean - noisy.topk(k + 1).values[:, -1:]) / scale
+    ).sum(0),
+    "noisy in place of clean": lambda clean, noisy, scale, k: smooth_load(noisy, noisy, scale, k),
+    "without the scale": lambda clean, noisy, scale, k: smooth_load(clean, noisy, torch.ones_like(scale), k),
+    "k is off by one": lambda clean, noisy, scale, k: smooth_load(clean, noisy, scale, max(1, k - 1)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LOADS)
+@pytest.mark.parametrize("check", (balance_checks.load_values, balance_checks.load_matches_redraws))
+def test_wrong_loads_fail(name: str, check: Callable) -> None:
+    with pytest.raises(CheckFailed):
+        check(WRONG_LOADS[name])
+
+
+def test_the_load_with_every_expert_chosen_is_the_count() -> None:
+    clean = torch.randn(5, 3)
+    _, load = noisy_top_k(clean, clean, RouterSpec(3, score="topk_softmax"))
+    assert load.tolist() == [5, 5, 5]
+
+
+def test_noise_is_reproduced_by_a_generator() -> None:
+    clean = torch.randn(5, 8)
+    spec = RouterSpec(2, score="topk_softmax")
+    first, again = (
+        noisy_top_k(clean, clean, spec, generator=torch.Generator().manual_seed(7)) for _ in range(2)
+    )
+    assert torch.equal(first[0].gates, again[0].gates)
+    assert torch.equal(first[1], again[1])
+    other = noisy_top_k(clean, clean, spec, generator=torch.Generator().manual_seed(8))
+    assert not torch.equal(first[0].gates, other[0].gates)

@@ -1,0 +1,236 @@
+"""The contract between a router, an implementation and the suite that checks them.
+
+The layer is cut after routing: a router decides once which experts each token visits and with which
+weights, and an implementation is a pure function of that decision::
+
+    forward(x, routing, experts, *, combine="sum") -> y
+
+Notation, here and everywhere: T tokens, D input features (d_model), H hidden features of an expert,
+O output features, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_clamped")
+ACTIVATIONS = ("relu", "gelu", "silu", *GATED_ACTIVATIONS)
+OUTPUT_ACTIVATIONS = ("none", "relu")
+COMBINES = ("sum", "logsumexp")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda")
+SCORES = ("softmax", "sigmoid", "topk_softmax")
+GROUP_SCORES = ("max", "top2_sum")
+
+
+class Routing(NamedTuple):
+    """Which experts each token visits, and the weight of each visit.
+
+    expert_ids: [T, K] int64 in [0, E), distinct within a row, in any order.
+    gates: [T, K] combine weights, float32 or the dtype of x; any sign and size, and a row need not sum
+        to one. A gate of exactly zero still has a gradient.
+    """
+
+    expert_ids: Tensor
+    gates: Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """E two-layer perceptrons with stacked weights.
+
+    w_in: [E, F, D]. F = H, or 2H for a gated activation: first the H gate rows, then the H up rows.
+    b_in: [E, F] or None.
+    w_out: [E, O, H].
+    b_out: [E, O] or None.
+    activation: relu | gelu (erf) | silu | swiglu | geglu | reglu | swiglu_clamped, where swiglu_clamped
+        is the gpt-oss form: gate = min(gate, 7), up = clamp(up, -7, 7),
+        gate * sigmoid(1.702 * gate) * (up + 1).
+    output_activation: none | relu, applied to the output of each expert before the combine.
+    """
+
+    w_in: Tensor
+    b_in: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
+    activation: str = "relu"
+    output_activation: str = "none"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights that are present, by field name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Experts:
+        """The same experts with ``function`` applied to each weight tensor."""
+        return replace(self, **{name: function(value) for name, value in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """What the routers of released models do, as data; ``moe_impls.router.route`` carries it out.
+
+    top_k: K, experts per token.
+    score: softmax | sigmoid | topk_softmax (softmax over the K chosen logits).
+    renormalise: divide the gates by their sum over K (softmax, sigmoid; topk_softmax sums to one anyway).
+    scale: multiplies the gates, whether renormalised or not.
+    groups, keep_groups: experts lie in ``groups`` equal, contiguous groups, and only the best
+        ``keep_groups`` of them may be chosen from.
+    group_score: max (DeepSeek-V2) | top2_sum, the sum of a group's two best scores (DeepSeek-V3).
+    """
+
+    top_k: int
+    score: str = "softmax"
+    renormalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    keep_groups: int = 1
+    group_score: str = "max"
+
+    def __post_init__(self) -> None:
+        check_choice("score", self.score, SCORES)
+        check_choice("group_score", self.group_score, GROUP_SCORES)
+        for name in ("top_k", "groups", "keep_groups"):
+            check_positive(name, getattr(self, name))
+        if self.keep_groups > self.groups:
+            raise ValueError(f"keep_groups is {self.keep_groups}; it must not exceed groups, {self.groups}")
+
+
+@dataclass(frozen=True)
+class Support:
+    """What an implementation declares that it can do. The suite tests all of it and nothing else.
+
+    An implementation's file may hold ``SUPPORT = Support(...)`` beside its ``forward``; without one,
+    every default below is claimed.
+
+    gradients: of x, the gates and every weight; without them the forward alone is tested.
+    second_order: gradients of gradients.
+    deterministic: equal inputs give bit-equal results and gradients.
+    compiles_per_case: each new combination of dtype and options costs a compilation (torch.compile);
+        the suite then takes the representative subset of options in ``correctness.problems``.
+    """
+
+    devices: tuple[str, ...] = DEVICES
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    activations: tuple[str, ...] = ACTIVATIONS
+    output_activations: tuple[str, ...] = OUTPUT_ACTIVATIONS
+    combines: tuple[str, ...] = COMBINES
+    biases: tuple[bool, ...] = (True, False)
+    gradients: bool = True
+    second_order: bool = False
+    deterministic: bool = True
+    compiles_per_case: bool = False
+
+
+Forward = Callable[..., Tensor]  # forward(x, routing, experts, *, combine="sum") -> y
+Prepared = Callable[..., Tensor]  # f(x, routing, *, combine="sum") -> y, without gradients
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A named ``forward`` and what it declares; ``moe_impls.registry.resolve`` makes them.
+
+    prepare: optional ``prepare(experts) -> f`` for weights in another layout; valid until they change.
+    """
+
+    name: str
+    forward: Forward
+    support: Support = Support()
+    prepare: Callable[[Experts], Prepared] | None = None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_choice(argument: str, value: object, valid: tuple) -> None:
+    """Raise ValueError unless ``value`` is one of ``valid``."""
+    if value not in valid:
+        raise ValueError(f"{argument} is {value!r}; valid are {', '.join(map(str, valid))}")
+
+
+def check_positive(argument: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is an int (bool is not), ValueError unless it is at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument} is {value!r}; it must be an int")
+    if value < 1:
+        raise ValueError(f"{argument} is {value}; it must be at least 1")
+
+
+def _check_tensor(name: str, value: object, shape: tuple[object, ...], like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor of shape {list(shape)}")
+    fits = len(value.shape) == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} has shape {list(value.shape)}; it must be [{wanted}]")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; it must be on the device of x, {like.device}")
+
+
+def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") -> None:
+    """Check everything the contract asks of the arguments of ``forward``.
+
+    Called by the layer and by the suite, not on the hot path of each implementation. It reads the values
+    of ``expert_ids`` and so synchronises with the device.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a dtype that the contract does not allow.
+        ValueError: a shape, device, id, activation or combine is not valid; the message names the
+            argument, its value and what is valid.
+    """
+    check_choice("activation", experts.activation, ACTIVATIONS)
+    check_choice("output_activation", experts.output_activation, OUTPUT_ACTIVATIONS)
+    check_choice("combine", combine, COMBINES)
+
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; it must be a tensor of shape [T, D]")
+    _check_tensor("x", x, ("T", "D"), x)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; valid are {', '.join(map(str, DTYPES))}")
+    T, D = x.shape
+
+    expert_ids, gates = routing
+    _check_tensor("w_in", experts.w_in, ("E", "F", D), x)
+    E, F, _ = experts.w_in.shape
+    gated = experts.activation in GATED_ACTIVATIONS
+    if gated and F % 2:
+        raise ValueError(f"w_in has {F} rows; activation {experts.activation!r} needs an even number, 2H")
+    H = F // 2 if gated else F
+    _check_tensor("w_out", experts.w_out, (E, "O", H), x)
+    if experts.b_in is not None:
+        _check_tensor("b_in", experts.b_in, (E, F), x)
+    if experts.b_out is not None:
+        _check_tensor("b_out", experts.b_out, (E, experts.w_out.shape[1]), x)
+    for name, weight in experts.tensors.items():
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {weight.dtype}; it must have the dtype of x, {x.dtype}")
+
+    _check_tensor("expert_ids", expert_ids, (T, "K"), x)
+    if expert_ids.dtype != torch.int64:
+        raise TypeError(f"expert_ids has dtype {expert_ids.dtype}; it must be torch.int64")
+    K = expert_ids.shape[1]
+    if not 1 <= K <= E:
+        raise ValueError(f"K, the second dimension of expert_ids, is {K}; it must be from 1 to E = {E}")
+    _check_tensor("gates", gates, (T, K), x)
+    if gates.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"gates has dtype {gates.dtype}; it must be torch.float32 or the dtype of x, {x.dtype}")
+    if T:
+        low, high = (int(v) for v in expert_ids.aminmax())
+        if low < 0 or high >= E:
+            raise ValueError(f"expert_ids holds {low if low < 0 else high}; ids must be in [0, {E})")
+        ordered = expert_ids.sort(dim=1).values
+        repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+        if repeated.any():
+            row = int(repeated.nonzero()[0])
+            raise ValueError(f"expert_ids[{row}] is {expert_ids[row].tolist()}; the ids of a row must be distinct")
+    if combine == "logsumexp" and bool((gates < 0).any()):
+        raise ValueError(f"gates holds {float(gates.min())}; combine 'logsumexp' needs gates >= 0")

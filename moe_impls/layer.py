@@ -1,0 +1,277 @@
+"""The layer: parameters, gating, losses and leading dimensions around any implementation."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_impls.functional import accumulation_dtype
+from moe_impls.interface import (
+    GATED_ACTIVATIONS,
+    Experts,
+    Implementation,
+    RouterSpec,
+    Routing,
+    check_choice,
+    check_inputs,
+    check_positive,
+    dtype_name,
+)
+from moe_impls.losses import auxiliary_loss
+from moe_impls.registry import resolve
+from moe_impls.router import count_load, importance, noisy_top_k, route
+
+
+class MoE(nn.Module):
+    """Sparsely-gated mixture of experts (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Defaults are the paper's and the notebook's: noisy top-k gating, experts of two layers with biases and a
+    ReLU after each, combined linearly.
+
+    Args:
+        input_size, output_size, num_experts, hidden_size: D, O, E and H.
+        noisy_gating: add learned noise to the logits while training.
+        k: experts per token, K.
+        implementation: what computes the experts: a name that `moe_impls.registry.resolve` takes, or an
+            `Implementation`.
+        combine: sum | logsumexp.
+        activation: of the hidden layer, one of `moe_impls.interface.ACTIVATIONS`.
+        output_activation: relu | none, applied to each expert's output.
+        bias: whether both layers of the experts have biases.
+        router: how logits become gates, in place of ``RouterSpec(k, score="topk_softmax")``; its ``top_k`` is
+            then K, and ``k`` is not read. Routers with groups need ``noisy_gating=False``.
+        generator: draws the gate's noise, so that a run can be repeated; None is torch's global generator.
+        device, dtype: of the parameters.
+
+    Attributes:
+        w_gate, w_noise: [D, E]. Both start at zero, as in the paper, so that at first the noise alone
+            decides. Without noise nothing would tell the experts apart and all tokens would visit the same
+            K, so with ``noisy_gating=False`` w_gate starts as the weight of an ``nn.Linear``.
+        w_in, b_in, w_out, b_out: the experts' stacked weights, as in `Experts`. Each expert starts like two
+            ``nn.Linear`` layers: uniform within ± 1 / sqrt(inputs).
+
+    Raises:
+        TypeError, ValueError: an argument is not valid, or the implementation does not declare it.
+    """
+
+    b_in: nn.Parameter | None
+    b_out: nn.Parameter | None
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        num_experts: int,
+        hidden_size: int,
+        noisy_gating: bool = True,
+        k: int = 4,
+        *,
+        implementation: str | Implementation = "sorted_dispatch",
+        combine: str = "sum",
+        activation: str = "relu",
+        output_activation: str = "relu",
+        bias: bool = True,
+        router: RouterSpec | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"input_size": input_size, "output_size": output_size}
+        sizes |= {"num_experts": num_experts, "hidden_size": hidden_size, "k": k}
+        for name, value in sizes.items():
+            check_positive(name, value)
+        if router is None and k > num_experts:
+            raise ValueError(f"k is {k}; it must be at most num_experts, {num_experts}")
+
+        self.input_size, self.output_size = input_size, output_size
+        self.num_experts, self.hidden_size = num_experts, hidden_size
+        self.noisy_gating = noisy_gating
+        self.router = router or RouterSpec(k, score="topk_softmax")
+        self.k = self.router.top_k
+        self.combine = combine
+        self.activation, self.output_activation = activation, output_activation
+        self.generator = generator
+        self.implementation = implementation
+        self._resolved = self._resolve()
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        D, O, E, H = input_size, output_size, num_experts, hidden_size
+        F = 2 * H if activation in GATED_ACTIVATIONS else H
+        self.w_gate, self.w_noise = parameter(D, E), parameter(D, E)
+        self.w_in, self.w_out = parameter(E, F, D), parameter(E, O, H)
+        self.register_parameter("b_in", parameter(E, F) if bias else None)
+        self.register_parameter("b_out", parameter(E, O) if bias else None)
+        self._check_configuration()
+        self.reset_parameters()
+
+    def _resolve(self) -> Implementation:
+        return resolve(self.implementation) if isinstance(self.implementation, str) else self.implementation
+
+    def _check_configuration(self) -> None:
+        """Check all that does not depend on the input: here, once.
+
+        `check_inputs` also reads the values of a routing: in each call that would cost 0.8 ms for 2,048
+        tokens and K = 8 on two CPU cores, and a wait for the device on CUDA, to find out what `route` guarantees.
+        """
+        support, of = self._resolved.support, f"of implementation {self._resolved.name}"
+        check_choice(f"dtype {of}", self.w_in.dtype, support.dtypes)
+        x = self.w_in.new_empty(0, self.input_size)  # no tokens, so there are no values to read
+        routing, _ = self.gate(x)
+        check_inputs(x, routing, self.experts, self.combine)
+        check_choice(f"activation {of}", self.activation, support.activations)
+        check_choice(f"output_activation {of}", self.output_activation, support.output_activations)
+        check_choice(f"combine {of}", self.combine, support.combines)
+        check_choice(f"bias {of}", self.b_in is not None, support.biases)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters, from torch's global generator."""
+        for weight, bias, inputs in (
+            (self.w_in, self.b_in, self.input_size),
+            (self.w_out, self.b_out, self.hidden_size),
+        ):
+            nn.init.uniform_(weight, -(inputs**-0.5), inputs**-0.5)
+            if bias is not None:
+                nn.init.uniform_(bias, -(inputs**-0.5), inputs**-0.5)
+        nn.init.zeros_(self.w_noise)
+        if self.noisy_gating:
+            nn.init.zeros_(self.w_gate)
+        else:
+            nn.init.uniform_(self.w_gate, -(self.input_size**-0.5), self.input_size**-0.5)
+
+    @property
+    def experts(self) -> Experts:
+        """The experts' parameters in the form that implementations take."""
+        return Experts(self.w_in, self.b_in, self.w_out, self.b_out, self.activation, self.output_activation)
+
+    def gate(self, x: Tensor) -> tuple[Routing, Tensor]:
+        """The routing of tokens x [T, D], and the load of each expert [E].
+
+        Logits are computed in at least float32, under autocast too. The load is the smooth estimate while
+        training with noise and K < E, and otherwise a count (int64), which has no gradient.
+        """
+        dtype = accumulation_dtype(x.dtype)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device)  # not on the meta device
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            wide = x.to(dtype)
+            clean = wide @ self.w_gate.to(dtype)  # [T, E]
+            if self.noisy_gating and self.training:
+                raw_scale = wide @ self.w_noise.to(dtype)
+                return noisy_top_k(clean, raw_scale, self.router, generator=self.generator)
+            routing = route(clean, self.router)
+            return routing, count_load(routing, self.num_experts)
+
+    def forward(self, x: Tensor, loss_coef: float = 1e-2) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: [..., D] with any leading dimensions, in the dtype of the parameters.
+            loss_coef: weight of the auxiliary loss.
+
+        Returns:
+            y [..., O] in the dtype of x, and the scalar loss
+            loss_coef * (cv²(importance) + cv²(load)) over all tokens, in at least float32.
+
+        Raises:
+            TypeError, ValueError: x is no tensor, or its width, dtype or device does not fit. These checks
+                read no values and cost microseconds; all else was checked by the constructor.
+        """
+        self._check_input(x)
+        tokens = x.reshape(-1, self.input_size)  # [T, D]
+        routing, load = self.gate(tokens)
+        y = self._resolved.forward(tokens, routing, self.experts, combine=self.combine)  # [T, O]
+        loss = auxiliary_loss(importance(routing, self.num_experts), load, loss_coef)
+        return y.reshape(*x.shape[:-1], self.output_size), loss
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x is a {type(x).__name__}; it must be a tensor of shape [..., {self.input_size}]"
+            )
+        if x.ndim == 0 or x.shape[-1] != self.input_size:
+            raise ValueError(f"x has shape {list(x.shape)}; it must be [..., {self.input_size}]")
+        if x.device != self.w_in.device:
+            raise ValueError(f"x is on {x.device}; it must be on the device of the layer, {self.w_in.device}")
+        if x.dtype != self.w_in.dtype:
+            raise TypeError(f"x has dtype {x.dtype}; it must have the dtype of the layer, {self.w_in.dtype}")
+        support, name = self._resolved.support, self._resolved.name
+        check_choice(f"device of implementation {name}", x.device.type, support.devices)
+        check_choice(f"dtype of implementation {name}", x.dtype, support.dtypes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An implementation given by name is pickled by name: a function from a file has no importable module.
+        return {name: value for name, value in super().__getstate__().items() if name != "_resolved"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._resolved = self._resolve()
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.input_size}, {self.output_size}, {self.num_experts}, {self.hidden_size}"
+        return (
+            f"{sizes}, noisy_gating={self.noisy_gating}, k={self.k}, implementation={self._resolved.name!r}, "
+            f"combine={self.combine!r}, activation={self.activation!r}, "
+            f"output_activation={self.output_activation!r}, bias={self.b_in is not None}, "
+            f"dtype={dtype_name(self.w_in.dtype)}"
+        )
+
+
+# Names of the notebook's layer: one module for each expert, and two buffers of its Normal distribution.
+_NOTEBOOK_EXPERT = re.compile(r"experts\.(\d+)\.(fc1|fc2)\.(weight|bias)")
+_NOTEBOOK_BUFFERS = {"mean": 0.0, "std": 1.0}
+_STACKED = {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_out": "fc2.bias"}
+
+
+def from_notebook_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of `MoE` from that of a layer with one module for each expert.
+
+    Args:
+        state: w_gate, w_noise, experts.{i}.fc1.weight [H, D] and .bias [H], experts.{i}.fc2.weight [O, H]
+            and .bias [O]; the buffers mean and std are left out.
+
+    Raises:
+        ValueError: a key is unknown or missing; the message names it.
+    """
+    known = {"w_gate", "w_noise", *_NOTEBOOK_BUFFERS}
+    found = {name: int(match[1]) for name in state if (match := _NOTEBOOK_EXPERT.fullmatch(name))}
+    if unknown := state.keys() - known - found.keys():
+        raise ValueError(f"state has unknown keys {', '.join(sorted(unknown))}")
+    num_experts = 1 + max(found.values(), default=0)
+    wanted = {f"experts.{i}.{layer}" for i in range(num_experts) for layer in _STACKED.values()}
+    if missing := (wanted | {"w_gate", "w_noise"}) - state.keys():
+        raise ValueError(f"state lacks the keys {', '.join(sorted(missing))}")
+    stacked = {
+        name: torch.stack([state[f"experts.{i}.{layer}"] for i in range(num_experts)])
+        for name, layer in _STACKED.items()
+    }
+    return {"w_gate": state["w_gate"], "w_noise": state["w_noise"], **stacked}
+
+
+def to_notebook_state_dict(state: Mapping[str, Tensor], *, buffers: bool = True) -> dict[str, Tensor]:
+    """The inverse of `from_notebook_state_dict`, for an `MoE` with biases.
+
+    Args:
+        buffers: add mean [1] and std [1], the parameters of the standard Normal that the notebook's layer
+            keeps as buffers.
+
+    Raises:
+        ValueError: a key is unknown or missing; the message names it.
+    """
+    wanted = {"w_gate", "w_noise", *_STACKED}
+    if wrong := wanted ^ state.keys():
+        raise ValueError(
+            f"state lacks or should not have {', '.join(sorted(wrong))}; it must have {sorted(wanted)}"
+        )
+    plain = {"w_gate": state["w_gate"], "w_noise": state["w_noise"]}
+    if buffers:
+        plain |= {name: state["w_gate"].new_tensor([value]) for name, value in _NOTEBOOK_BUFFERS.items()}
+    for name, layer in _STACKED.items():
+        plain |= {f"experts.{i}.{layer}": weight.clone() for i, weight in enumerate(state[name])}
+    return plain

@@ -1,0 +1,114 @@
+"""The implementations by name, and how a name on the command line becomes one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moe_impls.interface import Implementation, Support
+
+# Each name is a module of this package that exports `forward` and may export `SUPPORT` and `prepare`.
+IMPLEMENTATIONS = ("dense_mask", "sorted_dispatch", "index_add", "compiled")
+
+
+class ResolveError(ValueError):
+    """A name on the command line that leads to no usable function; the message says why in one line."""
+
+
+def resolve(name: str) -> Implementation:
+    """The implementation that ``name`` means.
+
+    Args:
+        name: a name in IMPLEMENTATIONS, ``package.module:function`` or ``path/file.py:function``. The
+            module may hold ``SUPPORT``, a ``Support`` that says what the function can do.
+
+    Raises:
+        ResolveError: unknown name, missing file, failing import, no such function or a signature that
+            cannot be called as ``forward(x, routing, experts, combine=...)``.
+    """
+    if ":" not in name:
+        if name not in IMPLEMENTATIONS:
+            raise ResolveError(
+                f"unknown implementation {name!r}; valid are {', '.join(IMPLEMENTATIONS)}, "
+                "package.module:function and path/file.py:function"
+            )
+        module = importlib.import_module(f"moe_impls.{name}")
+        function = module.forward
+    else:
+        module, function = load_function(name)
+        check_signature(name, function, 3, ("combine",))
+    support = getattr(module, "SUPPORT", Support())
+    if not isinstance(support, Support):
+        raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
+    return Implementation(name, function, support, getattr(module, "prepare", None))
+
+
+def load_function(name: str) -> tuple[ModuleType, Any]:
+    """The module and the function of ``package.module:function`` or ``path/file.py:function``.
+
+    Raises:
+        ResolveError: missing file, failing import, or no such function.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        module = _load_file(Path(place))
+    else:
+        try:
+            module = importlib.import_module(place)
+        except Exception as error:  # whatever a stranger's module raises is the answer to give
+            raise ResolveError(f"{name}: importing {place} failed: {_one_line(error)}") from error
+    function = getattr(module, attribute, None)
+    if function is None:
+        functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        raise ResolveError(f"{name}: {place} has no {attribute!r}; it has {', '.join(functions) or 'no functions'}")
+    if not callable(function):
+        raise ResolveError(f"{name}: {attribute!r} is a {type(function).__name__}, not a function")
+    return module, function
+
+
+def _load_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise ResolveError(f"{path} does not exist or is no file")
+    # A name of its own for each path, so that two files called moe.py do not replace each other.
+    module_name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and torch.compile look the module up while it loads
+    sys.path.insert(0, str(path.parent))  # so that the file may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[module_name]
+        if isinstance(error, Exception | SystemExit):
+            raise ResolveError(f"importing {path} failed: {_one_line(error)}") from error
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def check_signature(name: str, function: Any, positional: int, keywords: tuple[str, ...]) -> None:
+    """Raise ResolveError unless ``function`` takes that many positional arguments and those keywords."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none; calling them will tell
+        return
+    try:
+        signature.bind(*[None] * positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        wanted = ", ".join(["_"] * positional + [f"{k}=..." for k in keywords])
+        raise ResolveError(f"{name} has signature {signature}; it must take ({wanted}): {error}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

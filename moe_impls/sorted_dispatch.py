@@ -1,0 +1,43 @@
+"""Sort the slots by expert, give each expert one contiguous slice, and put the results back.
+
+The idea of the SparseDispatcher of tensor2tensor's ``expert_utils``: T * K rows are computed, none twice.
+The sizes of the slices are read by the host, once per call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_impls.dispatcher import sort_by_expert
+from moe_impls.functional import combine_slots, expert_mlp
+from moe_impls.interface import Experts, Routing, Support
+
+SUPPORT = Support(second_order=True)
+
+
+def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
+    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    T, K = routing.expert_ids.shape
+    E, O, _ = experts.w_out.shape
+    order, counts = sort_by_expert(routing.expert_ids, E)  # [T * K], [E]
+
+    # Each slot reads its own row of an expanded view, so that the backward sums a token's K gradients in
+    # one reduction, which accumulates in float32, and not one by one in the dtype of x.
+    rows = x.unsqueeze(1).expand(T, K, -1)[order // K, order % K]  # [T * K, D]
+
+    # Iterating w[e] would make the backward write a full-size gradient for every expert; unbind writes one.
+    weights = {name: weight.unbind(0) for name, weight in experts.tensors.items()}
+    outputs = []
+    for expert, part in enumerate(rows.split(counts.tolist())):
+        if len(part) or T == 0:  # without tokens every expert runs on no rows, so that gradients are zeros
+            w_in, b_in, w_out, b_out = (
+                weights[name][expert] if name in weights else None for name in ("w_in", "b_in", "w_out", "b_out")
+            )
+            outputs.append(
+                expert_mlp(part, w_in, b_in, w_out, b_out, experts.activation, experts.output_activation)
+            )
+    sorted_outputs = torch.cat(outputs)  # [T * K, O]
+
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))
+    return combine_slots(sorted_outputs[inverse].view(T, K, O), routing.gates, combine)
