@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,43 +77,44 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _sweep(config: pytest.Config) -> Sweep:
-    option = config.getoption
-    device, dtype = option("device"), option("dtype")
+    option = config.option
+    device, dtype = option.device, option.dtype
     check_choice("--device", device.partition(":")[0], DEVICES)
     check_choice("--dtype", dtype, tuple(map(dtype_name, DTYPES)))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device here")
-    for mode in option("mode") or ():
+    for mode in option.mode or ():
         check_choice("--mode", mode, MODES)
     for name in ("seconds", "cell_timeout"):
-        if option(name) is not None and not option(name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {option(name)}; it must be above 0")
-    implementations = [resolve(name) for name in dict.fromkeys(option("impl") or IMPLEMENTATIONS)]
+        if getattr(option, name) is not None and not getattr(option, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(option, name)}; it must be above 0")
+    implementations = [resolve(name) for name in dict.fromkeys(option.impl or IMPLEMENTATIONS)]
 
     cells: dict[str, tuple[Problem, str]] = {}
     for block in _blocks(config):
         for problem in block.problems():
-            made = replace(problem, device=device, dtype=getattr(torch, dtype), seed=option("seed"))
-            for mode in option("mode") or MODES:
+            made = replace(problem, device=device, dtype=getattr(torch, dtype), seed=option.seed)
+            for mode in option.mode or MODES:
                 cells[_cell_id(made, mode)] = (made, mode)
-    name = "-".join(option("model") or [option("grid")])
+    name = "-".join(option.model or [option.grid])
     environment = record.environment(device, record.slug(name))
     return Sweep(
         cells,
         {implementation.name: implementation for implementation in implementations},
         environment,
-        Settings(option("seconds") or SECONDS[option("grid")], call_timeout_s=option("cell_timeout")),
-        Path(option("out") or record.ROOT / "results" / environment.machine),
+        Settings(option.seconds or SECONDS[option.grid], call_timeout_s=option.cell_timeout),
+        Path(option.out or record.ROOT / "results" / environment.machine),
     )
 
 
 def _blocks(config: pytest.Config) -> list[Workloads]:
     """The grid or the models, with the sizes and loads of the command line in place of their own."""
-    check_choice("--grid", config.getoption("grid"), tuple(GRIDS))
-    models = config.getoption("model") or []
+    option = config.option
+    check_choice("--grid", option.grid, tuple(GRIDS))
+    models = option.model or []
     for name in models:
         check_choice("--model", name, tuple(MODELS))
-    chosen = {size: tuple(dict.fromkeys(config.getoption(size))) for size in SIZES if config.getoption(size)}
+    chosen = {size: tuple(dict.fromkeys(getattr(option, size))) for size in SIZES if getattr(option, size)}
     for size, values in chosen.items():
         if min(values) < 1:
             raise ValueError(f"--{size} is {min(values)}; it must be at least 1")
@@ -122,12 +124,12 @@ def _blocks(config: pytest.Config) -> list[Workloads]:
             f"{', '.join(fixed)} cannot be given with --model, whose layer is fixed; valid is --T"
         )
     changes: dict[str, tuple] = dict(chosen)
-    for load in config.getoption("load") or ():
+    for load in option.load or ():
         check_choice("--load", load, tuple(LOADS))
-    if config.getoption("load"):
-        changes["load"] = tuple(dict.fromkeys(config.getoption("load")))
+    if option.load:
+        changes["load"] = tuple(dict.fromkeys(option.load))
     # Given sizes or loads replace the axes of the grid's first block: its other blocks hold single cases.
-    grid = GRIDS[config.getoption("grid")]
+    grid = GRIDS[option.grid]
     blocks = [MODELS[name] for name in models] or list(grid[:1] if changes else grid)
     blocks = [replace(block, **changes) for block in blocks]
     if {"E", "K"} & set(chosen):
@@ -183,7 +185,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     except OSError as error:
         raise pytest.UsageError(f"--out: {path} cannot be written: {error.strerror or error}") from error
     sweep.csv = path
-    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
     stream = terminal._tw._file
     bar = stream.isatty() and config.get_verbosity() == 0
     if not bar:
@@ -198,9 +200,7 @@ def rows(request: pytest.FixtureRequest) -> dict[str, record.Row]:
     problem, mode = sweep.cells[request.param]
     names = _selected(request.session.items)[request.param]
     assert sweep.csv is not None and sweep.progress is not None
-    capture = request.config.pluginmanager.get_plugin(
-        "capturemanager"
-    )  # lets what follows reach the terminal
+    capture: Any = request.config.pluginmanager.get_plugin("capturemanager")  # lets progress be seen
     with capture.global_and_fixture_disabled():
         sweep.progress.begin(request.param)
     chosen = [sweep.implementations[name] for name in names]

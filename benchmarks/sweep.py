@@ -228,7 +228,7 @@ def _row(
         return row
     samples_ms = tuple(round(s * 1e3, 6) for s in timing.samples_s)
     median_ms = statistics.median(samples_ms)
-    limit_ms = statistics.median(limit.samples_s) * 1e3
+    limit_ms = float(f"{statistics.median(limit.samples_s) * 1e3:.6g}")
     p20_ms, p80_ms = (float(q) for q in np.quantile(samples_ms, (0.2, 0.8)))
     return replace(
         row,
@@ -240,7 +240,7 @@ def _row(
         p80_ms=round(p80_ms, 6),
         tokens_per_s=float(f"{p.T / median_ms * 1e3:.6g}"),
         tflop_per_s=float(f"{row.flops / median_ms / 1e9:.6g}"),
-        limit_ms=round(limit_ms, 6),
+        limit_ms=limit_ms,
         efficiency=float(f"{limit_ms / median_ms:.6g}"),
         compile_ms=round(max(0.0, cell.first_call_s * 1e3 - median_ms), 3),
         peak_memory_bytes=cell.peak_memory_bytes,

@@ -1,4 +1,4 @@
-"""What loads, importance and balance losses are held to: checks of one function each, raising ``CheckFailed``."""
+"""What loads, importance and balance losses are held to: checks of one function each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _logits(T: int = 17, E: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def load_values(smooth_load: Callable[..., Tensor]) -> None:
-    """smooth_load(clean, noisy, scale, k) is the oracle's, for every k, in float64 and float32; T may be 0."""
+    """smooth_load(clean, noisy, scale, k) is the oracle's, for every k, in float64 and float32."""
     for dtype in (torch.float64, torch.float32):
         for k in range(1, 7):
             arguments = _logits()
@@ -59,8 +59,8 @@ def load_gradients(smooth_load: Callable[..., Tensor]) -> None:
         weights = _normal(7, seed=3)
         grads = []
         for function in (smooth_load, oracle.smooth_load):
-            leaves = [t.clone().requires_grad_() for t in _logits()]
-            load = function(*leaves, k)
+            clean, noisy, scale = leaves = [t.clone().requires_grad_() for t in _logits()]
+            load = function(clean, noisy, scale, k)
             if not load.requires_grad:
                 raise CheckFailed("the load does not require a gradient though the logits do")
             grads.append(torch.autograd.grad((weights * load).sum(), leaves, allow_unused=True))
@@ -139,7 +139,7 @@ def counts_visits(count_load: Callable[[Routing, int], Tensor]) -> None:
 
 
 def importance_values(importance: Callable[[Routing, int], Tensor]) -> None:
-    """importance(routing, E) sums the gates of each expert; its gradient in each gate is that of its expert."""
+    """importance(routing, E) sums the gates of each expert; a gate's gradient is its expert's."""
     E, weights = 9, _normal(9, seed=1)
     ids = _normal(40, E).topk(4, dim=1).indices
     gates = _normal(40, 4, seed=2).requires_grad_()

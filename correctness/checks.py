@@ -81,7 +81,7 @@ def inputs_unchanged(subject: Implementation, problem: Problem) -> None:
 
 
 def strides(subject: Implementation, problem: Problem) -> None:
-    """Inputs need not be contiguous: the same numbers in transposed and offset memory give the same results."""
+    """Inputs need not be contiguous: transposed and offset memory gives the same results."""
 
     def scattered(t: Tensor) -> Tensor:
         padded = torch.full([*(2 * s + 1 for s in t.shape)], torch.nan, dtype=t.dtype, device=t.device).mT
@@ -196,7 +196,9 @@ class Case:
             raise CheckFailed(f"{self.subject.name} fails {self.check.name!r}: {failure}") from failure
 
 
-def cases(subjects: Iterable[Implementation], checks: Iterable[Check] = CHECKS, device: str = "cpu") -> list[Case]:
+def cases(
+    subjects: Iterable[Implementation], checks: Iterable[Check] = CHECKS, device: str = "cpu"
+) -> list[Case]:
     """The loop over implementations and problems. Problems come outermost: their oracle is then made once."""
     subjects = list(subjects)
     return [

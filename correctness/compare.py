@@ -32,12 +32,12 @@ SAMPLED_EXPERTS = 8
 
 
 class CheckFailed(AssertionError):
-    """A check's finding about an implementation: what is wrong, where, by how much, and how to see it again."""
+    """A check's finding about an implementation: what is wrong, where, how much, how to see it again."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The oracle's results for one problem and the error that each tensor is allowed, as a multiple of scale."""
+    """The oracle's results for one problem, and each tensor's allowed error as a multiple of scale."""
 
     problem: Problem
     oracle: Evaluation
@@ -78,7 +78,7 @@ def _compared_experts(problem: Problem, ids: Tensor) -> list[int] | None:
 
 
 def row_errors(result: Tensor, oracle: Evaluation, name: str) -> Tensor:
-    """Error of each row relative to its scale: [T] for y and x, [T, K] for gates, [experts, rows] for weights."""
+    """Error of each row over its scale: [T] for y and x, [T, K] for gates, [experts, rows] for weights."""
     want, scale = oracle.values[name], oracle.scale[name]
     got = result.to(want.dtype)
     # Equal infinities agree; NaN never does.
@@ -96,7 +96,9 @@ def _worst(rows: Tensor) -> tuple[float, tuple[int, ...]]:
     if rows.numel() == 0:
         return 0.0, ()
     flat = int(rows.flatten().argmax())
-    return float(rows.flatten()[flat]), tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape))
+    return float(rows.flatten()[flat]), tuple(
+        int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)
+    )
 
 
 def run(
@@ -193,7 +195,7 @@ def require(results: dict[str, Tensor], ref: Reference) -> dict[str, float]:
 
 
 def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
-    """What is wrong with one tensor: where, how much, what it looks like, and the line that shows it again."""
+    """What is wrong with one tensor: where, how much, what it looks like, how to see it again."""
     rows, budget = errors(results, ref, name), ref.budget[name]
     error, index = _worst(rows)
     if name in ("y", "x"):
@@ -224,7 +226,9 @@ def _hint(bad: Tensor, name: str, results: dict[str, Tensor], ref: Reference) ->
     if name in ("w_in", "w_out", "b_in", "b_out"):
         whole = bad.flatten(1).all(dim=1).nonzero().flatten().tolist()
         if whole:
-            return f"all rows of expert(s) {[ref.oracle.kept[e] for e in whole][:8]} are wrong, others are right"
+            return (
+                f"all rows of expert(s) {[ref.oracle.kept[e] for e in whole][:8]} are wrong, others are right"
+            )
         return ""
     if name in ("y", "x"):
         first = int(bad.nonzero()[0])

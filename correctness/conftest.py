@@ -20,9 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--impl",
         action="append",
         metavar="NAME",
-        help="check only this implementation (repeatable): a name, package.module:function or path/file.py:function",
+        help="check only this implementation (repeatable): a name, package.module:fn or path/file.py:fn",
     )
-    group.addoption("--router", metavar="FILE:FN", help="check only this route(logits, spec, *, selection_bias=None)")
+    group.addoption(
+        "--router", metavar="FILE:FN", help="check only this route(logits, spec, *, selection_bias=None)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +52,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "case",
             [
-                pytest.param(case, id=case.id, marks=[pytest.mark.skip(reason=case.skip)] if case.skip else [])
+                pytest.param(
+                    case, id=case.id, marks=[pytest.mark.skip(reason=case.skip)] if case.skip else []
+                )
                 for case in cases(config.stash[SUBJECTS])
             ],
         )

@@ -109,7 +109,9 @@ class NotebookMoE(nn.Module):
 
     def forward(self, x: Tensor, loss_coef: float = 1e-2) -> tuple[Tensor, Tensor]:
         gates, load = self.gating(x)
-        loss = sum(v.float().var() / (v.float().mean() ** 2 + 1e-10) for v in (gates.sum(0), load))
+        imbalance = [v.float().var() / (v.float().mean() ** 2 + 1e-10) for v in (gates.sum(0), load)]
         dispatcher = NotebookDispatcher(self.num_experts, gates)
         parts = dispatcher.dispatch(x)
-        return dispatcher.combine([e(p) for e, p in zip(self.experts, parts, strict=True)]), loss_coef * loss
+        return dispatcher.combine([e(p) for e, p in zip(self.experts, parts, strict=True)]), loss_coef * sum(
+            imbalance, torch.zeros(())
+        )

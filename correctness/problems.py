@@ -52,7 +52,9 @@ class Inputs(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """The same call with ``function`` applied to each floating-point tensor."""
         ids, gates = self.routing
-        return Inputs(function(self.x), Routing(ids, function(gates)), self.experts.map(function), function(self.dy))
+        return Inputs(
+            function(self.x), Routing(ids, function(gates)), self.experts.map(function), function(self.dy)
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class Problem:
     def code(self) -> str:
         """One line of Python that makes this problem again."""
         shown = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
-        return f"Problem({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
+        return (
+            f"Problem({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
+        )
 
 
 def unsupported(support: Support, problem: Problem) -> str | None:
@@ -284,7 +288,9 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
     one feature of x and its weights are odd and all other weights even. So no derivative is taken at a kink.
     """
     if p.activation not in ("relu", "reglu") or p.combine != "sum":
-        raise ValueError(f"exact problems need relu or reglu and combine 'sum', not {p.activation}, {p.combine}")
+        raise ValueError(
+            f"exact problems need relu or reglu and combine 'sum', not {p.activation}, {p.combine}"
+        )
     if p.output_activation == "relu" and not p.bias:
         raise ValueError("exact problems with an output relu need biases, which keep outputs off its kink")
 
@@ -357,12 +363,71 @@ SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES f
 
 _EXACT = (
     Problem("integers", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", exact=True),
-    Problem("integers_out_relu", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", output_activation="relu", exact=True),
-    Problem("integers_gated", T=41, D=13, H=9, O=11, E=6, K=3, activation="reglu", bias=False, exact=True, seed=1),
-    Problem("integers_hot", T=1025, D=16, H=8, O=24, E=7, K=4, activation="relu", load="one_hot_expert", exact=True),
-    Problem("integers_empty", T=130, D=24, H=16, O=9, E=32, K=3, activation="relu", load="half_empty", exact=True, gates="one_zero"),
-    Problem("integers_cancelling", T=24, D=6, H=5, O=16, E=5, K=3, activation="relu", gates="cancelling", exact=True),
-    Problem("integers_many", T=600, D=10, H=6, O=7, E=300, K=2, activation="relu", bias=False, load="zipf", exact=True),
+    Problem(
+        "integers_out_relu",
+        T=41,
+        D=13,
+        H=9,
+        O=11,
+        E=6,
+        K=2,
+        activation="relu",
+        output_activation="relu",
+        exact=True,
+    ),
+    Problem(
+        "integers_gated", T=41, D=13, H=9, O=11, E=6, K=3, activation="reglu", bias=False, exact=True, seed=1
+    ),
+    Problem(
+        "integers_hot",
+        T=1025,
+        D=16,
+        H=8,
+        O=24,
+        E=7,
+        K=4,
+        activation="relu",
+        load="one_hot_expert",
+        exact=True,
+    ),
+    Problem(
+        "integers_empty",
+        T=130,
+        D=24,
+        H=16,
+        O=9,
+        E=32,
+        K=3,
+        activation="relu",
+        load="half_empty",
+        exact=True,
+        gates="one_zero",
+    ),
+    Problem(
+        "integers_cancelling",
+        T=24,
+        D=6,
+        H=5,
+        O=16,
+        E=5,
+        K=3,
+        activation="relu",
+        gates="cancelling",
+        exact=True,
+    ),
+    Problem(
+        "integers_many",
+        T=600,
+        D=10,
+        H=6,
+        O=7,
+        E=300,
+        K=2,
+        activation="relu",
+        bias=False,
+        load="zipf",
+        exact=True,
+    ),
 )
 EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES)
 
@@ -372,7 +437,7 @@ GRADCHECK = tuple(
     for a, o, c in itertools.product(ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES)
 )  # fmt: skip
 
-# What an implementation is tested on that compiles anew for each combination of options: every dtype, combine,
+# What an implementation that compiles anew for each case is tested on: every dtype, combine,
 # output activation and bias setting; and with the first of these all sizes, loads and gates.
 REPRESENTATIVE = (
     ("swiglu", "none", "sum", True, torch.float32),

@@ -183,7 +183,8 @@ def _with_mean(squares: Tensor) -> Tensor:
 
 def _slots_by_expert(expert_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """For each expert that is visited: its tokens and which of their K choices it is."""
-    return {expert: torch.where(expert_ids == expert) for expert in expert_ids.unique().tolist()}
+    rows = expert_ids.unique().tolist()
+    return {e: (expert_ids == e).nonzero(as_tuple=True) for e in rows}  # pyright: ignore[reportReturnType]
 
 
 def _log_sum(g: Tensor, f: Tensor) -> Tensor:
@@ -194,5 +195,3 @@ def _log_sum(g: Tensor, f: Tensor) -> Tensor:
 
 def _roots(scale: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.sqrt() for name, value in scale.items()}
-
-

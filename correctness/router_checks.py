@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def _spec(
     return RouterSpec(k, score, renormalise, scale, **groups)
 
 
-_TOP2 = {"group_score": "top2_sum"}
+_TOP2: dict[str, Any] = {"group_score": "top2_sum"}
 # Routers of released models and of papers, then combinations that none of them has.
 PROBLEMS = (
     RouterProblem("switch_base_8", 8, _spec(1)),
@@ -220,8 +220,9 @@ def gradients(route: Route, problem: RouterProblem) -> None:
     if not float(error.max()) <= allowed:
         t, e = divmod(int(error.argmax()), problem.E)
         raise CheckFailed(
-            f"the gradient of logits[{t}, {e}] is {float(got[t, e])!r}, right is {float(want[t, e])!r}: error "
-            f"{float(error.max()):.3g} of its scale, budget {allowed:.3g}; token {t} visits {ids[t].tolist()}"
+            f"the gradient of logits[{t}, {e}] is {float(got[t, e])!r}, right is {float(want[t, e])!r}: "
+            f"error {float(error.max()):.3g} of its scale, budget {allowed:.3g}; "
+            f"token {t} visits {ids[t].tolist()}"
         )
 
 

@@ -165,7 +165,7 @@ def load_balancing_loss(logits: Tensor, expert_ids: Tensor, tokens: Sequence[int
 
 
 def z_loss(logits: Tensor, tokens: Sequence[int]) -> float:
-    """The mean of log² Σ_i exp(z_i) over the given tokens; Zoph et al. 2022 (arXiv:2202.08906), equation 5."""
+    """The mean of log² Σ_i exp(z_i) over the given tokens; Zoph et al. 2022 (arXiv:2202.08906), eq. 5."""
     squares = []
     for t in tokens:
         row = logits[t].tolist()

@@ -96,7 +96,9 @@ class _WrongSecond(torch.autograd.Function):
 
 
 def doubled_gate_gradient(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-    return sorted_dispatch.forward(x, routing._replace(gates=_Doubled.apply(routing.gates)), experts, combine=combine)
+    return sorted_dispatch.forward(
+        x, routing._replace(gates=_Doubled.apply(routing.gates)), experts, combine=combine
+    )
 
 
 def lost_second_derivative(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
@@ -134,9 +136,18 @@ def test_exact_problems_round_nothing(problem: Problem) -> None:
         gate = inputs.routing.gates[tokens, slots].double().unsqueeze(1)
         d_out = gate * inputs.dy[tokens].double() * ((out > 0) if problem.output_activation == "relu" else 1)
         da = d_out @ inputs.experts.w_out[expert].double()
-        stored |= {"h": h, "a": act(h, problem.activation), "out": out, "g*out": gate * out, "d_out": d_out, "da": da}
+        stored |= {
+            "h": h,
+            "a": act(h, problem.activation),
+            "out": out,
+            "g*out": gate * out,
+            "d_out": d_out,
+            "da": da,
+        }
         for name, value in stored.items():
-            assert torch.equal(value, value.to(problem.dtype).double()), f"{name} of expert {expert} is rounded"
+            assert torch.equal(value, value.to(problem.dtype).double()), (
+                f"{name} of expert {expert} is rounded"
+            )
         assert not bool((h == 0).any()), "a hidden unit lies on the kink"
 
 
@@ -230,11 +241,10 @@ def test_loads_give_distinct_valid_experts(load: str, E: int, K: int) -> None:
 
 def test_loads_differ_in_how_they_spread() -> None:
     counts = {
-        load: make_inputs(replace(problems.SMALL, T=4000, E=16, K=2, load=load)).routing.expert_ids.flatten().bincount(
-            minlength=16
-        )
+        load: make_inputs(replace(problems.SMALL, T=4000, E=16, K=2, load=load)).routing.expert_ids.flatten()
         for load in problems.LOADS
-    }  # fmt: skip
+    }
+    counts = {load: ids.bincount(minlength=16) for load, ids in counts.items()}
     assert counts["uniform"].min() > 0.8 * 4000 * 2 / 16
     assert counts["one_hot_expert"].max() == 4000
     assert (counts["same_experts"] > 0).sum() == 2

@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,9 +142,9 @@ def test_experts_start_like_linear_layers() -> None:
         ({"activation": "tanh"}, ValueError, "activation is 'tanh'; valid are relu, .*swiglu"),
         ({"output_activation": "gelu"}, ValueError, "output_activation is 'gelu'; valid are none, relu"),
         ({"combine": "mean"}, ValueError, "combine is 'mean'; valid are sum, logsumexp"),
-        ({"implementation": "fastest"}, ValueError, "unknown implementation 'fastest'; valid are .*sorted_dispatch"),
+        ({"implementation": "fastest"}, ValueError, "unknown implementation 'fastest'; valid .*index_add"),
         ({"router": RouterSpec(7)}, ValueError, "top_k is 7; .* at most .* 6"),
-        ({"router": RouterSpec(1, groups=4), "noisy_gating": False}, ValueError, "groups is 4; it must divide .* 6"),
+        ({"router": RouterSpec(1, groups=4), "noisy_gating": False}, ValueError, "groups is 4; .* divide"),
         ({"router": RouterSpec(1, groups=2)}, ValueError, "groups is 2; noisy gating .* groups = 1 only"),
     ],
 )  # fmt: skip
@@ -187,7 +188,7 @@ def test_forward_names_what_is_wrong(x: object, error: type[Exception], message:
         layer()(x)
 
 
-# ------------------------------------------------------------------------------------------------------- state
+# ----------------------------------------------------------------------------------------------------- state
 
 
 def _one_by_one(model: NotebookMoE, x: Tensor, k: int) -> Tensor:
@@ -252,7 +253,12 @@ def test_converters_name_unknown_and_missing_keys() -> None:
         to_notebook_state_dict(layer(bias=False).state_dict())
 
 
-FROM_FILE = "from moe_impls.index_add import forward as index_add\n\ndef mine(x, routing, experts, *, combine='sum'):\n    return index_add(x, routing, experts, combine=combine)\n"
+FROM_FILE = """
+from moe_impls.index_add import forward as index_add
+
+def mine(x, routing, experts, *, combine="sum"):
+    return index_add(x, routing, experts, combine=combine)
+"""
 
 
 @pytest.mark.parametrize("kind", ("name", "implementation", "file"))
@@ -304,7 +310,7 @@ def test_a_router_spec_replaces_the_router(score: str) -> None:
     require_close("the gates", routing.gates, 2.5 * scores.topk(3).values, EPS32)
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------------- training
 
 STEPS, BATCH = 200, 256
 
@@ -312,7 +318,7 @@ STEPS, BATCH = 200, 256
 @functools.cache
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scikit-learn's bundled digits: 1,437 to train on and 360 to test, 8 x 8 pixels scaled to [0, 1]."""
-    data = load_digits()
+    data: Any = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(data.data)[order] / 16, torch.tensor(data.target)[order]
     return x[360:], y[360:], x[:360], y[:360]

@@ -1,4 +1,4 @@
-"""The balance losses: closed forms, finite differences, balance and padding. And the checks catch wrong ones."""
+"""The balance losses: closed forms, finite differences, balance and padding. Wrong ones are caught."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One test for each defect of the notebook (``docs/notebook.md``): a check that ours passes and its does not."""
+"""One test for each defect of the notebook (``docs/notebook.md``): ours passes, its does not."""
 
 from __future__ import annotations
 

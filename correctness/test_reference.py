@@ -40,9 +40,15 @@ def scalar_layer(problem: Problem) -> list[list[float]]:
     b_out = experts.b_out.tolist() if experts.b_out is not None else [[0.0] * problem.O] * problem.E
 
     def expert(e: int, row: list[float]) -> list[float]:
-        h = [sum(w * v for w, v in zip(ws, row, strict=True)) + b for ws, b in zip(w_in[e], b_in[e], strict=True)]
+        h = [
+            sum(w * v for w, v in zip(ws, row, strict=True)) + b
+            for ws, b in zip(w_in[e], b_in[e], strict=True)
+        ]
         a = scalar_activation(experts.activation, h)
-        f = [sum(w * v for w, v in zip(ws, a, strict=True)) + b for ws, b in zip(w_out[e], b_out[e], strict=True)]
+        f = [
+            sum(w * v for w, v in zip(ws, a, strict=True)) + b
+            for ws, b in zip(w_out[e], b_out[e], strict=True)
+        ]
         return [max(v, 0.0) for v in f] if experts.output_activation == "relu" else f
 
     y = []
@@ -53,7 +59,10 @@ def scalar_layer(problem: Problem) -> list[list[float]]:
             y.append([sum(g * f for g, f in zip(weights, column, strict=True)) for column in columns])
         else:
             y.append(
-                [math.log(sum(g * math.exp(f) for g, f in zip(weights, column, strict=True))) for column in columns]
+                [
+                    math.log(sum(g * math.exp(f) for g, f in zip(weights, column, strict=True)))
+                    for column in columns
+                ]
             )
     return y
 
@@ -62,7 +71,9 @@ def scalar_layer(problem: Problem) -> list[list[float]]:
 @pytest.mark.parametrize("output_activation", OUTPUT_ACTIVATIONS)
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_oracle_equals_scalar_arithmetic(activation: str, output_activation: str, combine: str, bias: bool) -> None:
+def test_oracle_equals_scalar_arithmetic(
+    activation: str, output_activation: str, combine: str, bias: bool
+) -> None:
     problem = Problem(
         "scalar", T=9, D=4, H=3, O=5, E=4, K=2, activation=activation, output_activation=output_activation,
         combine=combine, bias=bias, dtype=torch.float64, gates="unnormalised",
@@ -89,7 +100,9 @@ def test_oracle_gradients_equal_finite_differences(problem: Problem) -> None:
         tensor.copy_(original)
         slope = float((sides[0] - sides[1]) / (2 * step))
         # Central differences: error of order step², and cancellation of eps / step.
-        assert slope == pytest.approx(float((oracle.values[name] * direction).sum()), rel=1e-7, abs=1e-7), name
+        assert slope == pytest.approx(float((oracle.values[name] * direction).sum()), rel=1e-7, abs=1e-7), (
+            name
+        )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,4 +1,4 @@
-"""Every router is right on every problem: see ``correctness.router_checks``. And the checks are right, too."""
+"""Every router is right on every problem: see ``correctness.router_checks``. So are the checks."""
 
 from __future__ import annotations
 
@@ -148,17 +148,29 @@ def _on(change: Callable[[Tensor], Tensor]) -> Route:
 WRONG = {
     "gates are zero": (_gates(lambda z, b, r, s: 0 * r.gates), "values"),
     "gates are detached": (_gates(lambda z, b, r, s: r.gates.detach()), "gradients"),
-    "one slot gets no gradient": (_gates(lambda z, b, r, s: torch.cat([r.gates[:, :-1], r.gates[:, -1:].detach()], 1)), "gradients"),
+    "one slot gets no gradient": (
+        _gates(lambda z, b, r, s: torch.cat([r.gates[:, :-1], r.gates[:, -1:].detach()], 1)),
+        "gradients",
+    ),
     "never renormalised": (_changed(renormalise=False), "values"),
     "never scaled": (_changed(scale=1.0), "values"),
     "group score is always the maximum": (_changed(group_score="max"), "values"),
     "the bias is in the gates": (_gates(lambda z, b, r, s: r.gates + b[r.expert_ids]), "values"),
-    "the score is recovered by subtracting the bias": (_gates(lambda z, b, r, s: (r.gates + b[r.expert_ids]) - b[r.expert_ids]), "values"),
+    "the score is recovered by subtracting the bias": (
+        _gates(lambda z, b, r, s: (r.gates + b[r.expert_ids]) - b[r.expert_ids]),
+        "values",
+    ),
     "gates are normalised over tokens": (_gates(lambda z, b, r, s: r.gates / r.gates.sum(0)), "values"),
     "logits are rounded to bfloat16": (_on(lambda z: z.bfloat16()), "values"),
-    "experts from 256 on are never chosen": (_on(lambda z: torch.where(torch.arange(z.shape[1]) < 256, z, -100.0)), "values"),
-    "the last token is routed like the first": (_on(lambda z: torch.cat([z[:-1], z[:1]]) if len(z) else z), "values"),
-}  # fmt: skip
+    "experts from 256 on are never chosen": (
+        _on(lambda z: torch.where(torch.arange(z.shape[1]) < 256, z, -100.0)),
+        "values",
+    ),
+    "the last token is routed like the first": (
+        _on(lambda z: torch.cat([z[:-1], z[:1]]) if len(z) else z),
+        "values",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

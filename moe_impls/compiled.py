@@ -20,6 +20,11 @@ from moe_impls.interface import Experts, Routing, Support
 
 SUPPORT = Support(compiles_per_case=True)
 
+# A compiled backward may take over the buffers that it was given, and then refuses to run a second time
+# (retain_graph=True, as in gradcheck). torch reads this switch when it compiles *and* when it runs the
+# backward, so it cannot be set around a call alone.
+functorch_config.donated_buffer = False
+
 
 @functools.cache
 def _compiled(kind: tuple):
@@ -48,7 +53,6 @@ def _kind(x: Tensor, routing: Routing, experts: Experts, combine: str) -> tuple:
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
-    # Two sizes that are equal by chance in the first call must not be taken for one size ever after, and the
-    # backward must leave its buffers alone, so that it may run twice (retain_graph=True).
-    with symbolic_shapes.patch(use_duck_shape=False), functorch_config.patch(donated_buffer=False):
+    # Two sizes that are equal by chance in the first call must not be taken for one size ever after.
+    with symbolic_shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
         return _compiled(_kind(x, routing, experts, combine))(x, routing, experts, combine=combine)

@@ -19,22 +19,18 @@ SUPPORT = Support(second_order=True)
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     T = x.shape[0]
-    E, O, _ = experts.w_out.shape
+    O = experts.w_out.shape[1]
     dtype = accumulation_dtype(x.dtype)
     gates = routing.gates.to(dtype)
     wide = x.to(dtype)  # gathered from, so that the gradients of a token's K visits meet in float32
-    weights = {name: weight.unbind(0) for name, weight in experts.tensors.items()}
 
-    visits: list[tuple[Tensor, Tensor, Tensor]] = []  # per expert: its tokens [N], their gates [N, 1], outputs [N, O]
-    for expert in range(E):
+    visits: list[tuple[Tensor, Tensor, Tensor]] = []  # per expert: tokens [N], gates [N, 1], outputs [N, O]
+    for expert, weights in enumerate(experts.unbind()):
         tokens, slots = torch.where(routing.expert_ids == expert)
         if len(tokens) == 0 and T > 0:  # without tokens every expert runs on no rows: gradients are zeros
             continue
-        w_in, b_in, w_out, b_out = (
-            weights[name][expert] if name in weights else None for name in ("w_in", "b_in", "w_out", "b_out")
-        )
         rows = wide[tokens].to(x.dtype)
-        out = expert_mlp(rows, w_in, b_in, w_out, b_out, experts.activation, experts.output_activation)
+        out = expert_mlp(rows, *weights, experts.activation, experts.output_activation)
         visits.append((tokens, gates[tokens, slots].unsqueeze(-1), out.to(dtype)))
 
     y = torch.zeros(T, O, dtype=dtype, device=x.device)
@@ -43,7 +39,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
             y.index_add_(0, tokens, gate * out)
         return y.to(x.dtype)
 
-    # log Σ g exp(f) = m + log Σ g exp(f - m), with m the largest output of the token's experts with a gate > 0
+    # log Σ g exp(f) = m + log Σ g exp(f - m), m the largest output of the token's experts with a gate > 0
     largest = torch.full_like(y, -torch.inf)
     for tokens, gate, out in visits:
         largest[tokens] = largest[tokens].maximum(out.detach().masked_fill(gate == 0, -torch.inf))

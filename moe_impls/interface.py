@@ -67,6 +67,17 @@ class Experts:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
+    def unbind(self) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
+        """Each expert's (w_in [F, D], b_in [F], w_out [O, H], b_out [O]).
+
+        The backward of one unbind writes one gradient for each weight; that of ``w[e]`` in a loop writes a
+        full-size gradient for every expert.
+        """
+        absent = [None] * len(self.w_in)
+        b_in = absent if self.b_in is None else self.b_in.unbind(0)
+        b_out = absent if self.b_out is None else self.b_out.unbind(0)
+        return list(zip(self.w_in.unbind(0), b_in, self.w_out.unbind(0), b_out, strict=True))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Experts:
         """The same experts with ``function`` applied to each weight tensor."""
         return replace(self, **{name: function(value) for name, value in self.tensors.items()})
@@ -222,7 +233,9 @@ def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "
         raise ValueError(f"K, the second dimension of expert_ids, is {K}; it must be from 1 to E = {E}")
     _check_tensor("gates", gates, (T, K), x)
     if gates.dtype not in (torch.float32, x.dtype):
-        raise TypeError(f"gates has dtype {gates.dtype}; it must be torch.float32 or the dtype of x, {x.dtype}")
+        raise TypeError(
+            f"gates has dtype {gates.dtype}; it must be torch.float32 or the dtype of x, {x.dtype}"
+        )
     if T:
         low, high = (int(v) for v in expert_ids.aminmax())
         if low < 0 or high >= E:
@@ -231,6 +244,8 @@ def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "
         repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
         if repeated.any():
             row = int(repeated.nonzero()[0])
-            raise ValueError(f"expert_ids[{row}] is {expert_ids[row].tolist()}; the ids of a row must be distinct")
+            raise ValueError(
+                f"expert_ids[{row}] is {expert_ids[row].tolist()}; the ids of a row must be distinct"
+            )
     if combine == "logsumexp" and bool((gates < 0).any()):
         raise ValueError(f"gates holds {float(gates.min())}; combine 'logsumexp' needs gates >= 0")

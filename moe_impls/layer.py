@@ -119,7 +119,7 @@ class MoE(nn.Module):
         """Check all that does not depend on the input: here, once.
 
         `check_inputs` also reads the values of a routing: in each call that would cost 0.8 ms for 2,048
-        tokens and K = 8 on two CPU cores, and a wait for the device on CUDA, to find out what `route` guarantees.
+        tokens and K = 8 on two CPU cores, and a wait for the device on CUDA, to find what `route` guarantees.
         """
         support, of = self._resolved.support, f"of implementation {self._resolved.name}"
         check_choice(f"dtype {of}", self.w_in.dtype, support.dtypes)

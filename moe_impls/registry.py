@@ -65,8 +65,12 @@ def load_function(name: str) -> tuple[ModuleType, Any]:
             raise ResolveError(f"{name}: importing {place} failed: {_one_line(error)}") from error
     function = getattr(module, attribute, None)
     if function is None:
-        functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-        raise ResolveError(f"{name}: {place} has no {attribute!r}; it has {', '.join(functions) or 'no functions'}")
+        functions = [
+            n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")
+        ]
+        raise ResolveError(
+            f"{name}: {place} has no {attribute!r}; it has {', '.join(functions) or 'no functions'}"
+        )
     if not callable(function):
         raise ResolveError(f"{name}: {attribute!r} is a {type(function).__name__}, not a function")
     return module, function

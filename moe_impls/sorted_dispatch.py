@@ -26,17 +26,10 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     # one reduction, which accumulates in float32, and not one by one in the dtype of x.
     rows = x.unsqueeze(1).expand(T, K, -1)[order // K, order % K]  # [T * K, D]
 
-    # Iterating w[e] would make the backward write a full-size gradient for every expert; unbind writes one.
-    weights = {name: weight.unbind(0) for name, weight in experts.tensors.items()}
     outputs = []
-    for expert, part in enumerate(rows.split(counts.tolist())):
+    for part, weights in zip(rows.split(counts.tolist()), experts.unbind(), strict=True):
         if len(part) or T == 0:  # without tokens every expert runs on no rows, so that gradients are zeros
-            w_in, b_in, w_out, b_out = (
-                weights[name][expert] if name in weights else None for name in ("w_in", "b_in", "w_out", "b_out")
-            )
-            outputs.append(
-                expert_mlp(part, w_in, b_in, w_out, b_out, experts.activation, experts.output_activation)
-            )
+            outputs.append(expert_mlp(part, *weights, experts.activation, experts.output_activation))
     sorted_outputs = torch.cat(outputs)  # [T * K, O]
 
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))

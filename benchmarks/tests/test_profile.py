@@ -31,12 +31,12 @@ def stages_of(profiled: profile.Profile, *operators: str) -> set[str]:
 
 def test_the_stages_add_up_to_the_call(profiled: profile.Profile) -> None:
     assert profiled.stages["stage"].tolist() == list(profile.STAGES)
-    assert profiled.stages["percent"].sum() == pytest.approx(100, abs=0.1)
+    assert sum(profiled.stages["percent"]) == pytest.approx(100, abs=0.1)
 
 
 def test_every_stage_takes_time_and_little_is_left_over(profiled: profile.Profile) -> None:
-    percent = profiled.stages.set_index("stage")["percent"]
-    assert (percent[["route", "dispatch", "expert_gemms", "activation", "combine"]] > 0).all()
+    percent = dict(zip(profiled.stages["stage"], profiled.stages["percent"], strict=True))
+    assert all(percent[stage] > 0 for stage in ("route", "dispatch", "expert_gemms", "activation", "combine"))
     assert percent["other"] < 10
 
 
@@ -67,7 +67,7 @@ def test_nothing_stays_patched() -> None:
     before = (functional.activate, functional.combine_slots)
     profile.profile_call(resolve("sorted_dispatch"), PROBLEM, "forward")
     assert (functional.activate, functional.combine_slots) == before
-    assert torch.overrides._len_torch_function_stack() == 0
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_what_is_not_declared_is_not_profiled() -> None:
