@@ -27,7 +27,7 @@ from moe_impls.interface import Experts, Forward, Routing, dtype_name
 
 FACTOR = 8.0
 # Above this size the weight gradients of a sample of experts are compared, to bound memory.
-MAX_COMPARED_WEIGHTS = 2**28
+MAX_COMPARED_WEIGHTS = 2**26
 SAMPLED_EXPERTS = 8
 
 
