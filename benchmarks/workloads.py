@@ -91,7 +91,7 @@ MODELS = {model.name: replace(model, T=(16,)) for model in _MODELS}
 GRIDS: dict[str, tuple[Workloads, ...]] = {
     "smoke": (Workloads(T=(16, 64), D=(64,), H=(32,), E=(4, 8), K=(2,)),),
     "default": (
-        Workloads(T=(16, 128, 1024), E=(8, 32, 128), K=(2, 4, 8)),
+        Workloads(T=(16, 128, 1024), E=(8, 32, 64), K=(2, 4, 8)),
         Workloads(T=(1024,), E=(32,), K=(4,), load=tuple(load for load in LOADS if load != "uniform")),
         MODELS["olmoe-1b-7b"],
     ),

@@ -188,10 +188,15 @@ def compared(results: dict[str, Tensor], ref: Reference) -> list[str]:
 def require(results: dict[str, Tensor], ref: Reference) -> dict[str, float]:
     """``fractions``, or CheckFailed for the first tensor over its budget."""
     found = fractions(results, ref)
+    judge(found, results, ref)
+    return found
+
+
+def judge(found: dict[str, float], results: dict[str, Tensor], ref: Reference) -> None:
+    """Raise CheckFailed for the first tensor whose fraction of the budget exceeds 1."""
     for name, fraction in found.items():
         if not fraction <= 1:
             raise CheckFailed(describe(results, ref, name))
-    return found
 
 
 def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
