@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import record
 from benchmarks.record import RecordError, slug, write_atomically
@@ -187,6 +187,7 @@ def _log_axes(axes: Axes, ticks: list[int]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     axes.grid(True, color="0.9")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from benchmarks import report
+from benchmarks import record, report
 from benchmarks.__main__ import main
 from benchmarks.record import RecordError, Row
 from benchmarks.tests.test_record import failed_row, make_row, write
@@ -100,3 +101,13 @@ def test_a_file_without_a_column_is_refused_in_one_line(tmp_path, capsys) -> Non
 
 def test_colours_and_markers_tell_eight_implementations_apart() -> None:
     assert len(set(report.COLOURS)) == len(set(report.MARKERS)) == 8
+
+
+def test_the_readmes_plot_and_table_are_those_of_a_committed_report() -> None:
+    readme = (record.ROOT / "README.md").read_text(encoding="utf-8")
+    (linked,) = re.findall(r"\[report\]\((results/\S+/report\.md)\)", readme)
+    (plot,) = re.findall(r"!\[[^]]*\]\((results/\S+\.png)\)", readme)
+    path = record.ROOT / linked
+    assert (record.ROOT / plot).is_file() and f"]({Path(plot).name})" in path.read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    assert rows and set(rows) <= set(path.read_text(encoding="utf-8").splitlines())
