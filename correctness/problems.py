@@ -33,6 +33,10 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Derivatives with a jump. Where rounding differs, a unit near the jump takes the other side: in float32 the
 # inputs keep away from it (see `make_inputs`), in low precision these gradients are checked in exact mode.
 KINKED_ACTIVATIONS = ("relu", "reglu", "swiglu_clamped")
+# What exact problems can be made for, and the size of gate at which a smooth activation is relu to the last
+# bit, derivative included: exp(-size / 2) underflows in the dtype that the activation is computed in.
+EXACT_ACTIVATIONS = ("relu", "reglu", "silu", "gelu", "swiglu", "geglu")
+SATURATION = dict.fromkeys((torch.float32, *LOW_PRECISION), 256.0) | {torch.float64: 2048.0}
 KINK_MARGIN = 1e-4  # relative to the unit scale of hidden and output values
 
 
@@ -110,6 +114,26 @@ class Problem:
         return (
             f"Problem({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
         )
+
+
+def fit(problem: Problem, support: Support) -> Problem:
+    """The problem with options that ``support`` does not declare replaced by the first that it does.
+
+    For problems whose point is not the option. What cannot be replaced stays, and is then `unsupported`.
+    """
+    p = problem
+    activations = [a for a in support.activations if not p.exact or a in EXACT_ACTIVATIONS]
+    if p.activation not in support.activations and activations:
+        p = replace(p, activation=activations[0])
+    for name, declared in (
+        ("output_activation", support.output_activations),
+        ("bias", support.biases),
+        ("dtype", support.dtypes),
+        ("combine", support.combines),
+    ):
+        if getattr(p, name) not in declared and declared and not (p.exact and name == "combine"):
+            p = replace(p, **{name: declared[0]})
+    return p
 
 
 def unsupported(support: Support, problem: Problem) -> str | None:
@@ -286,10 +310,12 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
 
     Hidden pre-activations are never zero: with biases they are half-integers; without, they are odd, since
     one feature of x and its weights are odd and all other weights even. So no derivative is taken at a kink.
+    Smooth activations get gates so large that they and their derivatives are those of relu to the last bit.
     """
-    if p.activation not in ("relu", "reglu") or p.combine != "sum":
+    if p.activation not in EXACT_ACTIVATIONS or p.combine != "sum":
         raise ValueError(
-            f"exact problems need relu or reglu and combine 'sum', not {p.activation}, {p.combine}"
+            f"exact problems need {' or '.join(EXACT_ACTIVATIONS)} and combine 'sum', "
+            f"not {p.activation}, {p.combine}"
         )
     if p.output_activation == "relu" and not p.bias:
         raise ValueError("exact problems with an output relu need biases, which keep outputs off its kink")
@@ -308,11 +334,17 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
     x[:, 0] = signs(p.T)
     w_in = sparse(p.E, p.F, p.D, nonzeros=3, values=(-2, 2))
     w_in[..., 0] = signs(p.E, p.F)
+    b_in = sparse(p.E, p.F, nonzeros=p.F, values=halves)
+    b_out = sparse(p.E, p.O, nonzeros=p.O, values=(-0.125, 0.125))
+    if p.activation not in KINKED_ACTIVATIONS:
+        w_in[:, : p.H] *= SATURATION[p.dtype]
+        b_in[:, : p.H] *= SATURATION[p.dtype]
+        b_out *= SATURATION[p.dtype]
     experts = Experts(
         w_in=w_in,
-        b_in=sparse(p.E, p.F, nonzeros=p.F, values=halves) if p.bias else None,
+        b_in=b_in if p.bias else None,
         w_out=sparse(p.E, p.O, p.H, nonzeros=3, values=(-1, 1)),
-        b_out=sparse(p.E, p.O, nonzeros=p.O, values=(-0.125, 0.125)) if p.bias else None,
+        b_out=b_out if p.bias else None,
         activation=p.activation,
         output_activation=p.output_activation,
     )
@@ -361,75 +393,45 @@ SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES f
     *(Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, low_gates=True, dtype=d) for d in LOW_PRECISION),
 )
 
+_INTEGERS = Problem("integers", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", exact=True)
 _EXACT = (
-    Problem("integers", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", exact=True),
-    Problem(
-        "integers_out_relu",
-        T=41,
-        D=13,
-        H=9,
-        O=11,
-        E=6,
-        K=2,
-        activation="relu",
-        output_activation="relu",
-        exact=True,
-    ),
-    Problem(
-        "integers_gated", T=41, D=13, H=9, O=11, E=6, K=3, activation="reglu", bias=False, exact=True, seed=1
-    ),
-    Problem(
-        "integers_hot",
-        T=1025,
-        D=16,
-        H=8,
-        O=24,
-        E=7,
-        K=4,
-        activation="relu",
-        load="one_hot_expert",
-        exact=True,
-    ),
-    Problem(
-        "integers_empty",
+    _INTEGERS,
+    replace(_INTEGERS, name="integers_out_relu", output_activation="relu"),
+    replace(_INTEGERS, name="integers_gated", K=3, activation="reglu", bias=False, seed=1),
+    replace(_INTEGERS, name="integers_silu", activation="silu"),
+    replace(_INTEGERS, name="integers_gelu", activation="gelu", bias=False),
+    replace(_INTEGERS, name="integers_swiglu", K=3, activation="swiglu", bias=False),
+    replace(_INTEGERS, name="integers_geglu", K=3, activation="geglu", bias=False),
+    replace(_INTEGERS, name="integers_hot", T=1025, D=16, H=8, O=24, E=7, K=4, load="one_hot_expert"),
+    replace(
+        _INTEGERS,
+        name="integers_empty",
         T=130,
         D=24,
         H=16,
         O=9,
         E=32,
         K=3,
-        activation="relu",
         load="half_empty",
-        exact=True,
         gates="one_zero",
     ),
-    Problem(
-        "integers_cancelling",
-        T=24,
-        D=6,
-        H=5,
-        O=16,
-        E=5,
-        K=3,
-        activation="relu",
-        gates="cancelling",
-        exact=True,
-    ),
-    Problem(
-        "integers_many",
-        T=600,
-        D=10,
-        H=6,
-        O=7,
-        E=300,
-        K=2,
-        activation="relu",
-        bias=False,
-        load="zipf",
-        exact=True,
-    ),
+    replace(_INTEGERS, name="integers_cancelling", T=24, D=6, H=5, O=16, E=5, K=3, gates="cancelling"),
+    replace(_INTEGERS, name="integers_many", T=600, D=10, H=6, O=7, E=300, K=2, bias=False, load="zipf"),
 )
-EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES)
+# Sizes beyond the tiles, counters and grids of most kernels. Sums over so many tokens need float32.
+_BEYOND = tuple(
+    replace(_INTEGERS, name=f"integers_{name}", **sizes)
+    for name, sizes in {
+        "10000_tokens": {"T": 10_007, "D": 5, "H": 4, "O": 6, "E": 5},
+        "10000_rows": {"T": 10_007, "D": 4, "H": 3, "O": 5, "E": 3, "K": 1, "load": "same_experts"},
+        "1000_experts": {"T": 2_311, "D": 6, "H": 5, "O": 7, "E": 1_031, "K": 3},
+        "40_choices": {"T": 150, "D": 7, "H": 6, "O": 5, "E": 48, "K": 40},
+        "wide_input": {"T": 70, "D": 1_111, "H": 6, "O": 7},
+        "wide_hidden": {"T": 70, "D": 6, "H": 1_111, "O": 7},
+        "wide_output": {"T": 70, "D": 6, "H": 7, "O": 1_111},
+    }.items()
+)
+EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES) + _BEYOND
 
 GRADCHECK = tuple(
     Problem("gradcheck", T=4, D=3, H=3, O=2, E=4, K=2, activation=a, output_activation=o, combine=c,

@@ -31,7 +31,7 @@ def act(h: Tensor, name: str) -> Tensor:
         gate, value = h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
         gate = torch.minimum(gate, torch.full_like(gate, 7))
         value = torch.maximum(torch.minimum(value, torch.full_like(value, 7)), torch.full_like(value, -7))
-        return gate / (1 + torch.exp(-1.702 * gate)) * (value + 1)
+        return gate * torch.sigmoid(1.702 * gate) * (value + 1)
     function, gated = gate_and_value(name)
     gate = h[:, : h.shape[1] // 2] if gated else h
     if function == "relu":
@@ -39,7 +39,7 @@ def act(h: Tensor, name: str) -> Tensor:
     elif function == "gelu":
         result = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
     else:
-        result = gate / (1 + torch.exp(-gate))
+        result = gate * torch.sigmoid(gate)
     return result * h[:, h.shape[1] // 2 :] if gated else result
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Routing, Support
 
-SUPPORT = Support(second_order=True)
+SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
@@ -42,4 +42,4 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
         outputs = F.relu(outputs)
 
     slots = routing.expert_ids.unsqueeze(-1).expand(-1, -1, O)  # [T, K, O]
-    return combine_slots(outputs.transpose(0, 1).gather(1, slots), routing.gates, combine)
+    return combine_slots(outputs.transpose(0, 1).gather(1, slots), routing.gates, combine).to(x.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_impls.functional import accumulation_dtype, expert_mlp
 from moe_impls.interface import Experts, Routing, Support
 
-SUPPORT = Support(second_order=True)
+SUPPORT = Support(second_order=True, autocast=True)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:

@@ -123,6 +123,9 @@ class Support:
     gradients: of x, the gates and every weight; without them the forward alone is tested.
     second_order: gradients of gradients.
     deterministic: equal inputs give bit-equal results and gradients.
+    autocast: under torch.autocast the result keeps the dtype of x and is right to the autocast dtype.
+    fullgraph: torch.compile takes it as one graph and does not compile again for a new routing.
+    exports: torch.export takes it.
     compiles_per_case: each new combination of dtype and options costs a compilation (torch.compile);
         the suite then takes the representative subset of options in ``correctness.problems``.
     """
@@ -136,6 +139,9 @@ class Support:
     gradients: bool = True
     second_order: bool = False
     deterministic: bool = True
+    autocast: bool = False
+    fullgraph: bool = False
+    exports: bool = False
     compiles_per_case: bool = False
 
 

@@ -13,7 +13,7 @@ from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import combine_slots, expert_mlp
 from moe_impls.interface import Experts, Routing, Support
 
-SUPPORT = Support(second_order=True)
+SUPPORT = Support(second_order=True, autocast=True)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
@@ -33,4 +33,4 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     sorted_outputs = torch.cat(outputs)  # [T * K, O]
 
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))
-    return combine_slots(sorted_outputs[inverse].view(T, K, O), routing.gates, combine)
+    return combine_slots(sorted_outputs[inverse].view(T, K, O), routing.gates, combine).to(x.dtype)
