@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,21 +115,49 @@ def run(
     The implementation gets leaves of its own. ``wanted`` names those that require a gradient (all by
     default). A gradient that is missing is a failure, since the contract promises each.
     """
+    if not gradients:
+        x, routing, experts = assemble(inputs, {n: t.detach() for n, t in inputs.tensors.items()})
+        with torch.no_grad():
+            y = forward(x, routing, experts, combine=combine)
+        check_output(y, inputs)
+        return {"y": y.detach()}
+    return finish(start(forward, inputs, combine, wanted), inputs.dy)
+
+
+class Graph(NamedTuple):
+    """The output of a call that waits for its backward, and the leaves that want a gradient, by name."""
+
+    y: Tensor
+    leaves: dict[str, Tensor]
+
+
+def start(forward: Forward, inputs: Inputs, combine: str, wanted: Sequence[str] | None = None) -> Graph:
+    """The forward half of ``run`` with gradients."""
     names = list(inputs.tensors) if wanted is None else list(wanted)
-    leaves = {n: t.detach().requires_grad_(gradients and n in names) for n, t in inputs.tensors.items()}
-    x, routing, experts = assemble(inputs, leaves)
-    with torch.set_grad_enabled(gradients):
+    tensors = {n: t.detach().requires_grad_(n in names) for n, t in inputs.tensors.items()}
+    x, routing, experts = assemble(inputs, tensors)
+    with torch.enable_grad():
         y = forward(x, routing, experts, combine=combine)
     check_output(y, inputs)
+    if not y.requires_grad:
+        raise CheckFailed(f"y does not require a gradient though {', '.join(names)} do: the graph is cut")
+    return Graph(y, {n: tensors[n] for n in names})
+
+
+def finish(graph: Graph, dy: Tensor) -> dict[str, Tensor]:
+    """The backward half: y and the gradients, by name."""
+    y, leaves = graph
     results = {"y": y.detach()}
-    if gradients:
-        if not y.requires_grad:
-            raise CheckFailed(f"y does not require a gradient though {', '.join(names)} do: the graph is cut")
-        grads = torch.autograd.grad(y, [leaves[n] for n in names], inputs.dy, allow_unused=True)
-        for name, grad in zip(names, grads, strict=True):
-            if grad is None:
-                raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")
-            results[name] = grad
+    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        if grad is None:
+            raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")
+        if grad.dtype != leaf.dtype or grad.shape != leaf.shape:
+            raise CheckFailed(
+                f"the gradient of {name} is {grad.dtype} {list(grad.shape)}; "
+                f"it must be {leaf.dtype} {list(leaf.shape)}"
+            )
+        results[name] = grad
     return results
 
 
@@ -247,6 +276,39 @@ def _hint(bad: Tensor, name: str, results: dict[str, Tensor], ref: Reference) ->
     return ""
 
 
+def hold(results: dict[str, Tensor], problem: Problem, inputs: Inputs | None = None) -> dict[str, float]:
+    """Require that results are right: within the budget, or bit-equal for an exact problem.
+
+    Args:
+        inputs: what the results were computed from, if not ``make_inputs(problem)``.
+
+    Returns:
+        The worst error of each tensor as a fraction of its budget; exact problems have 0.
+
+    Raises:
+        CheckFailed: for the first tensor that is not right.
+    """
+    if not problem.exact:
+        with_gradients = len(results) > 1 or "y" not in results
+        ref = reference(problem) if inputs is None else make_reference(problem, inputs, with_gradients)
+        return require(results, ref)
+    want = oracle_values(problem) if inputs is None else _exact_values(problem, inputs)
+    for name, got in results.items():
+        if not torch.equal(got, want[name]):
+            raise CheckFailed(_describe_exact(name, got, want[name], problem))
+    return dict.fromkeys(results, 0.0)
+
+
+def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem) -> str:
+    what = name if name == "y" else f"the gradient of {name}"
+    where = (got != want).nonzero()
+    first = tuple(where[0].tolist())
+    return (
+        f"{what} at {list(first)} is {got[first].item()!r}, exactly {want[first].item()!r} is right; "
+        f"{len(where)} of {want.numel()} entries differ\n  reproduce: {problem.code()}"
+    )
+
+
 def verify(
     forward: Forward,
     problem: Problem,
@@ -260,15 +322,23 @@ def verify(
     """
     results = runner(forward, make_inputs(problem), problem.combine, gradients=gradients)
     if problem.exact:
-        ref = exact_reference(problem, gradients)
-        return {name: 0.0 if torch.equal(results[name], want) else torch.inf for name, want in ref.items()}
-    return fractions(results, reference(problem, gradients))
+        ref = exact_reference(problem)
+        return {n: 0.0 if torch.equal(got, ref[n]) else torch.inf for n, got in results.items()}
+    return fractions(results, reference(problem))
 
 
 @functools.lru_cache(maxsize=8)
-def exact_reference(problem: Problem, gradients: bool = True) -> dict[str, Tensor]:
+def exact_reference(problem: Problem) -> dict[str, Tensor]:
     """What every right implementation returns for an exact problem, to the bit, in the dtypes it returns."""
-    inputs = make_inputs(problem)
+    return _exact_values(problem, make_inputs(problem))
+
+
+def _exact_values(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
     x, (ids, gates), experts, dy = inputs
-    oracle = evaluate(x, ids, gates, experts, dy if gradients else None, problem.combine)
+    oracle = evaluate(x, ids, gates, experts, dy, problem.combine)
     return {n: v.to(gates.dtype if n == "gates" else problem.dtype) for n, v in oracle.values.items()}
+
+
+def oracle_values(problem: Problem) -> dict[str, Tensor]:
+    """What is right for a problem, by name: exactly, or in float64."""
+    return exact_reference(problem) if problem.exact else reference(problem).oracle.values

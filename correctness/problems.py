@@ -433,6 +433,12 @@ _BEYOND = tuple(
 )
 EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES) + _BEYOND
 
+
+def named(name: str) -> Problem:
+    """The first problem of that name among EXACT and SIZES."""
+    return next(p for p in (*EXACT, *SIZES) if p.name == name and p.dtype == torch.float32)
+
+
 GRADCHECK = tuple(
     Problem("gradcheck", T=4, D=3, H=3, O=2, E=4, K=2, activation=a, output_activation=o, combine=c,
             dtype=torch.float64, gates="unnormalised", load="half_empty")
