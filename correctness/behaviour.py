@@ -260,28 +260,32 @@ def every_call(subject: Implementation, problem: Problem) -> None:
             hold(run(subject.forward, inputs, problem.combine, gradients=gradients), problem)
 
 
+def global_state_now() -> dict[str, object]:
+    """What a call must leave as it is, by a name for messages."""
+    return {
+        "the random generator": torch.get_rng_state().tolist(),
+        "the default dtype": torch.get_default_dtype(),
+        "the gradient mode": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "the number of threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "the precision of float32 products": torch.get_float32_matmul_precision(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+    }
+
+
 def global_state(subject: Implementation, problem: Problem) -> None:
-    """Random numbers, default dtype, gradient mode, threads and determinism are as before the call."""
-
-    def state() -> dict[str, object]:
-        return {
-            "the random generator": torch.get_rng_state().tolist(),
-            "the default dtype": torch.get_default_dtype(),
-            "the gradient mode": torch.is_grad_enabled(),
-            "the number of threads": torch.get_num_threads(),
-            "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-            "the precision of float32 products": torch.get_float32_matmul_precision(),
-            "anomaly detection": torch.is_anomaly_enabled(),
-        }
-
-    before = state()
+    """Random numbers, default dtype, gradient mode, autocast and threads are as before the call."""
+    before = global_state_now()
     try:
         run(subject.forward, make_inputs(problem), problem.combine, gradients=subject.support.gradients)
-        changed = [name for name, value in state().items() if value != before[name]]
+        after = global_state_now()
     finally:
-        torch.set_default_dtype(before["the default dtype"])  # type: ignore[arg-type]
+        torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(bool(before["the gradient mode"]))
-    if changed:
+        torch.set_autocast_enabled("cpu", bool(before["autocast"]))
+        torch.set_num_threads(int(str(before["the number of threads"])))
+    if changed := [name for name in before if after[name] != before[name]]:
         raise CheckFailed(f"a call changes {', '.join(changed)}")
 
 
@@ -328,7 +332,10 @@ def exports(subject: Implementation, problem: Problem) -> None:
     x, (ids, gates), experts, _ = make_inputs(problem)
     module = _Module(subject.forward, experts, problem.combine)
     with torch.no_grad():
-        program = torch.export.export(module, (x, ids, gates)).module()
+        try:
+            program = torch.export.export(module, (x, ids, gates)).module()
+        except (TorchDynamoException, RuntimeError) as error:
+            raise CheckFailed(f"torch.export: {' '.join(str(error).split())[:500]}") from error
         other = make_inputs(replace(problem, seed=problem.seed + 1))._replace(experts=experts)
         y = program(other.x, *other.routing)
     hold({"y": y}, problem, other)

@@ -72,3 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [item for item in items if item not in set(keep)]
     config.hook.pytest_deselected(items=dropped)
     items[:] = keep
+    for name in config.getoption("impl") or ():
+        cases = [c.params["case"] for i in keep if (c := getattr(i, "callspec", None)) and "case" in c.params]
+        if not any(case.subject.name == name and case.skip is None for case in cases):
+            raise pytest.UsageError(f"{name}: nothing that it declares in SUPPORT can be checked here")

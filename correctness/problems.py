@@ -383,9 +383,13 @@ _SIZES = (
     Problem("half_empty", T=96, D=24, H=16, O=20, E=16, K=4, bias=False, load="half_empty"),
     Problem("zipf", T=513, D=33, H=31, O=29, E=17, K=3, activation="geglu", load="zipf"),
     Problem("many_experts", T=300, D=19, H=10, O=23, E=129, K=8, load="zipf"),
-    Problem("more_than_256_experts", T=700, D=8, H=6, O=10, E=301, K=2, activation="gelu", load="bursts"),
+    Problem("more_than_512_experts", T=700, D=8, H=6, O=10, E=521, K=8, activation="gelu", load="bursts"),
+    # Sizes that tiles divide, and D = H = O, where transposed or aliased tensors have the right shape.
+    Problem("aligned", T=256, D=64, H=64, O=64, E=16, K=4, gates="unnormalised"),
+    Problem("aligned_one_choice", T=128, D=32, H=32, O=32, E=8, K=1, bias=False, gates="unnormalised"),
+    Problem("aligned_all_experts", T=64, D=16, H=16, O=16, E=8, K=8, activation="gelu", load="zipf"),
     Problem("wide", T=40, D=263, H=131, O=257, E=4, K=2),
-    Problem("thousands", T=2500, D=48, H=40, O=56, E=11, K=2, load="zipf", seed=1),
+    Problem("thousands", T=4500, D=48, H=40, O=56, E=11, K=2, load="zipf", seed=1),
 )
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
 SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
@@ -422,13 +426,14 @@ _EXACT = (
 _BEYOND = tuple(
     replace(_INTEGERS, name=f"integers_{name}", **sizes)
     for name, sizes in {
-        "10000_tokens": {"T": 10_007, "D": 5, "H": 4, "O": 6, "E": 5},
+        "20000_tokens": {"T": 20_011, "D": 5, "H": 4, "O": 6, "E": 5},
         "10000_rows": {"T": 10_007, "D": 4, "H": 3, "O": 5, "E": 3, "K": 1, "load": "same_experts"},
         "1000_experts": {"T": 2_311, "D": 6, "H": 5, "O": 7, "E": 1_031, "K": 3},
         "40_choices": {"T": 150, "D": 7, "H": 6, "O": 5, "E": 48, "K": 40},
-        "wide_input": {"T": 70, "D": 1_111, "H": 6, "O": 7},
-        "wide_hidden": {"T": 70, "D": 6, "H": 1_111, "O": 7},
-        "wide_output": {"T": 70, "D": 6, "H": 7, "O": 1_111},
+        "wide_input": {"T": 70, "D": 2_111, "H": 6, "O": 7},
+        "wide_hidden": {"T": 70, "D": 6, "H": 2_111, "O": 7},
+        "wide_output": {"T": 70, "D": 6, "H": 7, "O": 2_111},
+        "aligned": {"T": 2_048, "D": 16, "H": 16, "O": 16, "E": 64, "K": 8},
     }.items()
 )
 EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES) + _BEYOND

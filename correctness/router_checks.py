@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from correctness import router_reference as oracle
+from correctness.behaviour import global_state_now as global_state
 from correctness.compare import FACTOR, CheckFailed
 from moe_impls.interface import DTYPES, RouterSpec, Routing, dtype_name
 
@@ -102,7 +103,10 @@ PROBLEMS = (
     RouterProblem("groups_sigmoid", 36, _spec(3, "sigmoid", groups=12, keep_groups=5)),
     RouterProblem("one_group_kept", 30, _spec(5, renormalise=True, groups=5, keep_groups=1)),
     RouterProblem("all_groups_kept", 30, _spec(5, groups=5, keep_groups=5)),
-    RouterProblem("many_tokens", 8, _spec(2), T=300),
+    RouterProblem("many_tokens", 8, _spec(2), T=1500),
+    RouterProblem("many_choices", 48, _spec(20, renormalise=True), T=33),
+    RouterProblem("many_experts", 1100, _spec(6), T=20),
+    RouterProblem("many_groups", 96, _spec(6, "sigmoid", True, 2.5, groups=24, keep_groups=6), bias=0.0),
 )
 ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
 
@@ -265,7 +269,11 @@ def large_logits(route: Route, problem: RouterProblem) -> None:
 def empty(route: Route, problem: RouterProblem) -> None:
     """Without tokens the routing is empty."""
     logits, bias, _ = make_inputs(replace(problem, T=0))
-    call(route, logits, problem.spec, bias)
+    leaf = logits.requires_grad_()
+    _, gates = call(route, leaf, problem.spec, bias)
+    if not gates.requires_grad:
+        raise CheckFailed("without tokens gates does not require a gradient though logits does")
+    torch.autograd.grad(gates.sum(), leaf)
 
 
 def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
@@ -282,6 +290,53 @@ def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
         raise CheckFailed("selection_bias was written to")
     if not torch.equal(routing.expert_ids, call(route, logits, problem.spec, bias).expert_ids):
         raise CheckFailed("the experts change with the strides of logits")
+
+
+def state(route: Route, problem: RouterProblem) -> None:
+    """Nothing depends on earlier calls, no result is overwritten by a later call, no global state changes."""
+    logits, bias, _ = make_inputs(problem)
+    before = global_state()
+    first = call(route, logits, problem.spec, bias)
+    kept = Routing(first.expert_ids.clone(), first.gates.detach().clone())
+    others = make_inputs(replace(problem, seed=problem.seed + 1))
+    logits.copy_(others.logits)  # new contents at the same address
+    if bias is not None and others.selection_bias is not None:
+        bias.copy_(others.selection_bias)
+    for repeat in range(30):
+        again = call(route, logits, problem.spec, bias)
+        eps = torch.finfo(_computed(again.gates)).eps
+        right = right_choices(replace(problem, seed=problem.seed + 1), eps)
+        for t, (row, (chosen, clear)) in enumerate(zip(again.expert_ids.tolist(), right, strict=True)):
+            if clear and set(row) != set(chosen):
+                raise CheckFailed(
+                    f"in call {repeat + 2} token {t} visits experts {sorted(row)}; right is {sorted(chosen)}"
+                )
+        _require_gates(again, logits, problem.spec)
+    if not all(torch.equal(a, b.detach()) for a, b in zip(kept, first, strict=True)):
+        raise CheckFailed("the routing returned by an earlier call was overwritten by a later one")
+    if changed := [name for name, value in global_state().items() if value != before[name]]:
+        raise CheckFailed(f"a call changes {', '.join(changed)}")
+
+
+def modes(route: Route, problem: RouterProblem) -> None:
+    """The routing is the same under no_grad, inference_mode and autocast, and for any form of the bias."""
+    logits, bias, _ = make_inputs(problem)
+    want = call(route, logits, problem.spec, bias)
+    modes = {
+        "no_grad": torch.no_grad(),
+        "inference_mode": torch.inference_mode(),
+        "autocast": torch.autocast(logits.device.type, dtype=torch.bfloat16),
+    }
+    for name, mode in modes.items():
+        with mode:
+            got = call(route, logits, problem.spec, bias)
+            if not torch.equal(got.expert_ids, want.expert_ids):
+                raise CheckFailed(f"the experts change under {name}")
+            _require_gates(got, logits, problem.spec)
+    if bias is not None:
+        for name, other in {"strided": bias.repeat_interleave(2)[::2], "float64": bias.double()}.items():
+            if not torch.equal(call(route, logits, problem.spec, other).expert_ids, want.expert_ids):
+                raise CheckFailed(f"the experts change with a {name} selection_bias of the same values")
 
 
 def tokens_apart(route: Route, problem: RouterProblem) -> None:
@@ -322,6 +377,8 @@ CHECKS = (
     RouterCheck(empty, _KINDS),
     RouterCheck(inputs_unchanged, _KINDS),
     RouterCheck(tokens_apart, _KINDS),
+    RouterCheck(state, _KINDS),
+    RouterCheck(modes, _KINDS),
 )
 
 

@@ -117,7 +117,46 @@ def noisy(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Ten
     return y * (1 + torch.randint(2, (), dtype=y.dtype) * 2 * torch.finfo(y.dtype).eps)
 
 
+def draws_random_numbers(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    return sorted_dispatch.forward(x, routing, experts, combine=combine) + 0 * torch.rand(())
+
+
+def position_matters(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+    return y * (1 + (torch.arange(len(x)) == 3).to(y.dtype).unsqueeze(1))
+
+
+def batch_size_matters(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+    return 2 * y if len(x) > 100 else y
+
+
+def every_expert_matters(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    return sorted_dispatch.forward(x, routing, experts, combine=combine) + experts.w_out.abs().sum()
+
+
+def with_gates(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """An implementation that changes the gates [T, K], by the expert ids [T, K], before it uses them."""
+
+    def changed_gates(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        ids, gates = routing
+        return sorted_dispatch.forward(x, Routing(ids, change(ids, gates)), experts, combine=combine)
+
+    return changed_gates
+
+
 BUGS = {
+    "global_state": (draws_random_numbers,),
+    "exports": (sorted_dispatch.forward,),  # reads its part sizes from the host
+    "fullgraph": (sorted_dispatch.forward,),
+    "tokens_permuted": (position_matters,),
+    "experts_relabelled": (with_gates(lambda ids, gates: torch.where(ids == 0, 0, gates)),),
+    "choices_reordered": (with_gates(lambda ids, gates: torch.cat([2 * gates[:, :1], gates[:, 1:]], dim=1)),),
+    "batch_split": (batch_size_matters,),
+    "gates_doubled": (with_gates(lambda ids, gates: gates.clamp(max=1)),),
+    "identical_experts": (with_gates(lambda ids, gates: gates.abs()),),
+    "one_expert_doubled": (every_expert_matters,),
+    "slot_split": (with_gates(lambda ids, gates: gates.square()),),
     "gradcheck": (doubled_gate_gradient,),
     "second_order": (lost_second_derivative,),
     "inputs_unchanged": (writes_to_x,),

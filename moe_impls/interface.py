@@ -28,6 +28,12 @@ SCORES = ("softmax", "sigmoid", "topk_softmax")
 GROUP_SCORES = ("max", "top2_sum")
 
 
+def check_choice(argument: str, value: object, valid: tuple) -> None:
+    """Raise ValueError unless ``value`` is one of ``valid``."""
+    if value not in valid:
+        raise ValueError(f"{argument} is {value!r}; valid are {', '.join(map(str, valid))}")
+
+
 class Routing(NamedTuple):
     """Which experts each token visits, and the weight of each visit.
 
@@ -144,6 +150,23 @@ class Support:
     exports: bool = False
     compiles_per_case: bool = False
 
+    def __post_init__(self) -> None:
+        for name, valid in (
+            ("devices", DEVICES),
+            ("dtypes", DTYPES),
+            ("activations", ACTIVATIONS),
+            ("output_activations", OUTPUT_ACTIVATIONS),
+            ("combines", COMBINES),
+            ("biases", (True, False)),
+        ):
+            declared = getattr(self, name)
+            if not isinstance(declared, tuple) or not declared:
+                raise TypeError(
+                    f"{name} of Support is {declared!r}; it must be a tuple of {valid}, not empty"
+                )
+            for value in declared:
+                check_choice(f"{name} of Support", value, valid)
+
 
 Forward = Callable[..., Tensor]  # forward(x, routing, experts, *, combine="sum") -> y
 Prepared = Callable[..., Tensor]  # f(x, routing, *, combine="sum") -> y, without gradients
@@ -164,12 +187,6 @@ class Implementation:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def check_choice(argument: str, value: object, valid: tuple) -> None:
-    """Raise ValueError unless ``value`` is one of ``valid``."""
-    if value not in valid:
-        raise ValueError(f"{argument} is {value!r}; valid are {', '.join(map(str, valid))}")
 
 
 def check_positive(argument: str, value: object) -> None:
