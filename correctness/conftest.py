@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
 
+from correctness import layer_checks  # noqa: E402
 from correctness.checks import cases  # noqa: E402
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve  # noqa: E402
 
@@ -25,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--router", metavar="FILE:FN", help="check only this route(logits, spec, *, selection_bias=None)"
     )
+    group.addoption(
+        "--layer", metavar="FILE:CLASS", help="check only this whole layer; its file holds read(layer), too"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,12 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         config.stash[SUBJECTS] = [resolve(name) for name in names or IMPLEMENTATIONS]
         config.stash[ROUTER] = _router(router or "moe_impls.router:route")
+        layer = config.getoption("layer")
+        config.stash[LAYERS] = [layer_checks.resolve_layer(layer)] if layer else layer_checks.own_layers()
     except ResolveError as error:
         raise pytest.UsageError(str(error)) from error
 
 
 SUBJECTS = pytest.StashKey[list]()
 ROUTER = pytest.StashKey[tuple]()
+LAYERS = pytest.StashKey[list]()
 
 
 def _router(name: str) -> tuple:
@@ -61,11 +68,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "router" in metafunc.fixturenames:
         name, function = config.stash[ROUTER]
         metafunc.parametrize("router", [pytest.param(function, id=name.rpartition(":")[2])])
+    if "layer_case" in metafunc.fixturenames:
+        layer_cases = layer_checks.cases(config.stash[LAYERS])
+        metafunc.parametrize(
+            "layer_case",
+            [
+                pytest.param(c, id=c.id, marks=[pytest.mark.skip(reason=c.skip)] if c.skip else [])
+                for c in layer_cases
+            ],
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --impl or --router only the tests of that subject run, and at least one must."""
-    wanted = {name for name, option in (("case", "impl"), ("router", "router")) if config.getoption(option)}
+    """With --impl, --router or --layer only the tests of that subject run, and at least one must."""
+    options = (("case", "impl"), ("router", "router"), ("layer_case", "layer"))
+    wanted = {name for name, option in options if config.getoption(option)}
     if not wanted:
         return
     keep = [item for item in items if wanted & set(getattr(item, "fixturenames", ()))]

@@ -1,7 +1,15 @@
 """Sparsely-gated mixture-of-experts layers: one signature, many ways to compute it."""
 
 from moe_impls.dispatcher import SparseDispatcher, sort_by_expert
-from moe_impls.interface import Experts, Implementation, RouterSpec, Routing, Support, check_inputs
+from moe_impls.interface import (
+    Experts,
+    Implementation,
+    LayerWeights,
+    RouterSpec,
+    Routing,
+    Support,
+    check_inputs,
+)
 from moe_impls.layer import MoE, from_notebook_state_dict, to_notebook_state_dict
 from moe_impls.losses import auxiliary_loss, cv_squared, load_balancing_loss, z_loss
 from moe_impls.registry import IMPLEMENTATIONS, resolve
@@ -11,6 +19,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Experts",
     "Implementation",
+    "LayerWeights",
     "MoE",
     "RouterSpec",
     "Routing",

@@ -120,6 +120,33 @@ class RouterSpec:
 
 
 @dataclass(frozen=True)
+class LayerWeights:
+    """What a whole layer holds, in the terms of this suite: what a file's ``read(layer)`` returns.
+
+    Its tensors are the layer's parameters and buffers, or views, stacks and transposes of them made with
+    autograd on, so that gradients can be followed back to the parameters.
+
+    experts: the routed experts.
+    router, router_weight, router_bias: what becomes of the logits x @ router_weight [E, D]ᵀ + router_bias [E].
+    selection_bias: [E], added to the scores for the choice of experts only, never to the gates.
+    shared: S experts that every token visits; their outputs are added to the combined ones.
+    shared_gate: [S, D], then shared expert s counts sigmoid(x @ shared_gate[s]) times; once if None.
+    combine: of the routed experts.
+    training_only: names of parameters that evaluation does not use, such as those of the gate's noise.
+    """
+
+    experts: Experts
+    router: RouterSpec
+    router_weight: Tensor
+    router_bias: Tensor | None = None
+    selection_bias: Tensor | None = None
+    shared: Experts | None = None
+    shared_gate: Tensor | None = None
+    combine: str = "sum"
+    training_only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Support:
     """What an implementation declares that it can do. The suite tests all of it and nothing else.
 

@@ -1,0 +1,707 @@
+"""What a whole layer is held to, from its input to the gradient of every parameter.
+
+A layer under test is a class or function without arguments that makes an ``nn.Module`` from [..., D] to
+[..., O], and beside it ``read(layer) -> LayerWeights``. Its file may also hold
+
+    losses(layer, x, mask) -> {name: scalar}    mask [...] bool, False for padding, or None; names as LOSSES
+    SUPPORT = Support(...)                      dtypes, gradients, deterministic
+
+A check is a function of a `Bench`, a layer with tokens and what is right for them, that raises ``CheckFailed``
+with its finding. The same table judges the project's layers, a stranger's (``--layer``) and the wrong ones.
+All parameters are drawn anew, since a layer that starts with a zero router or zero biases would hide mistakes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from correctness import layer_reference as oracle
+from correctness.compare import FACTOR, CheckFailed
+from correctness.layer_reference import LOSSES, Terms
+from correctness.problems import LOW_PRECISION, Inputs, Problem, _near_kink
+from moe_impls.interface import (
+    Experts,
+    LayerWeights,
+    RouterSpec,
+    Routing,
+    Support,
+    check_inputs,
+    dtype_name,
+)
+from moe_impls.layer import MoE
+from moe_impls.registry import ResolveError, check_signature, load_function
+from moe_impls.router import check_logits, route
+
+B, S = 4, 8  # leading dimensions of the input: T = B * S tokens
+T = B * S
+ROUNDS = 50  # of drawing tokens until enough of them have a clear choice
+
+
+@dataclass(frozen=True)
+class LayerSubject:
+    """A way to make a layer, and how to read it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    read: Callable[[nn.Module], LayerWeights]
+    losses: Callable[[nn.Module, Tensor, Tensor | None], dict[str, Tensor]] | None = None
+    support: Support = Support()
+
+    @property
+    def has_losses(self) -> bool:
+        return self.losses is not None
+
+
+def resolve_layer(name: str) -> LayerSubject:
+    """The subject that ``path/file.py:Class`` or ``package.module:function`` means, constructed once to see.
+
+    Raises:
+        ResolveError: missing file, failing import, no such class, no ``read``, a layer that cannot be
+            constructed, or a ``read`` that returns something else than the layer's weights.
+    """
+    module, make = load_function(name)
+    check_signature(name, make, 0, ())
+    place = name.rpartition(":")[0]
+    read, losses = getattr(module, "read", None), getattr(module, "losses", None)
+    if not callable(read):
+        raise ResolveError(
+            f"{name}: {place} has no function 'read'; read(layer) returns moe_impls.LayerWeights"
+        )
+    check_signature(f"{place}:read", read, 1, ())
+    if losses is not None:
+        check_signature(f"{place}:losses", losses, 3, ())
+    support = getattr(module, "SUPPORT", Support())
+    if not isinstance(support, Support):
+        raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
+    subject = LayerSubject(name.rpartition(":")[2], make, read, losses, support)
+    try:
+        layer = subject.make()
+    except Exception as error:  # whatever a stranger's constructor raises is the answer to give
+        raise ResolveError(f"{name}: {name.rpartition(':')[2]}() failed: {_one_line(error)}") from error
+    if not isinstance(layer, nn.Module):
+        raise ResolveError(f"{name}: the layer is a {type(layer).__name__}; it must be a torch.nn.Module")
+    try:
+        check_weights(subject.read(layer), layer)
+    except Exception as error:
+        raise ResolveError(f"{place}:read: {_one_line(error)}") from error
+    return subject
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def check_weights(weights: object, layer: nn.Module) -> None:
+    """Raise TypeError or ValueError unless ``weights`` is a LayerWeights whose parts fit together."""
+    if not isinstance(weights, LayerWeights):
+        raise TypeError(f"the result is a {type(weights).__name__}; it must be a moe_impls.LayerWeights")
+    for name, valid in (
+        ("experts", Experts),
+        ("router", RouterSpec),
+        ("router_weight", Tensor),
+        ("router_bias", Tensor | None),
+        ("selection_bias", Tensor | None),
+        ("shared", Experts | None),
+        ("shared_gate", Tensor | None),
+    ):
+        value = getattr(weights, name)
+        if not isinstance(value, valid):
+            what = getattr(valid, "__name__", str(valid))
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be {what}")
+    experts, router_weight = weights.experts, weights.router_weight
+    if not isinstance(experts.w_in, Tensor) or experts.w_in.ndim != 3:
+        raise ValueError("w_in must be a tensor [E, F, D]")
+    E, _, D = experts.w_in.shape
+    x = experts.w_in.new_empty(0, D)
+    for part, combine in ((experts, weights.combine), (weights.shared, "sum")):
+        if part is not None:
+            ids = torch.zeros(0, 1, dtype=torch.int64, device=x.device)
+            check_inputs(x, Routing(ids, x.new_zeros(0, 1)), part, combine)
+    wanted: dict[str, tuple[int, ...]] = {"router_weight": (E, D), "router_bias": (E,)}
+    if weights.shared is not None:
+        wanted["shared_gate"] = (len(weights.shared.w_in), D)
+        O = experts.w_out.shape[1]
+        if weights.shared.w_out.shape[1] != O:
+            raise ValueError(f"shared.w_out has {weights.shared.w_out.shape[1]} rows; experts.w_out has {O}")
+    elif weights.shared_gate is not None:
+        raise ValueError("shared_gate is given; without shared experts it must be None")
+    for name, shape in wanted.items():
+        tensor = getattr(weights, name)
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
+    check_logits(router_weight.new_empty(0, E), weights.router, weights.selection_bias)
+    names = dict(layer.named_parameters())
+    for name in weights.training_only:
+        if name not in names:
+            raise ValueError(f"training_only holds {name!r}; the parameters are {', '.join(names)}")
+
+
+# ------------------------------------------------------------------------------------------------- the bench
+
+
+def build(subject: LayerSubject, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """A new layer in eval mode, with parameters and the buffers that are read drawn from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = subject.make()
+    layer = layer.eval().to(torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(_draw(parameter, generator))
+        for buffer in layer.buffers():
+            if buffer.is_floating_point():
+                old, before = buffer.clone(), _copies(subject, layer)
+                buffer.add_(1)
+                after = _copies(subject, layer)
+                is_read = any(not torch.equal(before[name], after[name]) for name in before)
+                # Small next to scores between 0 and 1, so that it decides some choices but not all.
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator) if is_read else old)
+    return layer.to(dtype)
+
+
+def _draw(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers that keep results of unit scale: weights by their inputs, vectors of scale 0.5."""
+    scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5
+    return scale * torch.randn(parameter.shape, generator=generator)
+
+
+def _copies(subject: LayerSubject, layer: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in oracle.tensors(subject.read(layer)).items()}
+
+
+def _weights(subject: LayerSubject, twin: nn.Module) -> LayerWeights:
+    """What `read` says of the layer's twin in float64, without its graph."""
+    return oracle.map_tensors(subject.read(twin), lambda t: t.detach().double().clone())
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is right for tokens x [T, D] and dy [T, O], and how far each entry may be off, by name.
+
+    The names are y, x and those of the layer's parameters. A parameter that `read` does not read is not
+    among them.
+    """
+
+    x: Tensor
+    ids: Tensor
+    dy: Tensor
+    want: dict[str, Tensor]
+    allowed: dict[str, Tensor]
+
+
+@functools.lru_cache(maxsize=4)
+def expected(subject: LayerSubject, dtype: torch.dtype) -> Expected:
+    """The oracle's answer for a layer as `build` makes it."""
+    twin = build(subject, dtype).to("cpu", torch.float64)
+    weights = _weights(subject, twin)
+    x, ids = _tokens(weights, dtype)
+    generator = torch.Generator().manual_seed(2)
+    dy = torch.randn(T, weights.experts.w_out.shape[1], generator=generator).to(dtype)
+    gradients = subject.support.gradients and dtype not in LOW_PRECISION
+    want, allowed = _judged(x, ids, weights, dy if gradients else None, dtype)
+    parameters = _onto_parameters(subject, twin, want, allowed) if gradients else {}
+    return Expected(
+        x,
+        ids,
+        dy,
+        {n: want[n] for n in ("y", "x") if n in want} | {n: v for n, (v, _) in parameters.items()},
+        {n: allowed[n] for n in ("y", "x") if n in want} | {n: a for n, (_, a) in parameters.items()},
+    )
+
+
+def _judged(
+    x: Tensor, ids: Tensor, weights: LayerWeights, dy: Tensor | None, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The oracle's results, and for each entry its budget: as in ``correctness.compare``."""
+    right = oracle.evaluate_layer(x, ids, weights, dy)
+    plain = oracle.evaluate_layer(x, ids, weights, dy, dtype=dtype, wide=torch.float32)
+    return right.values, _allowed(right, plain, dtype)
+
+
+def _allowed(right: Terms, plain: Terms, dtype: torch.dtype) -> dict[str, Tensor]:
+    """FACTOR times the worst of what a plain computation loses, never less than FACTOR * eps, of the scale."""
+    allowed = {}
+    for name, want in right.values.items():
+        error = _ratio(plain.values[name].double(), want, right.scale[name])
+        worst = float(error.max()) if error.numel() else 0.0
+        allowed[name] = FACTOR * max(torch.finfo(dtype).eps, worst) * right.scale[name].expand_as(want)
+    return allowed
+
+
+def _ratio(got: Tensor, want: Tensor, allowed: Tensor) -> Tensor:
+    """|got - want| / allowed, where nothing but the right value is right over 0; NaN is never right."""
+    ratio = torch.where(got == want, 0.0, (got - want).abs() / allowed)
+    return ratio.nan_to_num(nan=torch.inf)
+
+
+def _onto_parameters(
+    subject: LayerSubject, twin: nn.Module, values: dict[str, Tensor], allowed: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The gradients of what `read` returned, and their budgets, pushed through `read` onto the parameters."""
+    named = {n: t for n, t in oracle.tensors(subject.read(twin)).items() if t.requires_grad and n in values}
+    parameters = dict(twin.named_parameters())
+    if not named:
+        return {}
+
+    def push(terms: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        along = [terms[name].to(tensor) for name, tensor in named.items()]
+        return torch.autograd.grad(
+            list(named.values()), list(parameters.values()), along, retain_graph=True, allow_unused=True
+        )
+
+    pushed = zip(parameters, push(values), push(allowed), strict=True)
+    return {name: (v, a.abs()) for name, v, a in pushed if v is not None and a is not None}
+
+
+def _tokens(weights: LayerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """T random tokens [T, D] and their experts [T, K].
+
+    The choice of each is clear and, where gradients are compared, none is near a kink. In low precision up to
+    half of them are such that logits rounded to that precision lead to other experts.
+    """
+    generator = torch.Generator().manual_seed(1)
+    low = dtype in LOW_PRECISION
+    xs, ids = [], []
+    for _ in range(ROUNDS):
+        x = torch.randn(128 * T if low else 2 * T, weights.router_weight.shape[1], generator=generator).to(
+            dtype
+        )
+        if low:
+            z = oracle.logits(x.double(), weights)
+            exact, rounded = (
+                route(v, weights.router, selection_bias=weights.selection_bias).expert_ids.sort().values
+                for v in (z, z.to(dtype))
+            )
+            x = torch.cat([x[(exact != rounded).any(dim=1)][: T // 2], x[:T]])
+        chosen, good = oracle.choose(x, weights)
+        if not low:
+            good &= ~_kinked(x, chosen, weights)
+        xs.append(x[good])
+        ids.append(chosen[good])
+        if sum(map(len, xs)) >= T:
+            return torch.cat(xs)[:T], torch.cat(ids)[:T]
+    raise CheckFailed(
+        f"only {sum(map(len, xs))} of {2 * T * ROUNDS} random tokens have a clear choice of experts: "
+        "read(layer).router_weight may be zero or equal for several experts"
+    )
+
+
+def _kinked(x: Tensor, ids: Tensor, weights: LayerWeights) -> Tensor:
+    """Which tokens are so near a jump of a derivative that rounding decides their gradient: bool [T]."""
+    near = torch.zeros(len(x), dtype=torch.bool)
+    for experts in (weights.experts, weights.shared):
+        if experts is None:
+            continue
+        E, O, H = experts.w_out.shape
+        visited = ids if experts is weights.experts else torch.arange(E).expand(len(x), E)
+        problem = Problem(
+            "layer", len(x), x.shape[1], H, O, E, 1, experts.activation, experts.output_activation
+        )
+        if problem.has_kinks:
+            inputs = Inputs(x, Routing(visited, x.new_ones(visited.shape)), experts, x.new_zeros(len(x), O))
+            near |= _near_kink(problem, inputs, torch.arange(len(x)))
+    return near
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One layer on the bench: a fresh layer, and what is right for it."""
+
+    subject: LayerSubject
+    dtype: torch.dtype
+    layer: nn.Module
+    expected: Expected
+
+    @property
+    def x(self) -> Tensor:
+        """Tokens [T, D] on the layer's device; a copy."""
+        return self.expected.x.clone().to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.subject.read(self.layer).router_weight.device
+
+    def call(self, x: Tensor) -> Tensor:
+        """The layer's y, or CheckFailed unless it is a tensor [..., O] like x."""
+        what = f"layer(x) with x {list(x.shape)} of {dtype_name(x.dtype)}"
+        try:
+            result = self.layer(x)
+        except Exception as error:
+            raise CheckFailed(f"{what} raises {_one_line(error)}") from error
+        y = result[0] if isinstance(result, tuple) and result else result
+        if not isinstance(y, Tensor):
+            raise CheckFailed(f"{what} returns a {type(y).__name__}; it must be y or (y, ...)")
+        O = self.expected.dy.shape[1]
+        for fact, got, want in (
+            ("shape", tuple(y.shape), (*x.shape[:-1], O)),
+            ("dtype", y.dtype, x.dtype),
+            ("device", y.device, x.device),
+        ):
+            if got != want:
+                raise CheckFailed(f"{what} returns y of {fact} {got}; it must be {want}")
+        return y
+
+    def require(self, name: str, got: Tensor, want: Tensor, allowed: Tensor, context: str = "") -> None:
+        """Raise CheckFailed unless each entry is within its budget."""
+        ratio = _ratio(got.detach().cpu().double(), want, allowed)
+        if not ratio.numel() or float(ratio.max()) <= 1:
+            return
+        index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
+        raise CheckFailed(
+            f"{name}{list(index) if index else ''} is {got[index].item():.6g}, right is "
+            f"{want[index].item():.6g}{context}; error {float(ratio.max()):.3g} times its budget, "
+            f"{int((ratio > 1).sum())} of {ratio.numel()} entries are over theirs ({dtype_name(self.dtype)})"
+        )
+
+    def require_y(self, y: Tensor, rows: Tensor | slice = slice(None), context: str = "") -> None:
+        """The outputs [N, O] are right for the tokens ``rows``."""
+        self.require("y", y, self.expected.want["y"][rows], self.expected.allowed["y"][rows], context)
+
+
+# ----------------------------------------------------------------------------------------------- the checks
+
+
+def values(bench: Bench) -> None:
+    """The output for x [B, S, D] is the oracle's, for the weights that `read` returned."""
+    bench.require_y(bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1))
+
+
+def low_precision(bench: Bench) -> None:
+    """In bfloat16 logits are still made in float32: experts are the right ones, and y is within its budget."""
+    hint = "; logits in bfloat16 send tokens to other experts"
+    bench.require_y(bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1), context=hint)
+
+
+def leading_dimensions(bench: Bench) -> None:
+    """x may be [D], [T, D], [B, S, D] or longer, and may hold no tokens."""
+    for shape in ((T,), (B, S), (S, B), (2, 2, S), (0,), (2, 0)):
+        rows = slice(None if 0 not in shape else 0)
+        y = bench.call(
+            bench.x[rows].reshape(*shape, -1) if 0 not in shape else bench.x[:0].expand(*shape, -1)
+        )
+        bench.require_y(y.reshape(-1, y.shape[-1]), rows, f" for x {[*shape, bench.x.shape[1]]}")
+    bench.require_y(bench.call(bench.x[5]).unsqueeze(0), slice(5, 6), f" for x {[bench.x.shape[1]]}")
+
+
+def gradients(bench: Bench) -> None:
+    """The gradients of x and of every parameter are the oracle's, pushed through `read`."""
+    right, read = bench.expected, oracle.tensors(bench.subject.read(bench.layer))
+    for name, tensor in read.items():
+        if name != "selection_bias" and not tensor.requires_grad:
+            raise CheckFailed(
+                f"read(layer) gives {name} without a graph: no gradient of a parameter reaches it"
+            )
+    grads = _gradients(bench)
+    for name, got in grads.items():
+        if name in right.want:
+            want, allowed = right.want[name], right.allowed[name]
+            if got is None and bool(want.any()):
+                raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")
+            if got is not None:
+                bench.require(f"the gradient of {name}", got, want, allowed)
+        elif got is not None and bool(got.any()):
+            raise CheckFailed(f"y depends on {name}, which read(layer) does not return")
+
+
+def _gradients(bench: Bench) -> dict[str, Tensor | None]:
+    """What dy gives x and each parameter, by name."""
+    x = bench.x.requires_grad_()
+    y = bench.call(x.unflatten(0, (B, S)))
+    if not y.requires_grad:
+        raise CheckFailed("y does not require a gradient though x and the parameters do: the graph is cut")
+    leaves = {"x": x, **{n: p for n, p in bench.layer.named_parameters() if p.requires_grad}}
+    dy = bench.expected.dy.to(bench.device).reshape(y.shape)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    return dict(zip(leaves, grads, strict=True))
+
+
+def router_gradient(bench: Bench) -> None:
+    """The router is trained by the output, also with K = 1, unless the gate of K = 1 is 1 by definition."""
+    weights = bench.subject.read(bench.layer)
+    spec, parameters = weights.router, dict(bench.layer.named_parameters())
+    constant = spec.top_k == 1 and (spec.renormalise or spec.score == "topk_softmax")
+    places = torch.autograd.grad(weights.router_weight.sum(), list(parameters.values()), allow_unused=True)
+    grads, right = _gradients(bench), bench.expected
+    for name, place in zip(parameters, places, strict=True):
+        if place is None:
+            continue
+        here, got = place != 0, grads[name]
+        if constant and got is not None:
+            zero, allowed = torch.zeros_like(right.want[name]), right.allowed[name]
+            here = here.cpu()
+            bench.require(
+                f"the gradient of {name}", got[here], zero[here], allowed[here], ", as K = 1 is renormalised"
+            )
+        elif not constant and (got is None or not bool(got[here].any())):
+            raise CheckFailed(f"the output gives the router, {name}, no gradient though gates depend on it")
+
+
+def every_parameter_counts(bench: Bench) -> None:
+    """New numbers in one parameter at a time give the output that is right for them.
+
+    A parameter that `read` ignores is a finding unless it is named in training_only, and such a one must not
+    change the output.
+    """
+    subject, x = bench.subject, bench.expected.x
+    twin = build(subject, bench.dtype).to("cpu", torch.float64)
+    before, generator = _copies(subject, twin), torch.Generator().manual_seed(3)
+    training_only = subject.read(bench.layer).training_only
+    wide = dict(twin.named_parameters())
+    for name, parameter in bench.layer.named_parameters():
+        old, new = parameter.detach().clone(), _draw(parameter, generator).to(bench.dtype)
+        with torch.no_grad():
+            parameter.copy_(new)
+            wide[name].copy_(new)
+            y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
+            after = _copies(subject, twin)
+            is_read = any(not torch.equal(before[n], after[n]) for n in before)
+            if name in training_only and is_read:
+                raise CheckFailed(f"read(layer) depends on {name}, which training_only holds")
+            if name not in training_only and not is_read:
+                raise CheckFailed(f"read(layer) does not depend on {name}; is it for training_only?")
+            if is_read:
+                weights = _weights(subject, twin)
+                ids, clear = oracle.choose(x, weights)
+                want, allowed = _judged(x[clear], ids[clear], weights, None, bench.dtype)
+                bench.require("y", y[clear], want["y"], allowed["y"], f" after new numbers in {name}")
+            else:
+                bench.require_y(y, context=f" after new numbers in {name}, which is for training only")
+            parameter.copy_(old)
+            wide[name].copy_(old.double())
+
+
+def evaluation(bench: Bench) -> None:
+    """In eval mode there is no noise: equal inputs give bit-equal outputs, with and without a graph right ones."""
+    x = bench.x.unflatten(0, (B, S))
+    first = bench.call(x)
+    for _ in range(3):
+        if not torch.equal(bench.call(x), first):
+            raise CheckFailed("two calls in eval mode on equal inputs differ")
+
+
+def without_gradients(bench: Bench) -> None:
+    """Under no_grad and inference_mode the output is right."""
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            bench.require_y(bench.call(bench.x.unsqueeze(0)).squeeze(0), context=f" under {mode.__name__}")
+
+
+def inputs_unchanged(bench: Bench) -> None:
+    """A call in eval mode writes neither to x nor to a parameter or buffer."""
+    x, state = bench.x, {name: t.clone() for name, t in bench.layer.state_dict().items()}
+    bench.call(x.unsqueeze(0))
+    if not torch.equal(x, bench.x):
+        raise CheckFailed("x was written to")
+    for name, tensor in bench.layer.state_dict().items():
+        if not torch.equal(tensor, state[name]):
+            raise CheckFailed(f"{name} was written to by a call in eval mode")
+
+
+def tokens_apart(bench: Bench) -> None:
+    """The output of a token does not depend on the others: permuted, in parts, and each alone in its batch."""
+    reverse = torch.arange(T).flip(0)
+    groups = (reverse, torch.arange(1), torch.arange(1, T), torch.arange(T // 2).repeat_interleave(2))
+    for rows in groups:
+        y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
+        bench.require_y(y, rows, f" among tokens {rows[:3].tolist()}...")
+    y = bench.call(bench.x.unsqueeze(1)).squeeze(1)
+    bench.require_y(y, context=" with each token alone in its sequence")
+
+
+def nan_contained(bench: Bench) -> None:
+    """A token with NaN is refused with a ValueError, or its own output is NaN and the others are right."""
+    x, sound = bench.x, torch.arange(T) != 3
+    x[3, -1] = torch.nan
+    try:
+        y = bench.call(x.unflatten(0, (B, S))).flatten(0, 1)
+    except CheckFailed as failure:
+        if isinstance(failure.__cause__, ValueError):
+            return
+        raise
+    bench.require_y(y[sound.to(y.device)], sound, " in a token beside one with NaN")
+    if not bool(y[3].isnan().all()):
+        raise CheckFailed("a NaN in a token does not make its own output NaN")
+
+
+def state(bench: Bench) -> None:
+    """A state dict makes another layer the same one, and a deepcopy is a layer of its own."""
+    x, subject = bench.x.unsqueeze(0), bench.subject
+    other = Bench(subject, bench.dtype, build(subject, bench.dtype, seed=7), bench.expected)
+    other.layer.load_state_dict(bench.layer.state_dict())
+    other.require_y(other.call(x).squeeze(0), context=" after load_state_dict")
+    other = Bench(subject, bench.dtype, copy.deepcopy(bench.layer), bench.expected)
+    other.require_y(other.call(x).squeeze(0), context=" in a deepcopy")
+    with torch.no_grad():
+        for tensor in other.layer.state_dict().values():
+            tensor.zero_()
+    bench.require_y(bench.call(x).squeeze(0), context=" after its deepcopy was written to")
+
+
+def losses(bench: Bench) -> None:
+    """The balance losses that the file's `losses` returns, and their gradients: without padding and with."""
+    subject, right, dtype = bench.subject, bench.expected, bench.dtype
+    assert subject.losses
+    twin = build(subject, dtype).to("cpu", torch.float64)
+    weights = _weights(subject, twin)
+    parameters = dict(bench.layer.named_parameters())
+    real = torch.rand(T, generator=torch.Generator().manual_seed(4)) < 0.6
+    for mask in (None, torch.ones(T, dtype=torch.bool), real):
+        x, kept = bench.x, slice(None) if mask is None else mask
+        if mask is not None:
+            x[~mask] *= -3  # what padding holds has no effect
+        shaped = None if mask is None else mask.to(x.device).reshape(B, S)
+        how = "without a mask" if mask is None else f"with {int((~mask).sum())} of {T} tokens masked"
+        try:
+            found = dict(subject.losses(bench.layer, x.unflatten(0, (B, S)), shaped))
+        except Exception as error:
+            raise CheckFailed(f"losses(layer, x, mask) {how} raises {_one_line(error)}") from error
+        for name, got in found.items():
+            if name not in LOSSES:
+                raise CheckFailed(f"losses returns {name!r}; valid are {', '.join(LOSSES)}")
+            if not isinstance(got, Tensor) or got.shape != () or not got.requires_grad:
+                raise CheckFailed(f"{name} must be a scalar tensor that requires a gradient")
+            x64, ids = right.x[kept].double(), right.ids[kept]
+            terms = oracle.loss(name, x64, ids, weights)
+            plain = oracle.loss(name, x64.float(), ids, weights)
+            allowed = _allowed(terms, plain, torch.float32)
+            bench.require(name, got, terms.values["loss"], allowed["loss"], f" {how}")
+            grads = torch.autograd.grad(got, list(parameters.values()), allow_unused=True, retain_graph=True)
+            want = _onto_parameters(subject, twin, terms.values, allowed)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                if parameter in want:
+                    grad = torch.zeros_like(parameters[parameter]) if grad is None else grad
+                    bench.require(
+                        f"the gradient of {parameter} from {name}", grad, *want[parameter], f" {how}"
+                    )
+                elif grad is not None and bool(grad.any()):
+                    raise CheckFailed(f"{name} gives {parameter} a gradient; only the router is to have one")
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """A check, the dtype of the layer, and the declaration without which it does not apply."""
+
+    function: Callable[[Bench], None]
+    needs: str = ""  # gradients | deterministic | losses
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+CHECKS = (
+    LayerCheck(values),
+    LayerCheck(low_precision, dtype=torch.bfloat16),
+    LayerCheck(leading_dimensions),
+    LayerCheck(gradients, needs="gradients"),
+    LayerCheck(router_gradient, needs="gradients"),
+    LayerCheck(every_parameter_counts),
+    LayerCheck(evaluation, needs="deterministic"),
+    LayerCheck(without_gradients),
+    LayerCheck(inputs_unchanged),
+    LayerCheck(tokens_apart),
+    LayerCheck(nan_contained),
+    LayerCheck(state),
+    LayerCheck(losses, needs="losses"),
+)
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One check of one layer."""
+
+    subject: LayerSubject
+    check: LayerCheck
+
+    @property
+    def id(self) -> str:
+        return f"{self.check.name}-{self.subject.name}"
+
+    @property
+    def skip(self) -> str | None:
+        """Why the declaration takes this case out; None if it is to be run."""
+        support, needs = self.subject.support, self.check.needs
+        if needs == "losses" and not self.subject.has_losses:
+            return "losses not declared"
+        if needs and needs != "losses" and not getattr(support, needs):
+            return f"{needs} not declared"
+        if self.check.dtype not in support.dtypes:
+            return f"dtype {dtype_name(self.check.dtype)} not declared"
+        return None
+
+    def run(self) -> None:
+        subject, dtype = self.subject, self.check.dtype
+        try:
+            self.check.function(Bench(subject, dtype, build(subject, dtype), expected(subject, dtype)))
+        except CheckFailed as failure:
+            raise CheckFailed(f"{subject.name} fails {self.check.name!r}: {failure}") from failure
+
+
+def cases(subjects: Iterable[LayerSubject]) -> list[LayerCase]:
+    return [LayerCase(subject, check) for subject in subjects for check in CHECKS]
+
+
+def findings(subject: LayerSubject) -> dict[str, str]:
+    """For each check that the layer fails, its finding; empty if it is right."""
+    found = {}
+    for case in cases([subject]):
+        if not case.skip:
+            try:
+                case.run()
+            except CheckFailed as failure:
+                found[case.check.name] = str(failure)
+    return found
+
+
+# -------------------------------------------------------------------------------------- the project's layers
+
+
+def read_moe(layer: nn.Module) -> LayerWeights:
+    """The weights of a `moe_impls.MoE`."""
+    assert isinstance(layer, MoE)
+    return LayerWeights(
+        layer.experts, layer.router, layer.w_gate.T, combine=layer.combine, training_only=("w_noise",)
+    )
+
+
+def moe_losses(layer: nn.Module, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """The auxiliary loss of a `moe_impls.MoE` without its coefficient."""
+    return {"auxiliary_loss": layer(x if mask is None else x[mask], 1.0)[1]}
+
+
+def _moe(name: str, router: RouterSpec | None = None, E: int = 6, **options) -> LayerSubject:
+    return LayerSubject(
+        f"moe_{name}",
+        functools.partial(
+            MoE, 12, 7, E, 10, **({"noisy_gating": False} if router else {"k": 2}), router=router, **options
+        ),
+        read_moe,
+        moe_losses,
+    )
+
+
+_SWIGLU = {"activation": "swiglu", "output_activation": "none"}
+
+
+def own_layers() -> list[LayerSubject]:
+    """`MoE` with several routers and experts."""
+    grouped = RouterSpec(3, "sigmoid", True, 2.5, groups=4, keep_groups=2, group_score="top2_sum")
+    return [
+        _moe("defaults"),
+        _moe("mixtral", RouterSpec(2, renormalise=True), bias=False, **_SWIGLU),
+        _moe("qwen", RouterSpec(3), implementation="index_add", **_SWIGLU),
+        _moe(
+            "switch", RouterSpec(1), implementation="dense_mask", activation="relu", output_activation="none"
+        ),
+        _moe("renormalised_at_one", RouterSpec(1, "topk_softmax"), bias=False, **_SWIGLU),
+        _moe("grouped", grouped, E=12, **_SWIGLU),
+        _moe("logsumexp", RouterSpec(2, scale=0.5), combine="logsumexp", activation="gelu"),
+    ]
