@@ -33,6 +33,7 @@ class Sweep:
     settings: Settings
     out: Path
     csv: Path | None = None
+    finished: int = 0  # workloads whose rows are written
     progress: SweepProgress | None = None
     closing_lines: list[str] = field(default_factory=list)
 
@@ -42,7 +43,7 @@ SWEEP = pytest.StashKey[Sweep]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sweep", "MoE benchmark sweep")
-    group.addoption("--grid", default="default", metavar="NAME", help=f"what to measure: {', '.join(GRIDS)}")
+    group.addoption("--grid", metavar="NAME", help=f"what to measure: {', '.join(GRIDS)} (default: default)")
     group.addoption("--impl", action="append", metavar="NAME", help=(
         "measure only this implementation (repeatable): a name, package.module:function or file.py:function"
     ))  # fmt: skip
@@ -96,13 +97,14 @@ def _sweep(config: pytest.Config) -> Sweep:
             made = replace(problem, device=device, dtype=getattr(torch, dtype), seed=option.seed)
             for mode in option.mode or MODES:
                 cells[_cell_id(made, mode)] = (made, mode)
-    name = "-".join(option.model or [option.grid])
+    grid = option.grid or "default"
+    name = "-".join(option.model or [grid])
     environment = record.environment(device, record.slug(name))
     return Sweep(
         cells,
         {implementation.name: implementation for implementation in implementations},
         environment,
-        Settings(option.seconds or SECONDS[option.grid], call_timeout_s=option.cell_timeout),
+        Settings(option.seconds or SECONDS[grid], call_timeout_s=option.cell_timeout),
         Path(option.out or record.ROOT / "results" / environment.machine),
     )
 
@@ -110,8 +112,12 @@ def _sweep(config: pytest.Config) -> Sweep:
 def _blocks(config: pytest.Config) -> list[Workloads]:
     """The grid or the models, with the sizes and loads of the command line in place of their own."""
     option = config.option
-    check_choice("--grid", option.grid, tuple(GRIDS))
+    check_choice("--grid", option.grid or "default", tuple(GRIDS))
     models = option.model or []
+    if models and option.grid:
+        raise ValueError(
+            f"--grid {option.grid} cannot be given with --model, which is measured instead of it"
+        )
     for name in models:
         check_choice("--model", name, tuple(MODELS))
     chosen = {size: tuple(dict.fromkeys(getattr(option, size))) for size in SIZES if getattr(option, size)}
@@ -129,7 +135,7 @@ def _blocks(config: pytest.Config) -> list[Workloads]:
     if option.load:
         changes["load"] = tuple(dict.fromkeys(option.load))
     # Given sizes or loads replace the axes of the grid's first block: its other blocks hold single cases.
-    grid = GRIDS[option.grid]
+    grid = GRIDS[option.grid or "default"]
     blocks = [MODELS[name] for name in models] or list(grid[:1] if changes else grid)
     blocks = [replace(block, **changes) for block in blocks]
     if {"E", "K"} & set(chosen):
@@ -207,6 +213,7 @@ def rows(request: pytest.FixtureRequest) -> dict[str, record.Row]:
     measured = measure_workload(problem, mode, chosen, sweep.environment, sweep.settings)
     for row in measured.values():
         record.append(sweep.csv, row)
+    sweep.finished += 1
     with capture.global_and_fixture_disabled():
         sweep.progress.finish(request.param, list(measured.values()))
     return measured
@@ -256,6 +263,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     if sweep.progress is not None:
         sweep.progress.close()
+    planned = len(_selected(session.items))
+    if sweep.finished < planned:
+        sweep.closing_lines.append(f"incomplete: {sweep.finished} of {planned} workloads were measured")
     sweep.closing_lines.append(f"CSV:    {_shown(sweep.csv)}")
     try:
         sweep.closing_lines.append(f"report: {_shown(report.write(sweep.out))}")

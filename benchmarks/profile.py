@@ -38,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import measure
 from benchmarks.record import slug, write_atomically
+from correctness import compare
 from correctness.problems import Problem, make_inputs, unsupported
 from moe_impls import functional
 from moe_impls.interface import Implementation, RouterSpec, dtype_name
@@ -133,10 +134,10 @@ class Profile:
 def profile_call(
     implementation: Implementation, problem: Problem, mode: str, spec: RouterSpec | None = None
 ) -> Profile:
-    """Profile one implementation on one problem, after warm-up. It is not checked here.
+    """Profile one implementation on one problem, after a check of its result and warm-up.
 
     Raises:
-        ValueError: the implementation does not declare what the problem or the mode needs.
+        ValueError: the implementation does not declare what the problem or mode needs, raises, or is wrong.
     """
     reason = unsupported(implementation.support, problem)
     if mode == "forward_backward" and not implementation.support.gradients:
@@ -145,6 +146,13 @@ def profile_call(
         raise ValueError(f"{implementation.name} does not support {problem.id}: {reason}")
     spec = spec or RouterSpec(top_k=problem.K)
     inputs = make_inputs(problem)
+    gradients = mode == "forward_backward"
+    try:
+        results = compare.run(implementation.forward, inputs, problem.combine, gradients=gradients)
+        compare.require(results, compare.make_reference(problem, inputs, gradients))
+    except Exception as error:  # whatever a stranger's function raises is the answer to give
+        told = " ".join(str(error).split())
+        raise ValueError(f"{implementation.name} is not profiled: {type(error).__name__}: {told}") from error
     logits = torch.randn(problem.T, problem.E, device=problem.device)
     opaque = implementation.support.compiles_per_case
 

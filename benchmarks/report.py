@@ -137,7 +137,9 @@ def _axis_figure(rows: pd.DataFrame, axis: str, panels: str, title: str, styles:
     grid[0, 0].set_ylabel("median time, ms")
     grid[1, 0].set_ylabel("time / time of the fastest")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(1 + len(values), len(labels)), frameon=False
+    )
     figure.suptitle(title, fontsize="medium")
     return figure
 

@@ -86,6 +86,17 @@ class MoE(nn.Module):
         sizes |= {"num_experts": num_experts, "hidden_size": hidden_size, "k": k}
         for name, value in sizes.items():
             check_positive(name, value)
+        for name, value in {"noisy_gating": noisy_gating, "bias": bias}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be True or False")
+        for name, value, kinds in (
+            ("implementation", implementation, (str, Implementation)),
+            ("router", router, (RouterSpec, type(None))),
+            ("generator", generator, (torch.Generator, type(None))),
+        ):
+            if not isinstance(value, kinds):
+                valid = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{name} is {value!r}; it must be of type {valid}")
         if router is None and k > num_experts:
             raise ValueError(f"k is {k}; it must be at most num_experts, {num_experts}")
 

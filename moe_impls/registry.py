@@ -56,6 +56,8 @@ def load_function(name: str) -> tuple[ModuleType, Any]:
         ResolveError: missing file, failing import, or no such function.
     """
     place, _, attribute = name.rpartition(":")
+    if not place or not attribute or place.startswith("."):
+        raise ResolveError(f"{name!r} is neither package.module:function nor path/file.py:function")
     if place.endswith(".py"):
         module = _load_file(Path(place))
     else:
