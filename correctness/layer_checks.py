@@ -6,9 +6,10 @@ A layer under test is a class or function without arguments that makes an ``nn.M
     losses(layer, x, mask) -> {name: scalar}    mask [...] bool, False for padding, or None; names as LOSSES
     SUPPORT = Support(...)                      dtypes, gradients, deterministic
 
-A check is a function of a `Bench`, a layer with tokens and what is right for them, that raises ``CheckFailed``
-with its finding. The same table judges the project's layers, a stranger's (``--layer``) and the wrong ones.
-All parameters are drawn anew, since a layer that starts with a zero router or zero biases would hide mistakes.
+A check is a function of a `Bench`, a layer with tokens and what is right for them, that raises
+``CheckFailed`` with its finding. The same table judges the project's layers, a stranger's (``--layer``) and
+the deliberately wrong ones. All parameters are drawn anew, since a router or biases that start at zero would
+hide mistakes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +51,8 @@ class LayerSubject:
 
     name: str
     make: Callable[[], nn.Module]
-    read: Callable[[nn.Module], LayerWeights]
-    losses: Callable[[nn.Module, Tensor, Tensor | None], dict[str, Tensor]] | None = None
+    read: Callable[[Any], LayerWeights]
+    losses: Callable[[Any, Tensor, Tensor | None], dict[str, Tensor]] | None = None
     support: Support = Support()
 
     @property
@@ -68,7 +70,8 @@ def resolve_layer(name: str) -> LayerSubject:
     module, make = load_function(name)
     check_signature(name, make, 0, ())
     place = name.rpartition(":")[0]
-    read, losses = getattr(module, "read", None), getattr(module, "losses", None)
+    read: Any = getattr(module, "read", None)
+    losses: Any = getattr(module, "losses", None)
     if not callable(read):
         raise ResolveError(
             f"{name}: {place} has no function 'read'; read(layer) returns moe_impls.LayerWeights"
@@ -90,6 +93,10 @@ def resolve_layer(name: str) -> LayerSubject:
         check_weights(subject.read(layer), layer)
     except Exception as error:
         raise ResolveError(f"{place}:read: {_one_line(error)}") from error
+    try:
+        build(subject, torch.float32)
+    except Exception as error:
+        raise ResolveError(f"{name}: drawing new parameters failed: {_one_line(error)}") from error
     return subject
 
 
@@ -148,7 +155,7 @@ def check_weights(weights: object, layer: nn.Module) -> None:
 def build(subject: LayerSubject, dtype: torch.dtype, seed: int = 0) -> nn.Module:
     """A new layer in eval mode, with parameters and the buffers that are read drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         layer = subject.make()
     layer = layer.eval().to(torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -226,7 +233,7 @@ def _judged(
 
 
 def _allowed(right: Terms, plain: Terms, dtype: torch.dtype) -> dict[str, Tensor]:
-    """FACTOR times the worst of what a plain computation loses, never less than FACTOR * eps, of the scale."""
+    """Of each scale FACTOR times the worst that a plain computation loses, at least FACTOR * eps."""
     allowed = {}
     for name, want in right.values.items():
         error = _ratio(plain.values[name].double(), want, right.scale[name])
@@ -246,8 +253,8 @@ def _onto_parameters(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The gradients of what `read` returned, and their budgets, pushed through `read` onto the parameters."""
     named = {n: t for n, t in oracle.tensors(subject.read(twin)).items() if t.requires_grad and n in values}
-    parameters = dict(twin.named_parameters())
-    if not named:
+    parameters = _trained(twin)
+    if not named or not parameters:
         return {}
 
     def push(terms: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
@@ -308,6 +315,19 @@ def _kinked(x: Tensor, ids: Tensor, weights: LayerWeights) -> Tensor:
             inputs = Inputs(x, Routing(visited, x.new_ones(visited.shape)), experts, x.new_zeros(len(x), O))
             near |= _near_kink(problem, inputs, torch.arange(len(x)))
     return near
+
+
+def _trained(layer: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+
+def _reached(layer: nn.Module, tensor: Tensor) -> dict[str, Tensor]:
+    """The parameters that a tensor of `read` is made of, each with the derivative of the tensor's sum."""
+    parameters = _trained(layer)
+    if not parameters or not tensor.requires_grad:
+        return {}
+    derivatives = torch.autograd.grad(tensor.sum(), list(parameters.values()), allow_unused=True)
+    return {name: d for name, d in zip(parameters, derivatives, strict=True) if d is not None}
 
 
 @dataclass(frozen=True)
@@ -374,7 +394,7 @@ def values(bench: Bench) -> None:
 
 
 def low_precision(bench: Bench) -> None:
-    """In bfloat16 logits are still made in float32: experts are the right ones, and y is within its budget."""
+    """In bfloat16 logits are still made in float32: the right experts, and y within its budget."""
     hint = "; logits in bfloat16 send tokens to other experts"
     bench.require_y(bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1), context=hint)
 
@@ -394,10 +414,8 @@ def gradients(bench: Bench) -> None:
     """The gradients of x and of every parameter are the oracle's, pushed through `read`."""
     right, read = bench.expected, oracle.tensors(bench.subject.read(bench.layer))
     for name, tensor in read.items():
-        if name != "selection_bias" and not tensor.requires_grad:
-            raise CheckFailed(
-                f"read(layer) gives {name} without a graph: no gradient of a parameter reaches it"
-            )
+        if name != "selection_bias" and not _reached(bench.layer, tensor):
+            raise CheckFailed(f"{name}, as read(layer) returns it, is made of no parameter that is trained")
     grads = _gradients(bench)
     for name, got in grads.items():
         if name in right.want:
@@ -416,31 +434,29 @@ def _gradients(bench: Bench) -> dict[str, Tensor | None]:
     y = bench.call(x.unflatten(0, (B, S)))
     if not y.requires_grad:
         raise CheckFailed("y does not require a gradient though x and the parameters do: the graph is cut")
-    leaves = {"x": x, **{n: p for n, p in bench.layer.named_parameters() if p.requires_grad}}
+    leaves = {"x": x, **_trained(bench.layer)}
     dy = bench.expected.dy.to(bench.device).reshape(y.shape)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    except Exception as error:
+        raise CheckFailed(f"the backward of layer(x) raises {_one_line(error)}") from error
     return dict(zip(leaves, grads, strict=True))
 
 
 def router_gradient(bench: Bench) -> None:
     """The router is trained by the output, also with K = 1, unless the gate of K = 1 is 1 by definition."""
-    weights = bench.subject.read(bench.layer)
-    spec, parameters = weights.router, dict(bench.layer.named_parameters())
-    constant = spec.top_k == 1 and (spec.renormalise or spec.score == "topk_softmax")
-    places = torch.autograd.grad(weights.router_weight.sum(), list(parameters.values()), allow_unused=True)
+    places = _reached(bench.layer, bench.subject.read(bench.layer).router_weight)
     grads, right = _gradients(bench), bench.expected
-    for name, place in zip(parameters, places, strict=True):
-        if place is None:
-            continue
-        here, got = place != 0, grads[name]
-        if constant and got is not None:
-            zero, allowed = torch.zeros_like(right.want[name]), right.allowed[name]
-            here = here.cpu()
-            bench.require(
-                f"the gradient of {name}", got[here], zero[here], allowed[here], ", as K = 1 is renormalised"
+    for name, place in places.items():
+        here, got = (place != 0).cpu(), grads[name]
+        want, allowed = right.want[name][here], right.allowed[name][here]
+        if bool(want.any()) and (got is None or not bool(got.cpu()[here].any())):
+            raise CheckFailed(
+                f"the output gives the router, {name}, no gradient though its gates depend on it"
             )
-        elif not constant and (got is None or not bool(got[here].any())):
-            raise CheckFailed(f"the output gives the router, {name}, no gradient though gates depend on it")
+        if not want.any() and got is not None:
+            context = ", as the gates are constant"
+            bench.require(f"the gradient of {name}", got.cpu()[here], want, allowed, context)
 
 
 def every_parameter_counts(bench: Bench) -> None:
@@ -455,7 +471,7 @@ def every_parameter_counts(bench: Bench) -> None:
     training_only = subject.read(bench.layer).training_only
     wide = dict(twin.named_parameters())
     for name, parameter in bench.layer.named_parameters():
-        old, new = parameter.detach().clone(), _draw(parameter, generator).to(bench.dtype)
+        old, new = parameter.detach().clone(), _draw(parameter, generator).to(parameter.dtype)
         with torch.no_grad():
             parameter.copy_(new)
             wide[name].copy_(new)
@@ -478,7 +494,7 @@ def every_parameter_counts(bench: Bench) -> None:
 
 
 def evaluation(bench: Bench) -> None:
-    """In eval mode there is no noise: equal inputs give bit-equal outputs, with and without a graph right ones."""
+    """In eval mode there is no noise: equal inputs give bit-equal outputs."""
     x = bench.x.unflatten(0, (B, S))
     first = bench.call(x)
     for _ in range(3):
@@ -495,17 +511,22 @@ def without_gradients(bench: Bench) -> None:
 
 def inputs_unchanged(bench: Bench) -> None:
     """A call in eval mode writes neither to x nor to a parameter or buffer."""
-    x, state = bench.x, {name: t.clone() for name, t in bench.layer.state_dict().items()}
+    x, before = bench.x, copy.deepcopy(_state(bench.layer))
     bench.call(x.unsqueeze(0))
     if not torch.equal(x, bench.x):
         raise CheckFailed("x was written to")
-    for name, tensor in bench.layer.state_dict().items():
-        if not torch.equal(tensor, state[name]):
+    for name, tensor in _state(bench.layer).items():
+        if name not in before or not torch.equal(tensor, before[name]):
             raise CheckFailed(f"{name} was written to by a call in eval mode")
 
 
+def _state(layer: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers."""
+    return {name: t.detach() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+
+
 def tokens_apart(bench: Bench) -> None:
-    """The output of a token does not depend on the others: permuted, in parts, and each alone in its batch."""
+    """The output of a token does not depend on the others: in reverse, in parts, repeated, each alone."""
     reverse = torch.arange(T).flip(0)
     groups = (reverse, torch.arange(1), torch.arange(1, T), torch.arange(T // 2).repeat_interleave(2))
     for rows in groups:
@@ -532,14 +553,17 @@ def nan_contained(bench: Bench) -> None:
 
 def state(bench: Bench) -> None:
     """A state dict makes another layer the same one, and a deepcopy is a layer of its own."""
-    x, subject = bench.x.unsqueeze(0), bench.subject
-    other = Bench(subject, bench.dtype, build(subject, bench.dtype, seed=7), bench.expected)
-    other.layer.load_state_dict(bench.layer.state_dict())
-    other.require_y(other.call(x).squeeze(0), context=" after load_state_dict")
-    other = Bench(subject, bench.dtype, copy.deepcopy(bench.layer), bench.expected)
-    other.require_y(other.call(x).squeeze(0), context=" in a deepcopy")
+    x, other = bench.x.unsqueeze(0), build(bench.subject, bench.dtype, seed=7)
+    try:
+        other.load_state_dict(bench.layer.state_dict())
+        twin = copy.deepcopy(bench.layer)
+    except Exception as error:
+        raise CheckFailed(f"load_state_dict or copy.deepcopy raises {_one_line(error)}") from error
+    for layer, how in ((other, "after load_state_dict"), (twin, "in a deepcopy")):
+        y = replace(bench, layer=layer).call(x).squeeze(0)
+        bench.require_y(y, context=f" {how}")
     with torch.no_grad():
-        for tensor in other.layer.state_dict().values():
+        for tensor in _state(twin).values():
             tensor.zero_()
     bench.require_y(bench.call(x).squeeze(0), context=" after its deepcopy was written to")
 
@@ -550,7 +574,7 @@ def losses(bench: Bench) -> None:
     assert subject.losses
     twin = build(subject, dtype).to("cpu", torch.float64)
     weights = _weights(subject, twin)
-    parameters = dict(bench.layer.named_parameters())
+    parameters = _trained(bench.layer)
     real = torch.rand(T, generator=torch.Generator().manual_seed(4)) < 0.6
     for mask in (None, torch.ones(T, dtype=torch.bool), real):
         x, kept = bench.x, slice(None) if mask is None else mask
@@ -645,14 +669,16 @@ class LayerCase:
             raise CheckFailed(f"{subject.name} fails {self.check.name!r}: {failure}") from failure
 
 
-def cases(subjects: Iterable[LayerSubject]) -> list[LayerCase]:
-    return [LayerCase(subject, check) for subject in subjects for check in CHECKS]
+def cases(subjects: Iterable[LayerSubject], checks: Iterable[LayerCheck] = CHECKS) -> list[LayerCase]:
+    """The loop over layers and checks. Layers come outermost: their oracle is then made once."""
+    checks = list(checks)
+    return [LayerCase(subject, check) for subject in subjects for check in checks]
 
 
-def findings(subject: LayerSubject) -> dict[str, str]:
+def findings(subject: LayerSubject, checks: Iterable[LayerCheck] = CHECKS) -> dict[str, str]:
     """For each check that the layer fails, its finding; empty if it is right."""
     found = {}
-    for case in cases([subject]):
+    for case in cases([subject], checks):
         if not case.skip:
             try:
                 case.run()
@@ -664,44 +690,36 @@ def findings(subject: LayerSubject) -> dict[str, str]:
 # -------------------------------------------------------------------------------------- the project's layers
 
 
-def read_moe(layer: nn.Module) -> LayerWeights:
+def read_moe(layer: MoE) -> LayerWeights:
     """The weights of a `moe_impls.MoE`."""
-    assert isinstance(layer, MoE)
     return LayerWeights(
         layer.experts, layer.router, layer.w_gate.T, combine=layer.combine, training_only=("w_noise",)
     )
 
 
-def moe_losses(layer: nn.Module, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+def moe_losses(layer: MoE, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     """The auxiliary loss of a `moe_impls.MoE` without its coefficient."""
     return {"auxiliary_loss": layer(x if mask is None else x[mask], 1.0)[1]}
 
 
-def _moe(name: str, router: RouterSpec | None = None, E: int = 6, **options) -> LayerSubject:
-    return LayerSubject(
-        f"moe_{name}",
-        functools.partial(
-            MoE, 12, 7, E, 10, **({"noisy_gating": False} if router else {"k": 2}), router=router, **options
-        ),
-        read_moe,
-        moe_losses,
-    )
+def _moe(name: str, router: RouterSpec | None = None, **options: Any) -> LayerSubject:
+    sizes = {"input_size": 12, "output_size": 7, "num_experts": 6, "hidden_size": 10, "k": 2}
+    options = sizes | {"noisy_gating": router is None, "router": router} | options
+    return LayerSubject(f"moe_{name}", functools.partial(MoE, **options), read_moe, moe_losses)
 
 
 _SWIGLU = {"activation": "swiglu", "output_activation": "none"}
+_GROUPS: dict[str, Any] = {"groups": 4, "keep_groups": 2, "group_score": "top2_sum"}
 
 
 def own_layers() -> list[LayerSubject]:
     """`MoE` with several routers and experts."""
-    grouped = RouterSpec(3, "sigmoid", True, 2.5, groups=4, keep_groups=2, group_score="top2_sum")
     return [
         _moe("defaults"),
         _moe("mixtral", RouterSpec(2, renormalise=True), bias=False, **_SWIGLU),
         _moe("qwen", RouterSpec(3), implementation="index_add", **_SWIGLU),
-        _moe(
-            "switch", RouterSpec(1), implementation="dense_mask", activation="relu", output_activation="none"
-        ),
+        _moe("switch", RouterSpec(1), implementation="dense_mask", output_activation="none"),
         _moe("renormalised_at_one", RouterSpec(1, "topk_softmax"), bias=False, **_SWIGLU),
-        _moe("grouped", grouped, E=12, **_SWIGLU),
+        _moe("grouped", RouterSpec(3, "sigmoid", True, 2.5, **_GROUPS), num_experts=12, **_SWIGLU),
         _moe("logsumexp", RouterSpec(2, scale=0.5), combine="logsumexp", activation="gelu"),
     ]

@@ -197,7 +197,7 @@ def _add_linear(
 
 
 def loss(name: str, x: Tensor, ids: Tensor, weights: LayerWeights) -> Terms:
-    """One of LOSSES over tokens x [T, D], T > 0, that visit ``ids``: its value, and its gradients as `tensors`.
+    """One of LOSSES over tokens x [T, D], T > 0, that visit ``ids``: its value, "loss", and its gradients.
 
     auxiliary_loss is cv²(importance) + cv²(load) with the load a count, without a coefficient.
     """

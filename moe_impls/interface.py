@@ -127,7 +127,8 @@ class LayerWeights:
     autograd on, so that gradients can be followed back to the parameters.
 
     experts: the routed experts.
-    router, router_weight, router_bias: what becomes of the logits x @ router_weight [E, D]ᵀ + router_bias [E].
+    router: what becomes of the logits, x @ router_weightᵀ + router_bias.
+    router_weight, router_bias: [E, D], [E] or None.
     selection_bias: [E], added to the scores for the choice of experts only, never to the gates.
     shared: S experts that every token visits; their outputs are added to the combined ones.
     shared_gate: [S, D], then shared expert s counts sigmoid(x @ shared_gate[s]) times; once if None.
