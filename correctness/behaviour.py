@@ -123,27 +123,43 @@ def _overwrite(target: Inputs, source: Inputs) -> None:
     target.dy.copy_(source.dy)
 
 
+def _filled(shape: list[int], like: Tensor) -> Tensor:
+    return torch.full(
+        shape, torch.nan if like.is_floating_point() else -1, dtype=like.dtype, device=like.device
+    )
+
+
+def _scattered(t: Tensor) -> Tensor:
+    """The same numbers as every second entry of a larger tensor of NaN, the last dimension outermost."""
+    padded = _filled([2 * s + 1 for s in reversed(t.shape)], t)
+    return padded.permute(*reversed(range(t.dim())))[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    """The same numbers, dense, with the last two dimensions swapped in memory."""
+    return t.mT.contiguous().mT if t.dim() > 1 else t.clone()
+
+
+def _padded(t: Tensor) -> Tensor:
+    """The same numbers as the leading columns of wider rows."""
+    return _filled([*t.shape[:-1], t.shape[-1] + 3], t)[..., :-3].copy_(t)
+
+
 def strides(subject: Implementation, problem: Problem) -> None:
-    """Inputs need not be contiguous: transposed and offset memory gives the same results."""
-
-    def scattered(t: Tensor) -> Tensor:
-        """The same numbers as every second entry of a larger tensor full of NaN, last dimension outermost."""
-        padded = torch.full([2 * s + 1 for s in reversed(t.shape)], torch.nan, dtype=t.dtype, device=t.device)
-        return padded.permute(*reversed(range(t.dim())))[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
-
+    """Inputs, and the gradient that flows in, need not be contiguous: the numbers alone decide."""
     plain = make_inputs(problem)
-    inputs = plain.map(scattered)
-    ids = torch.full([2 * problem.K, 2 * problem.T + 1], -1, device=plain.x.device).mT[1::2, ::2]
-    inputs = inputs._replace(routing=inputs.routing._replace(expert_ids=ids.copy_(plain.routing.expert_ids)))
-    hold(run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients), problem)
+    for layout in (_scattered, _transposed, _padded):
+        inputs = plain.map(layout)
+        ids = layout(plain.routing.expert_ids)
+        inputs = inputs._replace(routing=inputs.routing._replace(expert_ids=ids))
+        hold(run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients), problem)
 
 
 def offsets(subject: Implementation, problem: Problem) -> None:
     """Inputs may be contiguous pieces out of the middle of a larger tensor."""
 
     def piece(t: Tensor) -> Tensor:
-        whole = torch.full((t.numel() + 7,), torch.nan if t.is_floating_point() else -1, dtype=t.dtype)
-        return whole.to(t.device)[3 : 3 + t.numel()].view(t.shape).copy_(t)
+        return _filled([t.numel() + 7], t)[3 : 3 + t.numel()].view(t.shape).copy_(t)
 
     inputs = make_inputs(problem).map(piece)
     inputs = inputs._replace(routing=Routing(piece(inputs.routing.expert_ids), inputs.routing.gates))
@@ -188,12 +204,26 @@ def without_gradients(subject: Implementation, problem: Problem) -> None:
 
 
 def gradient_subsets(subject: Implementation, problem: Problem) -> None:
-    """Each tensor alone, and each alone left out, gets its gradient: frozen weights, or a first layer's x."""
+    """Any part of the tensors may require gradients: one, all but one, inputs, experts, matrices, biases."""
     inputs = make_inputs(problem)
     names = list(inputs.tensors)
-    for name in names:
-        for wanted in ([name], [n for n in names if n != name]):
+    groups = [["x", "gates"], ["w_in", "w_out"], ["b_in", "b_out"], ["w_in", "b_in"], ["w_out", "b_out"]]
+    subsets = [[name] for name in names] + [[n for n in names if n != name] for name in names]
+    for group in groups:
+        subsets += [[n for n in names if n in group], [n for n in names if n not in group]]
+    for wanted in subsets:
+        if wanted:
             hold(run(subject.forward, inputs, problem.combine, wanted=wanted), problem)
+
+
+def gate_precision(subject: Implementation, problem: Problem) -> None:
+    """float32 gates are not rounded to the dtype of x: between equal experts 1 + 2^-12 and -1 leave 2^-12."""
+    plain = make_inputs(problem)
+    pair = torch.tensor([1 + 2.0**-12, -1.0], device=plain.x.device).repeat(problem.T, 1)
+    ids = plain.routing.expert_ids[:, :2]
+    same = plain.experts.map(lambda w: w[:1].repeat(len(w), *[1] * (w.dim() - 1)))
+    inputs = plain._replace(routing=Routing(ids, pair.to(plain.routing.gates.dtype)), experts=same)
+    hold(run(subject.forward, inputs, problem.combine, gradients=False), problem, inputs)
 
 
 def two_graphs(subject: Implementation, problem: Problem) -> None:
@@ -219,17 +249,18 @@ def gradients_accumulate(subject: Implementation, problem: Problem) -> None:
 
 
 def non_finite_contained(subject: Implementation, problem: Problem) -> None:
-    """NaN or infinity in a token stays in that token's row of y and of the gradients of x and gates."""
+    """NaN or infinity in a token or its gates stays in its row of y and of the gradients of x and gates."""
     plain = make_inputs(problem)
-    reached = slice(problem.T // 3, problem.T // 3 + 2)
+    reached = slice(problem.T // 3, problem.T // 3 + 3)
     others = [t for t in range(problem.T) if not reached.start <= t < reached.stop]
     for value in (torch.nan, torch.inf):
         x = plain.x.clone()
         x[reached.start, 0] = value
         x[reached.start + 1] = -value
-        results = run(
-            subject.forward, plain._replace(x=x), problem.combine, gradients=subject.support.gradients
-        )
+        gates = plain.routing.gates.clone()
+        gates[reached.start + 2] = torch.nan
+        inputs = plain._replace(x=x, routing=plain.routing._replace(gates=gates))
+        results = run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
         if bool(results["y"][reached].isfinite().all(dim=1).any()):
             raise CheckFailed(f"the row of a token with {value} is finite: its input is not read")
         rows = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from correctness import behaviour, compare, metamorphic, problems
 from correctness.compare import CheckFailed, hold
 from correctness.problems import Problem, fit, make_inputs, unsupported
-from moe_impls.interface import Implementation, Support
+from moe_impls.interface import DTYPES, Implementation, Support
 
 
 def values(subject: Implementation, problem: Problem) -> dict[str, float]:
@@ -80,13 +80,14 @@ _RELATED = tuple(replace(_INTEGERS, gates="softmax", dtype=d) for d in (torch.fl
 
 CHECKS = (
     Check(values, problems.OPTIONS, fits=False),
+    Check(values, problems.LARGE, fits=False),
     Check(values, problems.SIZES),
     Check(exact, problems.EXACT),
     Check(gradcheck, problems.GRADCHECK, needs="gradients", fits=False),
     Check(second_order, problems.GRADCHECK, needs="second_order", fits=False),
     Check(behaviour.dirty_memory, _BEHAVIOUR),
     Check(behaviour.recycled_memory, _BEHAVIOUR),
-    Check(behaviour.inputs_unchanged, _BEHAVIOUR),
+    Check(behaviour.inputs_unchanged, (*_BEHAVIOUR, replace(_ZIPF, dtype=torch.float16))),
     Check(behaviour.new_contents, _BEHAVIOUR),
     Check(behaviour.one_input_changes, _BEHAVIOUR),
     Check(behaviour.changing_sizes, _BEHAVIOUR),
@@ -95,6 +96,7 @@ CHECKS = (
     Check(behaviour.expanded, _BEHAVIOUR),
     Check(behaviour.without_gradients, _BEHAVIOUR),
     Check(behaviour.gradient_subsets, _BEHAVIOUR, needs="gradients"),
+    Check(behaviour.gate_precision, tuple(replace(_INTEGERS, dtype=d) for d in DTYPES)),
     Check(behaviour.two_graphs, _BEHAVIOUR, needs="gradients"),
     Check(behaviour.gradients_accumulate, _BEHAVIOUR, needs="gradients"),
     Check(behaviour.non_finite_contained, _BEHAVIOUR),

@@ -67,7 +67,8 @@ class Problem:
 
     load: how tokens spread over experts, a key of LOADS. gates: their values, a key of GATES.
     low_gates: gates in the dtype of x even where that is lower than float32.
-    exact: integers and powers of two instead of random reals (relu and reglu with combine "sum" only).
+    exact: integers and powers of two instead of random reals, for EXACT_ACTIVATIONS with combine "sum".
+    x_scale: the standard deviation of x (of random reals), to reach clamps and large outputs.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Problem:
     low_gates: bool = False
     seed: int = 0
     exact: bool = False
+    x_scale: float = 1.0
 
     @property
     def F(self) -> int:
@@ -105,7 +107,8 @@ class Problem:
         parts += ["out_relu"] * (self.output_activation == "relu") + [self.combine] * (self.combine != "sum")
         parts += ["no_bias"] * (not self.bias) + ["exact"] * self.exact
         parts += [self.load] * (self.load != "uniform") + [f"gates_{self.gates}"] * (self.gates != "softmax")
-        parts += ["low_gates"] * self.low_gates + [f"seed{self.seed}"] * (self.seed != 0)
+        parts += ["low_gates"] * self.low_gates + [f"x_scale{self.x_scale:g}"] * (self.x_scale != 1)
+        parts += [f"seed{self.seed}"] * (self.seed != 0)
         return "-".join(parts)
 
     def code(self) -> str:
@@ -274,12 +277,12 @@ def _real_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> I
         activation=p.activation,
         output_activation=p.output_activation,
     )
-    x, dy = normal(p.T, p.D), normal(p.T, p.O)
+    x, dy = normal(p.T, p.D, scale=p.x_scale), normal(p.T, p.O)
     inputs = Inputs(x, routing, experts, dy)
     if p.has_kinks and p.dtype not in LOW_PRECISION:
         redrawn = torch.arange(p.T)
         while len(redrawn := redrawn[_near_kink(p, inputs, redrawn)]):
-            x[redrawn] = normal(len(redrawn), p.D)
+            x[redrawn] = normal(len(redrawn), p.D, scale=p.x_scale)
     return inputs
 
 
@@ -366,6 +369,13 @@ SMALL = Problem("small", T=37, D=12, H=10, O=7, E=5, K=2, gates="unnormalised")
 OPTIONS = tuple(
     replace(SMALL, activation=a, output_activation=o, combine=c, bias=b, dtype=d)
     for a, o, c, b, d in itertools.product(ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES, (True, False), DTYPES)
+)
+
+# Inputs that reach the clamps of swiglu_clamped on every side, and outputs whose exp overflows float32.
+LARGE = tuple(replace(SMALL, activation="swiglu_clamped", x_scale=8.0, dtype=d) for d in DTYPES) + tuple(
+    replace(SMALL, activation=a, combine="logsumexp", x_scale=300.0, dtype=d)
+    for a in ("silu", "relu", "gelu")
+    for d in (torch.float64, torch.float32, torch.bfloat16)
 )
 
 # Sizes and loads at which indices, tails and empty groups go wrong, with smooth activations.
