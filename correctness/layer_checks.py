@@ -67,22 +67,21 @@ def resolve_layer(name: str) -> LayerSubject:
         ResolveError: missing file, failing import, no such class, no ``read``, a layer that cannot be
             constructed, or a ``read`` that returns something else than the layer's weights.
     """
+    if ":" not in name:
+        raise ResolveError(f"--layer is {name!r}; it must be path/file.py:Class or package.module:function")
     module, make = load_function(name)
     check_signature(name, make, 0, ())
     place = name.rpartition(":")[0]
-    read: Any = getattr(module, "read", None)
-    losses: Any = getattr(module, "losses", None)
-    if not callable(read):
-        raise ResolveError(
-            f"{name}: {place} has no function 'read'; read(layer) returns moe_impls.LayerWeights"
-        )
-    check_signature(f"{place}:read", read, 1, ())
+    if not callable(getattr(module, "read", None)):
+        raise ResolveError(f"{name}: {place} has no function read(layer) that returns moe_impls.LayerWeights")
+    check_signature(f"{place}:read", module.read, 1, ())
+    losses = getattr(module, "losses", None)
     if losses is not None:
         check_signature(f"{place}:losses", losses, 3, ())
     support = getattr(module, "SUPPORT", Support())
     if not isinstance(support, Support):
         raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
-    subject = LayerSubject(name.rpartition(":")[2], make, read, losses, support)
+    subject = LayerSubject(name.rpartition(":")[2], make, module.read, losses, support)
     try:
         layer = subject.make()
     except Exception as error:  # whatever a stranger's constructor raises is the answer to give
@@ -238,6 +237,8 @@ def _allowed(right: Terms, plain: Terms, dtype: torch.dtype) -> dict[str, Tensor
     for name, want in right.values.items():
         error = _ratio(plain.values[name].double(), want, right.scale[name])
         worst = float(error.max()) if error.numel() else 0.0
+        if worst == torch.inf:  # a budget without end would let anything pass
+            raise CheckFailed(f"a plain computation of {name} in {dtype_name(dtype)} overflows")
         allowed[name] = FACTOR * max(torch.finfo(dtype).eps, worst) * right.scale[name].expand_as(want)
     return allowed
 
@@ -485,6 +486,8 @@ def every_parameter_counts(bench: Bench) -> None:
             if is_read:
                 weights = _weights(subject, twin)
                 ids, clear = oracle.choose(x, weights)
+                if not clear.any():
+                    raise CheckFailed(f"after new numbers in {name} no token has a clear choice of experts")
                 want, allowed = _judged(x[clear], ids[clear], weights, None, bench.dtype)
                 bench.require("y", y[clear], want["y"], allowed["y"], f" after new numbers in {name}")
             else:
@@ -586,9 +589,9 @@ def losses(bench: Bench) -> None:
             found = dict(subject.losses(bench.layer, x.unflatten(0, (B, S)), shaped))
         except Exception as error:
             raise CheckFailed(f"losses(layer, x, mask) {how} raises {_one_line(error)}") from error
+        if not found or not found.keys() <= set(LOSSES):
+            raise CheckFailed(f"losses returns {list(found)}; valid are {', '.join(LOSSES)}")
         for name, got in found.items():
-            if name not in LOSSES:
-                raise CheckFailed(f"losses returns {name!r}; valid are {', '.join(LOSSES)}")
             if not isinstance(got, Tensor) or got.shape != () or not got.requires_grad:
                 raise CheckFailed(f"{name} must be a scalar tensor that requires a gradient")
             x64, ids = right.x[kept].double(), right.ids[kept]

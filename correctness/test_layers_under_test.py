@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctness.layer_checks import CHECKS, LayerCase, LayerSubject, findings
+from correctness.layer_checks import CHECKS, LayerCase, LayerSubject, findings, resolve_layer
 from moe_impls import Experts, LayerWeights, RouterSpec, load_balancing_loss, z_loss
+from moe_impls.registry import ResolveError
+
+pytest_plugins = "pytester"
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -424,6 +428,7 @@ WRONG: dict[str, tuple[LayerSubject, str]] = {
         _losses(lambda layer, x, mask: {n: v.detach() for n, v in block_losses(layer, x, mask).items()}),
         "losses",
     ),
+    "no loss is returned": (_losses(lambda layer, x, mask: {}), "losses"),
     "read forgets the router's bias": (subject(GptOss, _read_without_the_bias), "every_parameter_counts"),
 }
 
@@ -432,3 +437,100 @@ WRONG: dict[str, tuple[LayerSubject, str]] = {
 def test_wrong_layers_fail(name: str) -> None:
     wrong, check = WRONG[name]
     assert check in findings(wrong, [c for c in CHECKS if c.name == check])
+
+
+# ---------------------------------------------------------------------------------- files on the command line
+
+FILE = """
+import torch
+from torch import nn
+
+from moe_impls import Experts, LayerWeights, RouterSpec
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Parameter(torch.zeros(4, 6))
+        self.w_in, self.w_out = nn.Parameter(torch.zeros(4, 5, 6)), nn.Parameter(torch.zeros(4, 6, 5))
+
+    def forward(self, x):
+        gates, ids = (x.float() @ self.router.float().T).softmax(-1).topk(2)
+        table = torch.zeros_like(x[..., :4]).scatter(-1, ids, gates.to(x.dtype))
+        h = torch.einsum("...d,efd->...ef", x, self.w_in).relu()
+        return torch.einsum("...e,...ef,eof->...o", table, h, self.w_out)
+
+
+def read(layer):
+    experts = Experts(layer.w_in, None, layer.w_out, None, "relu")
+    return LayerWeights(experts, RouterSpec(2), layer.router)
+"""
+
+
+def run_pytest(pytester: pytest.Pytester, path: Path, source: str) -> pytest.RunResult:
+    """``pytest correctness --layer path:Layer``, of this module alone."""
+    path.write_text(source, encoding="utf-8")
+    os.chdir(ROOT)
+    options = ("-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--layer={path}:Layer")
+    return pytester.runpytest_inprocess(str(Path(__file__)), *options)
+
+
+def test_a_strangers_layer_is_run_alone(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    done = run_pytest(pytester, tmp_path / "right.py", FILE)
+    assert done.ret == 0
+    done.assert_outcomes(passed=len(CHECKS) - 1, skipped=1, deselected=done.parseoutcomes()["deselected"])
+
+
+def test_a_strangers_wrong_layer_fails(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    wrong = FILE.replace("RouterSpec(2)", "RouterSpec(2, scale=2)")
+    done = run_pytest(pytester, tmp_path / "wrong.py", wrong)
+    assert done.ret == 1
+    done.stdout.fnmatch_lines(["E *CheckFailed: Layer fails 'values': y[[]*] is *, right is *its budget*"])
+
+
+BAD = {
+    "has no 'Layer'": FILE.replace("class Layer", "class Other"),
+    "has no function read(layer)": FILE.replace("def read", "def other"),
+    "SyntaxError": FILE + "def",
+    "it must take ()": FILE.replace("def __init__(self):", "def __init__(self, size):"),
+    "Layer() failed: ZeroDivisionError: division by zero": FILE.replace("super().__init__()", "1 / 0"),
+    "the layer is a int; it must be a torch.nn.Module": FILE + "Layer = lambda: 3",
+    "read: TypeError: the result is a dict": FILE + "def read(layer): return {}",
+    "read: AttributeError": FILE.replace("layer.w_in", "layer.w"),
+    "router_weight has shape [6, 4]; it must be [4, 6]": FILE.replace("layer.router)", "layer.router.T)"),
+    "router is a int; it must be RouterSpec": FILE.replace("RouterSpec(2),", "2,"),
+    "top_k is 9; it must be at most": FILE.replace("RouterSpec(2)", "RouterSpec(9)"),
+    "w_out has shape [4, 5, 6]": FILE.replace("layer.w_out", "layer.w_out.mT"),
+    "training_only holds 'noise'; the parameters are router, w_in, w_out": FILE.replace(
+        "layer.router)", "layer.router, training_only=('noise',))"
+    ),
+    "activation is 'tanh'; valid are": FILE.replace('"relu"', '"tanh"'),
+    "SUPPORT is a dict": FILE + "SUPPORT = {}",
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_files_are_refused_in_one_line(message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD[message], encoding="utf-8")
+    with pytest.raises(ResolveError) as caught:
+        resolve_layer(f"{tmp_path / 'bad.py'}:Layer")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.py:Layer", "nowhere.py does not exist"),
+        ("nowhere.py", "must be path/file.py:Class or package.module:function"),
+    ],
+)
+def test_bad_names_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ResolveError, match=message):
+        resolve_layer(name)
+
+
+def test_a_bad_file_is_a_usage_error(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    done = run_pytest(pytester, tmp_path / "bad.py", BAD["has no function read(layer)"])
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = (line for line in done.errlines if line.strip())
+    assert line.startswith("ERROR: ") and "has no function read(layer)" in line
