@@ -53,6 +53,9 @@ def _kind(x: Tensor, routing: Routing, experts: Experts, combine: str) -> tuple:
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    # Each layout of memory would be compiled anew, up to a limit, beyond which torch.compile raises.
+    x, routing = x.contiguous(), Routing(*(t.contiguous() for t in routing))
+    experts = experts.map(torch.Tensor.contiguous)
     # Two sizes that are equal by chance in the first call must not be taken for one size ever after.
     with symbolic_shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
         return _compiled(_kind(x, routing, experts, combine))(x, routing, experts, combine=combine)
