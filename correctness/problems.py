@@ -446,7 +446,15 @@ _BEYOND = tuple(
         "aligned": {"T": 2_048, "D": 16, "H": 16, "O": 16, "E": 64, "K": 8},
     }.items()
 )
-EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES) + _BEYOND
+# The (E, K) of released models, for which kernels have branches of their own.
+_RELEASED = tuple(
+    replace(_INTEGERS, name=f"integers_{E}_experts_{K}", T=70, E=E, K=K)
+    for E, K in (
+        (8, 2), (16, 1), (16, 4), (32, 4), (32, 8), (60, 4), (64, 6), (64, 8), (128, 1), (128, 4), (128, 8),
+        (160, 6), (160, 8), (256, 6), (256, 8), (384, 8), (512, 10),
+    )
+)  # fmt: skip
+EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES) + _BEYOND + _RELEASED
 
 
 def named(name: str) -> Problem:
