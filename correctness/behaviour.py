@@ -218,16 +218,6 @@ def gradient_subsets(subject: Implementation, problem: Problem) -> None:
             hold(run(subject.forward, inputs, problem.combine, wanted=wanted), problem)
 
 
-def gate_precision(subject: Implementation, problem: Problem) -> None:
-    """float32 gates are not rounded to the dtype of x: between equal experts 1 + 2^-12 and -1 leave 2^-12."""
-    plain = make_inputs(problem)
-    pair = torch.tensor([1 + 2.0**-12, -1.0], device=plain.x.device).repeat(problem.T, 1)
-    ids = plain.routing.expert_ids[:, :2]
-    same = plain.experts.map(lambda w: w[:1].repeat(len(w), *[1] * (w.dim() - 1)))
-    inputs = plain._replace(routing=Routing(ids, pair.to(plain.routing.gates.dtype)), experts=same)
-    hold(run(subject.forward, inputs, problem.combine, gradients=False), problem, inputs)
-
-
 def two_graphs(subject: Implementation, problem: Problem) -> None:
     """Forward, forward, backward, backward: a second call leaves what the first has saved alone."""
     second = replace(problem, seed=problem.seed + 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from correctness import behaviour, compare, metamorphic, problems
 from correctness.compare import CheckFailed, hold
 from correctness.problems import Problem, fit, make_inputs, unsupported
-from moe_impls.interface import DTYPES, Implementation, Support
+from moe_impls.interface import Implementation, Support
 
 
 def values(subject: Implementation, problem: Problem) -> dict[str, float]:
@@ -99,7 +99,6 @@ CHECKS = (
     Check(behaviour.expanded, _BEHAVIOUR),
     Check(behaviour.without_gradients, _BEHAVIOUR),
     Check(behaviour.gradient_subsets, _BEHAVIOUR, needs="gradients"),
-    Check(behaviour.gate_precision, tuple(replace(_INTEGERS, dtype=d) for d in DTYPES)),
     Check(behaviour.two_graphs, _BEHAVIOUR, needs="gradients"),
     Check(behaviour.gradients_accumulate, _BEHAVIOUR, needs="gradients"),
     Check(behaviour.non_finite_contained, _BEHAVIOUR),
