@@ -136,7 +136,11 @@ def fit(problem: Problem, support: Support) -> Problem:
     ):
         if getattr(p, name) not in declared and declared and not (p.exact and name == "combine"):
             p = replace(p, **{name: declared[0]})
-    return p
+    # What the replaced options cannot be combined with: the problem stays as it was, and is then skipped.
+    impossible = (p.exact and p.output_activation == "relu" and not p.bias) or (
+        p.combine == "logsumexp" and p.gates in ("signed", "cancelling")
+    )
+    return problem if impossible else p
 
 
 def unsupported(support: Support, problem: Problem) -> str | None:
