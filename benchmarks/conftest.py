@@ -92,12 +92,12 @@ def _sweep(config: pytest.Config) -> Sweep:
     implementations = [resolve(name) for name in dict.fromkeys(option.impl or IMPLEMENTATIONS)]
 
     cells: dict[str, tuple[Problem, str]] = {}
-    for block in _blocks(config):
+    grid = option.grid or "default"
+    for block in _blocks(config, grid):
         for problem in block.problems():
             made = replace(problem, device=device, dtype=getattr(torch, dtype), seed=option.seed)
             for mode in option.mode or MODES:
                 cells[_cell_id(made, mode)] = (made, mode)
-    grid = option.grid or "default"
     name = "-".join(option.model or [grid])
     environment = record.environment(device, record.slug(name))
     return Sweep(
@@ -109,10 +109,10 @@ def _sweep(config: pytest.Config) -> Sweep:
     )
 
 
-def _blocks(config: pytest.Config) -> list[Workloads]:
+def _blocks(config: pytest.Config, grid: str) -> list[Workloads]:
     """The grid or the models, with the sizes and loads of the command line in place of their own."""
     option = config.option
-    check_choice("--grid", option.grid or "default", tuple(GRIDS))
+    check_choice("--grid", grid, tuple(GRIDS))
     models = option.model or []
     if models and option.grid:
         raise ValueError(
@@ -135,8 +135,8 @@ def _blocks(config: pytest.Config) -> list[Workloads]:
     if option.load:
         changes["load"] = tuple(dict.fromkeys(option.load))
     # Given sizes or loads replace the axes of the grid's first block: its other blocks hold single cases.
-    grid = GRIDS[option.grid or "default"]
-    blocks = [MODELS[name] for name in models] or list(grid[:1] if changes else grid)
+    of_grid = GRIDS[grid]
+    blocks = [MODELS[name] for name in models] or list(of_grid[:1] if changes else of_grid)
     blocks = [replace(block, **changes) for block in blocks]
     if {"E", "K"} & set(chosen):
         for block in blocks:

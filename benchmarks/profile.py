@@ -42,6 +42,7 @@ from correctness import compare
 from correctness.problems import Problem, make_inputs, unsupported
 from moe_impls import functional
 from moe_impls.interface import Implementation, RouterSpec, dtype_name
+from moe_impls.registry import one_line
 from moe_impls.router import route
 
 STAGES = ("route", "dispatch", "expert_gemms", "activation", "combine", "other", "host")
@@ -139,20 +140,19 @@ def profile_call(
     Raises:
         ValueError: the implementation does not declare what the problem or mode needs, raises, or is wrong.
     """
+    gradients = mode == "forward_backward"
     reason = unsupported(implementation.support, problem)
-    if mode == "forward_backward" and not implementation.support.gradients:
+    if gradients and not implementation.support.gradients:
         reason = "gradients not declared"
     if reason:
         raise ValueError(f"{implementation.name} does not support {problem.id}: {reason}")
     spec = spec or RouterSpec(top_k=problem.K)
     inputs = make_inputs(problem)
-    gradients = mode == "forward_backward"
     try:
         results = compare.run(implementation.forward, inputs, problem.combine, gradients=gradients)
         compare.require(results, compare.make_reference(problem, inputs, gradients))
     except Exception as error:  # whatever a stranger's function raises is the answer to give
-        told = " ".join(str(error).split())
-        raise ValueError(f"{implementation.name} is not profiled: {type(error).__name__}: {told}") from error
+        raise ValueError(f"{implementation.name} is not profiled: {one_line(error)}") from error
     logits = torch.randn(problem.T, problem.E, device=problem.device)
     opaque = implementation.support.compiles_per_case
 

@@ -149,17 +149,10 @@ def _check_and_time(
 
     # New contents at the same addresses: whatever was remembered from the timed calls is wrong now.
     again = replace(problem, seed=problem.seed + 1)
-    _overwrite(inputs, make_inputs(again))
+    inputs.overwrite(make_inputs(again))
     live = [i for i in implementations if cells[i.name].status == "ok"]
     _check_all(again, mode, inputs, live, cells, settings, "check on new inputs after timing")
     return timings, checksum
-
-
-def _overwrite(target: Inputs, source: Inputs) -> None:
-    for name, tensor in target.tensors.items():
-        tensor.copy_(source.tensors[name])
-    target.routing.expert_ids.copy_(source.routing.expert_ids)
-    target.dy.copy_(source.dy)
 
 
 def _check_all(

@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.utils.deterministic as torch_deterministic
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from correctness import compare
-from correctness.compare import CheckFailed, finish, hold, run, start
+from correctness.compare import CheckFailed, call, finish, hold, run, start
 from correctness.problems import Inputs, Problem, make_inputs
 from moe_impls.interface import Experts, Implementation, Routing
+from moe_impls.registry import one_line
 
 ROUTINGS = 10
 REPEATS = 50
@@ -49,7 +51,7 @@ def dirty_memory(subject: Implementation, problem: Problem) -> None:
     inputs = make_inputs(problem)
     with _fresh_memory_is_nan():
         for _ in range(2):
-            hold(run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients), problem)
+            hold(call(subject, problem, inputs), problem)
 
 
 def recycled_memory(subject: Implementation, problem: Problem) -> None:
@@ -59,7 +61,7 @@ def recycled_memory(subject: Implementation, problem: Problem) -> None:
     for filling in (torch.nan, 7.0):
         blocks = [torch.full(s, filling, dtype=d) for s in shapes for d in (problem.dtype, torch.float32)]
         del blocks
-        hold(run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients), problem)
+        hold(call(subject, problem, inputs), problem)
 
 
 def inputs_unchanged(subject: Implementation, problem: Problem) -> None:
@@ -67,7 +69,7 @@ def inputs_unchanged(subject: Implementation, problem: Problem) -> None:
     inputs = make_inputs(problem)
     before = inputs.map(torch.clone)
     ids = inputs.routing.expert_ids.clone()
-    results = run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
+    results = call(subject, problem, inputs)
     for name, tensor in {**inputs.tensors, "dy": inputs.dy}.items():
         if not torch.equal(tensor, {**before.tensors, "dy": before.dy}[name]):
             raise CheckFailed(f"{name} was written to")
@@ -88,7 +90,7 @@ def new_contents(subject: Implementation, problem: Problem) -> None:
         inputs = make_inputs(problem)
         before = run(subject.forward, inputs, problem.combine, gradients=gradients)
         copies = {name: t.clone() for name, t in before.items()}
-        _overwrite(inputs, make_inputs(second))
+        inputs.overwrite(make_inputs(second))
         hold(run(subject.forward, inputs, problem.combine, gradients=gradients), second)
         for name, t in before.items():
             if not torch.equal(t, copies[name]):
@@ -98,13 +100,12 @@ def new_contents(subject: Implementation, problem: Problem) -> None:
 def one_input_changes(subject: Implementation, problem: Problem) -> None:
     """One tensor in place gets new contents, the others keep theirs: each must be read again in each call."""
     inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
-    gradients = subject.support.gradients
-    run(subject.forward, inputs, problem.combine, gradients=gradients)
+    call(subject, problem, inputs)
     changes = {name: (t, other.tensors[name]) for name, t in inputs.tensors.items()}
     changes["expert_ids"] = (inputs.routing.expert_ids, other.routing.expert_ids)
     for target, source in changes.values():
         target.copy_(source)
-        hold(run(subject.forward, inputs, problem.combine, gradients=gradients), problem, inputs)
+        hold(call(subject, problem, inputs), problem, inputs)
 
 
 def changing_sizes(subject: Implementation, problem: Problem) -> None:
@@ -112,15 +113,8 @@ def changing_sizes(subject: Implementation, problem: Problem) -> None:
     inputs = make_inputs(problem)
     for T in (problem.T, 1, problem.T // 2, 0, problem.T // 3, problem.T):
         part = Inputs(inputs.x[:T], Routing(*(t[:T] for t in inputs.routing)), inputs.experts, inputs.dy[:T])
-        results = run(subject.forward, part, problem.combine, gradients=subject.support.gradients)
+        results = call(subject, problem, part)
         hold(results, replace(problem, T=T), part)
-
-
-def _overwrite(target: Inputs, source: Inputs) -> None:
-    for name, tensor in target.tensors.items():
-        tensor.copy_(source.tensors[name])
-    target.routing.expert_ids.copy_(source.routing.expert_ids)
-    target.dy.copy_(source.dy)
 
 
 def _filled(shape: list[int], like: Tensor) -> Tensor:
@@ -152,7 +146,7 @@ def strides(subject: Implementation, problem: Problem) -> None:
         inputs = plain.map(layout)
         ids = layout(plain.routing.expert_ids)
         inputs = inputs._replace(routing=inputs.routing._replace(expert_ids=ids))
-        hold(run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients), problem)
+        hold(call(subject, problem, inputs), problem)
 
 
 def offsets(subject: Implementation, problem: Problem) -> None:
@@ -163,34 +157,33 @@ def offsets(subject: Implementation, problem: Problem) -> None:
 
     inputs = make_inputs(problem).map(piece)
     inputs = inputs._replace(routing=Routing(piece(inputs.routing.expert_ids), inputs.routing.gates))
-    hold(run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients), problem)
+    hold(call(subject, problem, inputs), problem)
 
 
 def expanded(subject: Implementation, problem: Problem) -> None:
     """Inputs may repeat one row by a stride of zero: tokens, gates, weights, or dy as y.sum() gives it."""
     plain = make_inputs(problem)
     x, (ids, gates), experts, dy = plain
-    variants = {
-        "dy of one number": plain._replace(dy=dy.flatten()[:1].expand(dy.shape)) if dy.numel() else plain,
-        "x of one row": plain._replace(x=x[:1].expand(x.shape)),
-        "gates of one row": plain._replace(routing=Routing(ids, gates[:1].expand(gates.shape))),
-        "ids of one row": plain._replace(routing=Routing(ids[:1].expand(ids.shape), gates)),
-        "weights of one expert": plain._replace(experts=experts.map(lambda w: w[:1].expand(w.shape))),
-    }
-    for inputs in variants.values():
-        hold(
-            run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients),
-            problem,
-            inputs,
-        )
+    for inputs in (
+        plain._replace(x=x[:1].expand(x.shape)),
+        plain._replace(routing=Routing(ids, gates[:1].expand(gates.shape))),
+        plain._replace(routing=Routing(ids[:1].expand(ids.shape), gates)),
+        plain._replace(experts=experts.map(lambda w: w[:1].expand(w.shape))),
+        plain._replace(dy=dy.flatten()[:1].expand(dy.shape)),
+    ):
+        hold(call(subject, problem, inputs), problem, inputs)
 
 
 def without_gradients(subject: Implementation, problem: Problem) -> None:
     """Under no_grad and inference_mode, and where nothing requires a gradient, the numbers are right."""
-    for mode in (torch.no_grad, torch.inference_mode, contextlib.nullcontext):
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
-            results = run(subject.forward, make_inputs(problem), problem.combine, gradients=False)
-            hold(results, problem)
+            inputs = make_inputs(problem)
+            y = subject.forward(inputs.x, inputs.routing, inputs.experts, combine=problem.combine)
+            compare.check_output(y, inputs)
+            if y.requires_grad:
+                raise CheckFailed("y requires a gradient, and no input does")
+            hold({"y": y}, problem)
     # In training, weights that require gradients and a call under no_grad (evaluation) are common.
     inputs = make_inputs(problem)
     x, routing, experts = compare.assemble(
@@ -252,7 +245,7 @@ def non_finite_contained(subject: Implementation, problem: Problem) -> None:
         gates = plain.routing.gates.clone()
         gates[reached.start + 2] = torch.nan
         inputs = plain._replace(x=x, routing=plain.routing._replace(gates=gates))
-        results = run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
+        results = call(subject, problem, inputs)
         if bool(results["y"][reached].isfinite().all(dim=1).any()):
             raise CheckFailed(f"the row of a token with {value} is finite: its input is not read")
         rows = {}
@@ -266,10 +259,9 @@ def non_finite_contained(subject: Implementation, problem: Problem) -> None:
 def deterministic(subject: Implementation, problem: Problem) -> None:
     """Ten calls on equal inputs are bit-equal, output and gradients, where that is declared."""
     inputs = make_inputs(problem)
-    gradients = subject.support.gradients
-    first = run(subject.forward, inputs, problem.combine, gradients=gradients)
+    first = call(subject, problem, inputs)
     for repeat in range(1, 10):
-        again = run(subject.forward, inputs, problem.combine, gradients=gradients)
+        again = call(subject, problem, inputs)
         for name, want in first.items():
             if not torch.equal(again[name], want):
                 raise CheckFailed(f"{name} differs between call 1 and call {repeat + 1} on equal inputs")
@@ -283,7 +275,7 @@ def every_call(subject: Implementation, problem: Problem) -> None:
             hold(run(subject.forward, inputs, problem.combine, gradients=gradients), problem)
 
 
-def global_state_now() -> dict[str, object]:
+def global_state_now() -> dict[str, Any]:
     """What a call must leave as it is, by a name for messages."""
     return {
         "the random generator": torch.get_rng_state().tolist(),
@@ -301,13 +293,13 @@ def global_state(subject: Implementation, problem: Problem) -> None:
     """Random numbers, default dtype, gradient mode, autocast and threads are as before the call."""
     before = global_state_now()
     try:
-        run(subject.forward, make_inputs(problem), problem.combine, gradients=subject.support.gradients)
+        call(subject, problem)
         after = global_state_now()
     finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_grad_enabled(bool(before["the gradient mode"]))
-        torch.set_autocast_enabled("cpu", bool(before["autocast"]))
-        torch.set_num_threads(int(str(before["the number of threads"])))
+        torch.set_default_dtype(before["the default dtype"])
+        torch.set_grad_enabled(before["the gradient mode"])
+        torch.set_autocast_enabled("cpu", before["autocast"])
+        torch.set_num_threads(before["the number of threads"])
     if changed := [name for name in before if after[name] != before[name]]:
         raise CheckFailed(f"a call changes {', '.join(changed)}")
 
@@ -316,7 +308,7 @@ def autocast(subject: Implementation, problem: Problem) -> None:
     """Under autocast to bfloat16 the result keeps the dtype of x and is right to bfloat16, gradients too."""
     inputs = make_inputs(problem)
     with torch.autocast(problem.device.partition(":")[0], dtype=torch.bfloat16):
-        results = run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
+        results = call(subject, problem, inputs)
     # The budget is that of a computation kept in bfloat16, on the same numbers.
     low = compare.make_reference(replace(problem, dtype=torch.bfloat16), inputs)
     compare.require(results, low)
@@ -334,7 +326,7 @@ def fullgraph(subject: Implementation, problem: Problem) -> None:
             with torch.compiler.set_stance(stance):
                 hold(run(compiled, make_inputs(p), p.combine, gradients=gradients), p)
     except (TorchDynamoException, RuntimeError) as error:
-        raise CheckFailed(f"torch.compile: {' '.join(str(error).split())[:500]}") from error
+        raise CheckFailed(f"torch.compile: {one_line(error)[:500]}") from error
     finally:
         torch.compiler.reset()
 
@@ -358,7 +350,7 @@ def exports(subject: Implementation, problem: Problem) -> None:
         try:
             program = torch.export.export(module, (x, ids, gates)).module()
         except (TorchDynamoException, RuntimeError) as error:
-            raise CheckFailed(f"torch.export: {' '.join(str(error).split())[:500]}") from error
+            raise CheckFailed(f"torch.export: {one_line(error)[:500]}") from error
         other = make_inputs(replace(problem, seed=problem.seed + 1))._replace(experts=experts)
         y = program(other.x, *other.routing)
     hold({"y": y}, problem, other)

@@ -20,10 +20,7 @@ from moe_impls.interface import Implementation, Support
 
 def values(subject: Implementation, problem: Problem) -> dict[str, float]:
     """The output and each gradient apart stay within the rounding budget of the float64 oracle."""
-    gradients = subject.support.gradients
-    return hold(
-        compare.run(subject.forward, make_inputs(problem), problem.combine, gradients=gradients), problem
-    )
+    return hold(compare.call(subject, problem), problem)
 
 
 def exact(subject: Implementation, problem: Problem) -> dict[str, float]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
 from correctness.reference import Evaluation, evaluate
-from moe_impls.interface import Experts, Forward, Routing, dtype_name
+from moe_impls.interface import Experts, Forward, Implementation, Routing, dtype_name
 
 FACTOR = 8.0
 # Above this size the weight gradients of a sample of experts are compared, to bound memory.
@@ -122,6 +122,12 @@ def run(
         check_output(y, inputs)
         return {"y": y.detach()}
     return finish(start(forward, inputs, combine, wanted), inputs.dy)
+
+
+def call(subject: Implementation, problem: Problem, inputs: Inputs | None = None) -> dict[str, Tensor]:
+    """``run`` with the gradients that the subject declares, on ``inputs`` or on the problem's own."""
+    inputs = make_inputs(problem) if inputs is None else inputs
+    return run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
 
 
 class Graph(NamedTuple):

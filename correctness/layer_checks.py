@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from correctness import layer_reference as oracle
 from correctness.compare import FACTOR, CheckFailed
 from correctness.layer_reference import LOSSES, Terms
-from correctness.problems import LOW_PRECISION, Inputs, Problem, _near_kink
+from correctness.problems import LOW_PRECISION, Inputs, Problem, near_kink
 from moe_impls.interface import (
     Experts,
     LayerWeights,
@@ -37,7 +37,7 @@ from moe_impls.interface import (
     dtype_name,
 )
 from moe_impls.layer import MoE
-from moe_impls.registry import ResolveError, check_signature, load_function
+from moe_impls.registry import ResolveError, check_signature, load_function, one_line
 from moe_impls.router import check_logits, route
 
 B, S = 4, 8  # leading dimensions of the input: T = B * S tokens
@@ -85,22 +85,18 @@ def resolve_layer(name: str) -> LayerSubject:
     try:
         layer = subject.make()
     except Exception as error:  # whatever a stranger's constructor raises is the answer to give
-        raise ResolveError(f"{name}: {name.rpartition(':')[2]}() failed: {_one_line(error)}") from error
+        raise ResolveError(f"{name}: {name.rpartition(':')[2]}() failed: {one_line(error)}") from error
     if not isinstance(layer, nn.Module):
         raise ResolveError(f"{name}: the layer is a {type(layer).__name__}; it must be a torch.nn.Module")
     try:
         check_weights(subject.read(layer), layer)
     except Exception as error:
-        raise ResolveError(f"{place}:read: {_one_line(error)}") from error
+        raise ResolveError(f"{place}:read: {one_line(error)}") from error
     try:
         build(subject, torch.float32)
     except Exception as error:
-        raise ResolveError(f"{name}: drawing new parameters failed: {_one_line(error)}") from error
+        raise ResolveError(f"{name}: drawing new parameters failed: {one_line(error)}") from error
     return subject
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_weights(weights: object, layer: nn.Module) -> None:
@@ -314,7 +310,7 @@ def _kinked(x: Tensor, ids: Tensor, weights: LayerWeights) -> Tensor:
         )
         if problem.has_kinks:
             inputs = Inputs(x, Routing(visited, x.new_ones(visited.shape)), experts, x.new_zeros(len(x), O))
-            near |= _near_kink(problem, inputs, torch.arange(len(x)))
+            near |= near_kink(problem, inputs, torch.arange(len(x)))
     return near
 
 
@@ -355,7 +351,7 @@ class Bench:
         try:
             result = self.layer(x)
         except Exception as error:
-            raise CheckFailed(f"{what} raises {_one_line(error)}") from error
+            raise CheckFailed(f"{what} raises {one_line(error)}") from error
         y = result[0] if isinstance(result, tuple) and result else result
         if not isinstance(y, Tensor):
             raise CheckFailed(f"{what} returns a {type(y).__name__}; it must be y or (y, ...)")
@@ -440,7 +436,7 @@ def _gradients(bench: Bench) -> dict[str, Tensor | None]:
     try:
         grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
     except Exception as error:
-        raise CheckFailed(f"the backward of layer(x) raises {_one_line(error)}") from error
+        raise CheckFailed(f"the backward of layer(x) raises {one_line(error)}") from error
     return dict(zip(leaves, grads, strict=True))
 
 
@@ -561,7 +557,7 @@ def state(bench: Bench) -> None:
         other.load_state_dict(bench.layer.state_dict())
         twin = copy.deepcopy(bench.layer)
     except Exception as error:
-        raise CheckFailed(f"load_state_dict or copy.deepcopy raises {_one_line(error)}") from error
+        raise CheckFailed(f"load_state_dict or copy.deepcopy raises {one_line(error)}") from error
     for layer, how in ((other, "after load_state_dict"), (twin, "in a deepcopy")):
         y = replace(bench, layer=layer).call(x).squeeze(0)
         bench.require_y(y, context=f" {how}")
@@ -588,7 +584,7 @@ def losses(bench: Bench) -> None:
         try:
             found = dict(subject.losses(bench.layer, x.unflatten(0, (B, S)), shaped))
         except Exception as error:
-            raise CheckFailed(f"losses(layer, x, mask) {how} raises {_one_line(error)}") from error
+            raise CheckFailed(f"losses(layer, x, mask) {how} raises {one_line(error)}") from error
         if not found or not found.keys() <= set(LOSSES):
             raise CheckFailed(f"losses returns {list(found)}; valid are {', '.join(LOSSES)}")
         for name, got in found.items():

@@ -10,17 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from correctness import compare
-from correctness.compare import CheckFailed
+from correctness.compare import CheckFailed, call
 from correctness.problems import Inputs, Problem, make_inputs
 from moe_impls.interface import Experts, Implementation, Routing
 
 Results = dict[str, Tensor]
 PER_TOKEN = ("y", "x", "gates")
-
-
-def _call(subject: Implementation, problem: Problem, inputs: Inputs) -> Results:
-    return compare.run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
 
 
 def _equal(relation: str, got: Results, want: Results) -> None:
@@ -38,49 +33,49 @@ def _order(n: int, device: torch.device) -> Tensor:
 def tokens_permuted(subject: Implementation, problem: Problem) -> None:
     """Tokens in another order give the same rows in that order and the same gradients of the weights."""
     inputs = make_inputs(problem)
-    plain = _call(subject, problem, inputs)
+    plain = call(subject, problem, inputs)
     order = _order(problem.T, inputs.x.device)
     x, (ids, gates), experts, dy = inputs
     moved = Inputs(x[order], Routing(ids[order], gates[order]), experts, dy[order])
     want = {n: t[order] if n in PER_TOKEN else t for n, t in plain.items()}
-    _equal("only the order of tokens changed", _call(subject, problem, moved), want)
+    _equal("only the order of tokens changed", call(subject, problem, moved), want)
 
 
 def experts_relabelled(subject: Implementation, problem: Problem) -> None:
     """Experts under other numbers give the same result, and gradients under the new numbers."""
     inputs = make_inputs(problem)
-    plain = _call(subject, problem, inputs)
+    plain = call(subject, problem, inputs)
     new = _order(problem.E, inputs.x.device)  # expert e becomes new[e]
     old = new.argsort()
     ids, gates = inputs.routing
     moved = inputs._replace(routing=Routing(new[ids], gates), experts=inputs.experts.map(lambda w: w[old]))
     want = {n: t if n in PER_TOKEN else t[old] for n, t in plain.items()}
-    _equal("only the numbers of experts changed", _call(subject, problem, moved), want)
+    _equal("only the numbers of experts changed", call(subject, problem, moved), want)
 
 
 def choices_reordered(subject: Implementation, problem: Problem) -> None:
     """The K choices of a token, each with its gate, may come in any order."""
     inputs = make_inputs(problem)
-    plain = _call(subject, problem, inputs)
+    plain = call(subject, problem, inputs)
     ids, gates = inputs.routing
     for order in (torch.arange(problem.K).flip(0), ids.sort(dim=1).indices.cpu()):
         order = order.expand(problem.T, problem.K).to(ids.device)
         moved = inputs._replace(routing=Routing(ids.gather(1, order), gates.gather(1, order)))
         want = {n: t.gather(1, order) if n == "gates" else t for n, t in plain.items()}
-        _equal("only the order of each token's choices changed", _call(subject, problem, moved), want)
+        _equal("only the order of each token's choices changed", call(subject, problem, moved), want)
 
 
 def batch_split(subject: Implementation, problem: Problem) -> None:
     """A batch in parts gives the rows of the whole, and the parts' gradients of weights sum up to it."""
     inputs = make_inputs(problem)
-    plain = _call(subject, problem, inputs)
+    plain = call(subject, problem, inputs)
     cuts = [0, 1, problem.T // 3, problem.T - 1, problem.T]
     parts = []
     for begin, end in zip(cuts, cuts[1:], strict=False):
         x, (ids, gates), experts, dy = inputs
         rows = slice(begin, end)
         parts.append(
-            _call(subject, problem, Inputs(x[rows], Routing(ids[rows], gates[rows]), experts, dy[rows]))
+            call(subject, problem, Inputs(x[rows], Routing(ids[rows], gates[rows]), experts, dy[rows]))
         )
     got = {
         n: torch.cat([p[n] for p in parts])
@@ -94,9 +89,9 @@ def batch_split(subject: Implementation, problem: Problem) -> None:
 def gates_doubled(subject: Implementation, problem: Problem) -> None:
     """Twice the gates give twice the result and gradients, and the same gradient of the gates."""
     inputs = make_inputs(problem)
-    plain = _call(subject, problem, inputs)
+    plain = call(subject, problem, inputs)
     ids, gates = inputs.routing
-    got = _call(subject, problem, inputs._replace(routing=Routing(ids, 2 * gates)))
+    got = call(subject, problem, inputs._replace(routing=Routing(ids, 2 * gates)))
     want = {n: t if n == "gates" else 2 * t for n, t in plain.items()}
     _equal("only the gates doubled", got, want)
 
@@ -106,10 +101,10 @@ def identical_experts(subject: Implementation, problem: Problem) -> None:
     inputs = make_inputs(problem)
     ids, gates = inputs.routing
     same = inputs.experts.map(lambda w: w[:1].repeat(len(w), *[1] * (w.dim() - 1)))
-    got = _call(subject, problem, inputs._replace(experts=same))
+    got = call(subject, problem, inputs._replace(experts=same))
     total = Routing(torch.zeros_like(ids[:, :1]), gates.sum(dim=1, keepdim=True))
     dense = inputs._replace(routing=total, experts=inputs.experts.map(lambda w: w[:1].clone()))
-    want = _call(subject, replace(problem, E=1, K=1), dense)
+    want = call(subject, replace(problem, E=1, K=1), dense)
     got = {n: t if n in ("y", "x") else t.sum(dim=0, keepdim=True) for n, t in got.items() if n != "gates"}
     _equal("all experts are equal", got, {n: t for n, t in want.items() if n != "gates"})
 
@@ -119,7 +114,7 @@ def output_weights_zero(subject: Implementation, problem: Problem) -> None:
     inputs = make_inputs(problem)
     ids, gates = inputs.routing
     experts = replace(inputs.experts, w_out=torch.zeros_like(inputs.experts.w_out))
-    got = _call(subject, problem, inputs._replace(experts=experts))
+    got = call(subject, problem, inputs._replace(experts=experts))
     bias = torch.zeros_like(experts.w_out[:, :, 0]) if experts.b_out is None else experts.b_out
     if experts.output_activation == "relu":
         bias = bias.relu()
@@ -131,12 +126,12 @@ def output_weights_zero(subject: Implementation, problem: Problem) -> None:
 def one_expert_doubled(subject: Implementation, problem: Problem) -> None:
     """Another w_out of one expert changes the rows of its tokens and of no others."""
     inputs = make_inputs(problem)
-    plain = _call(subject, problem, inputs)
+    plain = call(subject, problem, inputs)
     ids = inputs.routing.expert_ids
     for expert in {int(ids.flatten().mode().values), int(ids[-1, -1]), int(ids.max()), int(ids.min())}:
         w_out = inputs.experts.w_out.clone()
         w_out[expert] *= 2
-        got = _call(subject, problem, inputs._replace(experts=replace(inputs.experts, w_out=w_out)))
+        got = call(subject, problem, inputs._replace(experts=replace(inputs.experts, w_out=w_out)))
         others = (ids != expert).all(dim=1)
         _equal(
             f"only w_out of expert {expert} doubled",
@@ -147,13 +142,13 @@ def one_expert_doubled(subject: Implementation, problem: Problem) -> None:
 def slot_split(subject: Implementation, problem: Problem) -> None:
     """A choice split between its expert and a copy of it, in halves, gives the same result."""
     inputs = make_inputs(problem)
-    plain = _call(subject, problem, inputs)
+    plain = call(subject, problem, inputs)
     x, (ids, gates), experts, dy = inputs
     twin = ids[:, :1] + problem.E  # a copy of each expert stands E places further on
     halves = torch.cat([gates[:, :1] / 2, gates[:, 1:], gates[:, :1] / 2], dim=1)
     doubled: Experts = experts.map(lambda w: torch.cat([w, w]))
     split = Inputs(x, Routing(torch.cat([ids, twin], dim=1), halves), doubled, dy)
-    got = _call(subject, replace(problem, E=2 * problem.E, K=problem.K + 1), split)
+    got = call(subject, replace(problem, E=2 * problem.E, K=problem.K + 1), split)
     got = {
         n: t if n in ("y", "x") else t[:, :-1] if n == "gates" else t[: problem.E] + t[problem.E :]
         for n, t in got.items()

@@ -60,6 +60,13 @@ class Inputs(NamedTuple):
             function(self.x), Routing(ids, function(gates)), self.experts.map(function), function(self.dy)
         )
 
+    def overwrite(self, source: Inputs) -> None:
+        """Copy the contents of ``source`` to the addresses of this call."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(source.tensors[name])
+        self.routing.expert_ids.copy_(source.routing.expert_ids)
+        self.dy.copy_(source.dy)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -285,12 +292,12 @@ def _real_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> I
     inputs = Inputs(x, routing, experts, dy)
     if p.has_kinks and p.dtype not in LOW_PRECISION:
         redrawn = torch.arange(p.T)
-        while len(redrawn := redrawn[_near_kink(p, inputs, redrawn)]):
+        while len(redrawn := redrawn[near_kink(p, inputs, redrawn)]):
             x[redrawn] = normal(len(redrawn), p.D, scale=p.x_scale)
     return inputs
 
 
-def _near_kink(p: Problem, inputs: Inputs, tokens: Tensor) -> Tensor:
+def near_kink(p: Problem, inputs: Inputs, tokens: Tensor) -> Tensor:
     """Which of the tokens [N] have a selected expert within KINK_MARGIN of a kink: bool [N]."""
     from correctness.reference import hidden_and_output  # the oracle's own equations, float64
 

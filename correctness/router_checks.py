@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from correctness import router_reference as oracle
-from correctness.behaviour import global_state_now as global_state
+from correctness.behaviour import global_state_now
 from correctness.compare import FACTOR, CheckFailed
 from moe_impls.interface import DTYPES, RouterSpec, Routing, dtype_name
 
@@ -295,7 +295,7 @@ def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
 def state(route: Route, problem: RouterProblem) -> None:
     """Nothing depends on earlier calls, no result is overwritten by a later call, no global state changes."""
     logits, bias, _ = make_inputs(problem)
-    before = global_state()
+    before = global_state_now()
     first = call(route, logits, problem.spec, bias)
     kept = Routing(first.expert_ids.clone(), first.gates.detach().clone())
     others = make_inputs(replace(problem, seed=problem.seed + 1))
@@ -314,7 +314,7 @@ def state(route: Route, problem: RouterProblem) -> None:
         _require_gates(again, logits, problem.spec)
     if not all(torch.equal(a, b.detach()) for a, b in zip(kept, first, strict=True)):
         raise CheckFailed("the routing returned by an earlier call was overwritten by a later one")
-    if changed := [name for name, value in global_state().items() if value != before[name]]:
+    if changed := [name for name, value in global_state_now().items() if value != before[name]]:
         raise CheckFailed(f"a call changes {', '.join(changed)}")
 
 

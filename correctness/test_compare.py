@@ -145,7 +145,14 @@ def with_gates(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tens
     return changed_gates
 
 
+def requires_a_gradient(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    """A result in a graph though no input is: a training step would keep it alive."""
+    y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+    return y + torch.zeros((), dtype=y.dtype, requires_grad=True)
+
+
 BUGS = {
+    "without_gradients": (*NULL_IMPLEMENTATIONS, requires_a_gradient),
     "global_state": (draws_random_numbers,),
     "exports": (sorted_dispatch.forward,),  # reads its part sizes from the host
     "fullgraph": (sorted_dispatch.forward,),
@@ -258,7 +265,7 @@ def test_a_failure_names_tensor_row_error_budget_and_reproduction() -> None:
 def test_no_token_lies_near_a_kink(dtype: torch.dtype) -> None:
     problem = replace(problems.SMALL, T=2000, activation="relu", output_activation="relu", dtype=dtype)
     inputs = make_inputs(problem)
-    assert not problems._near_kink(problem, inputs, torch.arange(problem.T)).any()
+    assert not problems.near_kink(problem, inputs, torch.arange(problem.T)).any()
     assert dtype not in LOW_PRECISION
 
 

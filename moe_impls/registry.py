@@ -64,7 +64,7 @@ def load_function(name: str) -> tuple[ModuleType, Any]:
         try:
             module = importlib.import_module(place)
         except Exception as error:  # whatever a stranger's module raises is the answer to give
-            raise ResolveError(f"{name}: importing {place} failed: {_one_line(error)}") from error
+            raise ResolveError(f"{name}: importing {place} failed: {one_line(error)}") from error
     function = getattr(module, attribute, None)
     if function is None:
         functions = [
@@ -96,7 +96,7 @@ def _load_file(path: Path) -> ModuleType:
     except BaseException as error:
         del sys.modules[module_name]
         if isinstance(error, Exception | SystemExit):
-            raise ResolveError(f"importing {path} failed: {_one_line(error)}") from error
+            raise ResolveError(f"importing {path} failed: {one_line(error)}") from error
         raise
     finally:
         sys.path.remove(str(path.parent))
@@ -116,5 +116,6 @@ def check_signature(name: str, function: Any, positional: int, keywords: tuple[s
         raise ResolveError(f"{name} has signature {signature}; it must take ({wanted}): {error}") from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The type and the message of an exception, without line breaks."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
