@@ -9,10 +9,33 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
+from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
 from correctness import layer_checks  # noqa: E402
 from correctness.checks import cases  # noqa: E402
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve  # noqa: E402
+
+# Hypothesis draws the same examples in every run, or with --hypothesis-profile=thorough many new ones.
+QUICK = settings(
+    max_examples=100,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    verbosity=Verbosity.quiet,  # the failure itself says on which problem
+    phases=[phase for phase in Phase if phase is not Phase.explain],
+)
+settings.register_profile("ci", QUICK)
+settings.register_profile(
+    "thorough",
+    QUICK,
+    max_examples=2000,
+    derandomize=False,
+    database=settings().database,
+    verbosity=Verbosity.normal,
+    print_blob=True,
+)
+settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,6 +88,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 for case in cases(config.stash[SUBJECTS])
             ],
         )
+    if "subject" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "subject",
+            [
+                pytest.param(subject, id=subject.name)
+                for subject in config.stash[SUBJECTS]
+                if "cpu" in subject.support.devices
+            ],
+        )
     if "router" in metafunc.fixturenames:
         name, function = config.stash[ROUTER]
         metafunc.parametrize("router", [pytest.param(function, id=name.rpartition(":")[2])])
@@ -81,7 +113,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --impl, --router or --layer only the tests of that subject run, and at least one must."""
-    options = (("case", "impl"), ("router", "router"), ("layer_case", "layer"))
+    options = (("case", "impl"), ("subject", "impl"), ("router", "router"), ("layer_case", "layer"))
     wanted = {name for name, option in options if config.getoption(option)}
     if not wanted:
         return
@@ -90,6 +122,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=dropped)
     items[:] = keep
     for name in config.getoption("impl") or ():
-        cases = [c.params["case"] for i in keep if (c := getattr(i, "callspec", None)) and "case" in c.params]
-        if not any(case.subject.name == name and case.skip is None for case in cases):
+        params = [callspec.params for item in keep if (callspec := getattr(item, "callspec", None))]
+        subjects = [p["case"].subject for p in params if "case" in p and p["case"].skip is None]
+        subjects += [p["subject"] for p in params if "subject" in p]
+        if not any(subject.name == name for subject in subjects):
             raise pytest.UsageError(f"{name}: nothing that it declares in SUPPORT can be checked here")
