@@ -13,6 +13,7 @@ from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
 from correctness import layer_checks  # noqa: E402
 from correctness.checks import cases  # noqa: E402
+from correctness.mutants import MUTANTS, table  # noqa: E402
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve  # noqa: E402
 
 # Hypothesis draws the same examples in every run, or with --hypothesis-profile=thorough many new ones.
@@ -51,6 +52,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--layer", metavar="FILE:CLASS", help="check only this whole layer; its file holds read(layer), too"
+    )
+    group.addoption(
+        "--mutants",
+        action="store_true",
+        help="only the deliberately wrong subjects, each through every check; writes results/mutants.csv",
     )
 
 
@@ -97,6 +103,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 if "cpu" in subject.support.devices
             ],
         )
+    if "mutant" in metafunc.fixturenames:
+        metafunc.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.kind}-{mutant.name}")
     if "router" in metafunc.fixturenames:
         name, function = config.stash[ROUTER]
         metafunc.parametrize("router", [pytest.param(function, id=name.rpartition(":")[2])])
@@ -112,8 +120,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --impl, --router or --layer only the tests of that subject run, and at least one must."""
-    options = (("case", "impl"), ("subject", "impl"), ("router", "router"), ("layer_case", "layer"))
+    """With --impl, --router, --layer or --mutants only those tests run; of a subject at least one must."""
+    options = (
+        ("case", "impl"),
+        ("subject", "impl"),
+        ("router", "router"),
+        ("layer_case", "layer"),
+        ("mutant", "mutants"),
+    )
     wanted = {name for name, option in options if config.getoption(option)}
     if not wanted:
         return
@@ -127,3 +141,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         subjects += [p["subject"] for p in params if "subject" in p]
         if not any(subject.name == name for subject in subjects):
             raise pytest.UsageError(f"{name}: nothing that it declares in SUPPORT can be checked here")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("mutants"):
+        _report_mutants(terminalreporter)
+
+
+def _report_mutants(terminal: pytest.TerminalReporter) -> None:
+    """The kill table, on the terminal and, if every mutant was judged, in the files of results/."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for report in (r for found in terminal.stats.values() for r in found if isinstance(r, pytest.TestReport)):
+        for name, row in report.user_properties:
+            if name == "mutant" and isinstance(row, dict):
+                rows[row["kind"], row["mutant"]] = row
+    judged = [rows[m.kind, m.name] for m in MUTANTS if (m.kind, m.name) in rows]
+    if not judged:
+        return
+    frame = table.table(judged)
+    terminal.section("mutants and the checks that kill them")
+    for row in judged:
+        kills = [column.partition(":")[2] for column in table.COLUMNS if row[column] == "killed"]
+        others = f" and {len(kills) - 1} others" if len(kills) > 1 else ""
+        terminal.write_line(
+            f"{row['verdict']} {row['kind']:8} {row['mutant']:52} {row['meant_check']}{others}"
+        )
+    terminal.write_line(table.headline(frame))
+    if len(judged) == len(MUTANTS):
+        table.write(frame)
+        terminal.write_line(f"{table.CSV}\n{table.SUMMARY}")
+    else:
+        terminal.write_line(f"{len(judged)} of {len(MUTANTS)} mutants judged: results/ is left as it is")

@@ -103,6 +103,7 @@ PROBLEMS = (
     RouterProblem("groups_sigmoid", 36, _spec(3, "sigmoid", groups=12, keep_groups=5)),
     RouterProblem("one_group_kept", 30, _spec(5, renormalise=True, groups=5, keep_groups=1)),
     RouterProblem("all_groups_kept", 30, _spec(5, groups=5, keep_groups=5)),
+    RouterProblem("tiny_scores_large_bias", 48, _spec(40, "sigmoid"), bias=12.0, spread=12.0),
     RouterProblem("many_tokens", 8, _spec(2), T=1500),
     RouterProblem("many_choices", 48, _spec(20, renormalise=True), T=33),
     RouterProblem("many_experts", 1100, _spec(6), T=20),
