@@ -272,11 +272,12 @@ def _how(wrong: Wrong, rows: Tensor, looked_at: Tensor) -> str:
         return "they are zero"
     if not bool(want.any()):
         return "they should be zero"
-    found = [*_itself(wrong, looked_at), *_other_rows(wrong, rows)]
-    found += _other_computations(wrong, rows, looked_at)
+    found = [f"are {text}" for text in _itself(wrong, looked_at)]
+    if others := [*_other_rows(wrong, rows), *_other_computations(wrong, rows, looked_at)]:
+        found.append(f"would be right {' or '.join(others)}")
     if not found:
         return _a_little(wrong, rows)
-    return f"they {' or '.join(found)}" if len(found) <= 3 else ""
+    return f"they {' or '.join(found)}" if len(others) <= 3 else ""
 
 
 def _itself(wrong: Wrong, looked_at: Tensor) -> Iterator[str]:
@@ -289,10 +290,10 @@ def _itself(wrong: Wrong, looked_at: Tensor) -> Iterator[str]:
     if len(want.unique()) > 1 and bool(wrong.agrees(factor * want, scale, looked_at).all()):
         simple = Fraction(factor).limit_denominator(16)
         exact = abs(simple - factor) <= 1e-4 * abs(factor)
-        yield f"are {simple if exact else f'{factor:.3g}'} times the right ones"
+        yield f"{simple if exact else f'{factor:.3g}'} times the right ones"
     square = wrong.name in ("w_in", "w_out") and wrong.want.shape[1] == wrong.want.shape[2]
     if square and bool(wrong.agrees(wrong.want.mT, wrong.scale.mT)[looked_at].all()):
-        yield "are the right ones transposed"
+        yield "the right ones transposed"
 
 
 def _other_rows(wrong: Wrong, rows: Tensor) -> Iterator[str]:
@@ -309,7 +310,7 @@ def _other_rows(wrong: Wrong, rows: Tensor) -> Iterator[str]:
     same = same.flatten(2).all(dim=2)  # [wrong rows, rows]
     if bool(same.any(dim=1).all()):
         whose = "tokens" if per_token else "experts"
-        yield f"would be right for other {whose}"
+        yield f"for other {whose}"
 
 
 def _a_little(wrong: Wrong, rows: Tensor) -> str:
@@ -346,7 +347,7 @@ def _other_computations(wrong: Wrong, rows: Tensor, looked_at: Tensor) -> Iterat
 
     for text, other in _changes(wrong, rows):
         if gives(other, units[:1]) and gives(other, units):
-            yield f"would be right {text}"
+            yield text
 
 
 def _changes(wrong: Wrong, rows: Tensor) -> Iterator[tuple[str, Computation]]:
@@ -378,10 +379,15 @@ def _changes(wrong: Wrong, rows: Tensor) -> Iterator[tuple[str, Computation]]:
     yield "with gates that sum to one", routed(ids, gates / gates.sum(dim=1, keepdim=True))
     yield "with sorted expert ids and unsorted gates", routed(ids.sort(dim=1).values, gates)
     yield "with gates in reverse order", routed(ids, gates.flip(1))
+    yield "with the gate of the first choice for all", routed(ids, gates[:, :1].expand_as(gates))
+    order = ids.flatten().argsort(stable=True)
+    in_order = torch.empty_like(gates.flatten()).scatter_(0, order, gates.flatten()).view_as(gates)
+    yield "with slots sorted by expert and unsorted gates", routed(ids, in_order)
     for k in range(K) if 1 < K <= 8 else ():
         chosen = torch.arange(K, device=ids.device) == k
         yield f"for choice {k} alone", routed(ids, gates.where(chosen, 0))
-        yield f"without choice {k}", routed(ids, gates.where(~chosen, 0))
+        if K > 2:
+            yield f"without choice {k}", routed(ids, gates.where(~chosen, 0))
     for e in _first_visited(wrong, rows) if not wrong.is_weight else ():
         yield f"without expert {e}", routed(ids, gates.where(ids != e, 0))
     position, load = _positions(inputs)
@@ -404,8 +410,15 @@ def _changes(wrong: Wrong, rows: Tensor) -> Iterator[tuple[str, Computation]]:
     for activation in ACTIVATIONS:
         if (activation in GATED_ACTIVATIONS) == gated:
             yield f"for activation {activation!r}", made_of(activation=activation)
+    D = inputs.x.shape[1]
+    for n in dict.fromkeys(D // m * m for m in TILES if D % m):
+        part = torch.arange(D, device=ids.device) < n
+        yield f"without features of x from {n} on", of(inputs._replace(x=inputs.x.where(part, 0)))
     if experts.w_in.numel() > MOST:
         return
+    for n in dict.fromkeys(H // m * m for m in TILES if H % m):
+        part = torch.arange(H, device=ids.device) < n
+        yield f"without hidden features from {n} on", made_of(w_out=experts.w_out.where(part, 0))
     if gated and wrong.name not in ("w_in", "b_in"):
         for text, order in (
             ("gate and up rows exchanged", torch.arange(2 * H).roll(H)),

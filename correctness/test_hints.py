@@ -128,6 +128,11 @@ def place(ids: Tensor) -> Tensor:
     return torch.stack([(flat[:i] == e).sum() for i, e in enumerate(flat)]).view_as(ids)
 
 
+def rank(ids: Tensor) -> Tensor:
+    """[T, K]: the place of the slot among all, sorted by expert."""
+    return ids.flatten().argsort(stable=True).argsort().view_as(ids)
+
+
 def load(ids: Tensor) -> Tensor:
     """[T, K]: the number of rows of the slot's expert."""
     return ids.flatten().bincount()[ids]
@@ -173,6 +178,10 @@ CASES = (
      EVERY + "would be right without choice 0"),
     (gated(lambda gates: zeroed(gates.clone(), ALL, [0, 2])), REAL, "y",
      EVERY + "would be right for choice 1 alone"),
+    (gated(lambda gates: gates[:, :1].expand_as(gates)), REAL, "y",
+     EVERY + "would be right with the gate of the first choice for all"),
+    (routed(lambda ids, gates: (ids, gates.flatten()[rank(ids)])), REAL, "y",
+     EVERY + "would be right with slots sorted by expert and unsorted gates"),
     (gradient("gates", lambda grad, ids: zeroed(grad, ALL, 1)), REAL, "gates",
      "wrong: each slot of choice 1, and no other; they are zero"),
     (gradient("gates", lambda grad, ids: grad.masked_fill(make_inputs(ZEROS).routing.gates == 0, 0)), ZEROS,
@@ -247,6 +256,10 @@ CASES = (
      EVERY + "would be right for the expert before"),
     (routed(lambda ids, gates: (8 - ids, gates)), REAL, "y",
      EVERY + "would be right for experts in reverse order"),
+    (lambda x, routing, experts, combine: right(zeroed(x.clone(), ALL, slice(8, None)), routing, experts,
+     combine=combine), REAL, "y", EVERY + "would be right without features of x from 8 on"),
+    (made_of(lambda e: replace(e, w_out=zeroed(e.w_out.clone(), ALL, ALL, slice(8, None)))), REAL, "y",
+     EVERY + "would be right without hidden features from 8 on"),
     # gradients of weights
     (gradient("w_in", lambda grad, ids: zeroed(grad, 3)), REAL, "w_in",
      "wrong: all rows of expert 3, and no other; they are zero"),
@@ -307,7 +320,8 @@ def test_a_single_token_shows_how_it_is_wrong_and_nothing_about_where() -> None:
     one = replace(REAL, T=1)
     assert hint(gated(torch.ones_like), one) == "they would be right with every gate 1"
     assert hint(routed(lambda ids, gates: (ids.sort(dim=1).values, gates)), replace(one, seed=1)) == (
-        "they would be right with sorted expert ids and unsorted gates"
+        "they would be right with sorted expert ids and unsorted gates "
+        "or with slots sorted by expert and unsorted gates"
     )
 
 
