@@ -7,12 +7,13 @@ problem shrinks to small sizes and to the defaults of `Problem`: what is left of
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from correctness.problems import EXACT_ACTIVATIONS, GATES, LOADS, LOW_PRECISION, Problem, make_inputs
 from correctness.reference import act, act_derivative, hidden_and_output
@@ -129,30 +130,30 @@ def _sizes(draw: st.DrawFn, rows_per_hidden: int) -> dict[str, int]:
 
 
 def first_rounded(problem: Problem) -> str:
-    """The first intermediate of an exact problem that its dtype cannot hold; empty if it holds them all.
-
-    These are all that a right implementation may store for one expert: hidden layers and outputs with and
-    without biases and gates, and what flows back through them to a slot's x.
-    """
-    x, (ids, gates), experts, dy = make_inputs(problem).map(torch.Tensor.double)
-    stored = {"x": x, "gates": gates, "dy": dy, **experts.tensors}
-    for expert in [None, *ids.unique().tolist()]:
-        if expert is not None:
-            tokens, slots = torch.where(ids == expert)
-            h, out = hidden_and_output(x[tokens], experts, expert)
-            a = act(h, problem.activation)
-            gate = gates[tokens, slots].unsqueeze(1)
-            d_out = gate * dy[tokens] * ((out > 0) if problem.output_activation == "relu" else 1)
-            da = d_out @ experts.w_out[expert]
-            dh = act_derivative(h, problem.activation) * da.repeat(1, h.shape[1] // a.shape[1])
-            stored = {"h": h, "h without bias": x[tokens] @ experts.w_in[expert].T, "a": a, "g*a": gate * a}
-            stored |= {"out": out, "out without bias": a @ experts.w_out[expert].T, "g*out": gate * out}
-            stored |= {"d_out": d_out, "da": da, "dh": dh, "dx": dh @ experts.w_in[expert]}
-        for name, value in stored.items():
-            value = torch.where(value.abs() < 1e-40, 0.0, value)  # what a saturated unit leaves underflows
-            if not torch.equal(value, value.to(problem.dtype).double()):
-                return name if expert is None else f"{name} of expert {expert}"
+    """What an exact problem holds first that its dtype cannot: a name, or empty if nothing is rounded."""
+    for name, value in _stored(problem):
+        value = torch.where(value.abs() < 1e-40, 0.0, value)  # what a saturated unit leaves underflows
+        if not torch.equal(value, value.to(problem.dtype).double()):
+            return name
     return ""
+
+
+def _stored(problem: Problem) -> Iterator[tuple[str, Tensor]]:
+    """What a right implementation may store: inputs, and of each expert what flows to and fro, in float64."""
+    inputs = make_inputs(problem).map(torch.Tensor.double)
+    yield from {**inputs.tensors, "dy": inputs.dy}.items()
+    x, (ids, gates), experts, dy = inputs
+    for expert in ids.unique().tolist():
+        tokens, slots = torch.where(ids == expert)
+        h, out = hidden_and_output(x[tokens], experts, expert)
+        a, gate = act(h, problem.activation), gates[tokens, slots].unsqueeze(1)
+        yield from {"h": h, "h without bias": x[tokens] @ experts.w_in[expert].T, "a": a}.items()
+        yield from {"out": out, "out without bias": a @ experts.w_out[expert].T}.items()
+        yield from {"gate * a": gate * a, "gate * out": gate * out}.items()
+        d_out = gate * dy[tokens] * ((out > 0) if problem.output_activation == "relu" else 1)
+        da = d_out @ experts.w_out[expert]
+        dh = act_derivative(h, problem.activation) * da.repeat(1, h.shape[1] // a.shape[1])
+        yield from {"d_out": d_out, "da": da, "dh": dh, "dx": dh @ experts.w_in[expert]}.items()
 
 
 @st.composite

@@ -169,7 +169,7 @@ LIMITED = Support(
 
 @pytest.mark.parametrize("support", [Support(), LIMITED, Support(compiles_per_case=True)])
 def test_only_problems_that_are_declared_and_possible_are_drawn(support: Support) -> None:
-    for problem in drawn(generated.problems(support), 200):
+    for problem in drawn(generated.problems(support), 100):
         assert unsupported(support, problem) is None
         assert possible(problem)
         assert not problem.exact or generated.first_rounded(problem) == ""
