@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from correctness import behaviour, compare, metamorphic, problems
+from correctness.blame import blamed
 from correctness.compare import CheckFailed, hold
 from correctness.problems import Problem, fit, make_inputs, unsupported
 from moe_impls.interface import Implementation, Support
@@ -49,7 +51,7 @@ def _finite_differences(check: Callable[..., bool], subject: Implementation, pro
     leaves = [t.clone().requires_grad_() for t in inputs.tensors.values()]
     try:
         check(call, leaves)
-    except RuntimeError as error:  # GradcheckError derives from it
+    except GradcheckError as error:
         raise CheckFailed(f"{error}\n  reproduce: {problem.code()}") from error
 
 
@@ -131,10 +133,8 @@ class Case:
 
     def run(self) -> dict[str, float]:
         """The worst error of each tensor as a fraction of its budget, where the check measures that."""
-        try:
+        with blamed(f"{self.subject.name} fails {self.check.name!r}", self.problem.code()):
             return self.check.function(self.subject, self.problem) or {}
-        except CheckFailed as failure:
-            raise CheckFailed(f"{self.subject.name} fails {self.check.name!r}: {failure}") from failure
 
 
 def cases(

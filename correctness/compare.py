@@ -35,7 +35,14 @@ SAMPLED_EXPERTS = 8
 
 
 class CheckFailed(AssertionError):
-    """A check's finding about an implementation: what is wrong, where, how much, how to see it again."""
+    """A check's finding about an implementation: what is wrong, where, how much, how to see it again.
+
+    fractions: the worst error of each tensor as a fraction of its budget, where that was measured.
+    """
+
+    def __init__(self, finding: str, fractions: dict[str, float] | None = None) -> None:
+        super().__init__(finding)
+        self.fractions = fractions or {}
 
 
 @dataclass(frozen=True)
@@ -236,7 +243,7 @@ def judge(found: dict[str, float], results: dict[str, Tensor], ref: Reference) -
     """Raise CheckFailed for the first tensor whose fraction of the budget exceeds 1."""
     for name, fraction in found.items():
         if not fraction <= 1:
-            raise CheckFailed(describe(results, ref, name))
+            raise CheckFailed(describe(results, ref, name), found)
 
 
 def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:

@@ -16,10 +16,18 @@ from torch import Tensor
 
 from correctness import router_reference as oracle
 from correctness.behaviour import global_state_now
+from correctness.blame import blamed
 from correctness.compare import FACTOR, CheckFailed
 from moe_impls.interface import DTYPES, RouterSpec, Routing, dtype_name
 
 Route = Callable[..., Routing]
+
+
+class RouterSubject(NamedTuple):
+    """A router under test and its name."""
+
+    name: str
+    route: Route
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ PROBLEMS = (
     RouterProblem("many_experts", 1100, _spec(6), T=20),
     RouterProblem("many_groups", 96, _spec(6, "sigmoid", True, 2.5, groups=24, keep_groups=6), bias=0.0),
 )
+_EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
 ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
 
 
@@ -352,6 +361,31 @@ def tokens_apart(route: Route, problem: RouterProblem) -> None:
         _require_gates(routing, logits[rows], problem.spec)
 
 
+def every_field_counts(route: Route, problem: RouterProblem) -> None:
+    """No field of the spec, nor the bias, is without effect."""
+    logits, bias, _ = make_inputs(problem)
+
+    def table(spec: RouterSpec, bias: Tensor | None) -> Tensor:
+        ids, gates = call(route, logits, spec, bias)
+        return torch.zeros(logits.shape, dtype=gates.dtype).scatter(1, ids, gates)
+
+    spec = problem.spec
+    plain, biased = table(spec, None), table(spec, bias)
+    changes: tuple[dict[str, Any], ...] = (
+        {"top_k": spec.top_k - 1},
+        {"score": "sigmoid"},
+        {"renormalise": True},
+        {"scale": 2.0},
+        {"keep_groups": spec.keep_groups + 1},
+        _TOP2,
+    )
+    for change in changes:
+        if torch.equal(table(replace(spec, **change), None), plain):
+            raise CheckFailed(f"{change} has no effect")
+    if torch.equal(biased, plain):
+        raise CheckFailed("selection_bias has no effect")
+
+
 @dataclass(frozen=True)
 class RouterCheck:
     function: Callable[[Route, RouterProblem], None]
@@ -380,6 +414,7 @@ CHECKS = (
     RouterCheck(tokens_apart, _KINDS),
     RouterCheck(state, _KINDS),
     RouterCheck(modes, _KINDS),
+    RouterCheck(every_field_counts, (_EVERY_FIELD,)),
 )
 
 
@@ -394,14 +429,11 @@ class RouterCase:
     def id(self) -> str:
         return f"{self.check.name}-{self.problem.id}"
 
-    def run(self, route: Route) -> None:
-        try:
-            self.check.function(route, self.problem)
-        except CheckFailed as failure:
-            raise CheckFailed(
-                f"route fails {self.check.name!r} on {self.problem.name}, E = {self.problem.E}, "
-                f"{dtype_name(self.problem.dtype)}, {self.problem.spec}: {failure}"
-            ) from failure
+    def run(self, route: Route, name: str = "route") -> None:
+        p = self.problem
+        verdict = f"{name} fails {self.check.name!r} on {p.name}, E = {p.E}, {dtype_name(p.dtype)}"
+        with blamed(verdict, repr(p)):
+            self.check.function(route, p)
 
 
 def cases() -> list[RouterCase]:
