@@ -143,6 +143,13 @@ def _relative(error: Tensor, scale: Tensor) -> Tensor:
     return torch.where(error == 0, 0.0, error.abs() / scale).nan_to_num(nan=torch.inf)
 
 
+def _difference(got: Tensor, want: Tensor) -> Tensor:
+    """got - want, where nothing is owed below the smallest number that the dtype of ``got`` can hold."""
+    difference = got.double() - want
+    unit = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    return torch.where(difference.abs() <= unit, 0.0, difference)
+
+
 def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
     """The routing, or CheckFailed unless it is what the contract says, whatever the logits are."""
     bias = {} if selection_bias is None else {"selection_bias": selection_bias}
@@ -179,7 +186,7 @@ def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
     want = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(wide, rows, strict=True)])
     plain = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(narrow, rows, strict=True)])
     allowed = budget(_relative(plain - want, want), _computed(routing.gates), routing.gates.dtype)
-    error = _relative(routing.gates.detach().double() - want, want)
+    error = _relative(_difference(routing.gates.detach(), want), want)
     if not float(error.max()) <= allowed:
         t, k = divmod(int(error.argmax()), spec.top_k)
         raise CheckFailed(
@@ -227,10 +234,7 @@ def gradients(route: Route, problem: RouterProblem) -> None:
 
     (want, scale), (plain, _) = evaluate(torch.float64), evaluate(torch.float32)
     allowed = budget(_relative(plain - want, scale), _computed(gates), got.dtype)
-    difference = got.double() - want
-    # Below the smallest number that the dtype of logits can hold nothing is owed.
-    unit = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
-    error = _relative(torch.where(difference.abs() <= unit, 0.0, difference), scale)
+    error = _relative(_difference(got, want), scale)
     if not float(error.max()) <= allowed:
         t, e = divmod(int(error.argmax()), problem.E)
         raise CheckFailed(
