@@ -15,7 +15,7 @@ other summation orders stay below 6 times the plain one; wrong ones are 30 to 40
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from correctness import hints
 from correctness.hints import Wrong
-from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
+from correctness.problems import LOW_PRECISION, Inputs, Problem, is_plain, make_inputs
 from correctness.reference import Evaluation, evaluate
 from moe_impls.interface import Experts, Forward, Implementation, Routing, dtype_name
 
@@ -55,7 +55,7 @@ class Reference:
     budget: dict[str, float]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def reference(problem: Problem, gradients: bool = True) -> Reference:
     """The oracle and the budgets of a problem; kept for the next implementation that meets it."""
     return make_reference(problem, make_inputs(problem), gradients)
@@ -96,7 +96,8 @@ def row_errors(result: Tensor, oracle: Evaluation, name: str) -> Tensor:
     error = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf)
     if name in ("y", "x"):
         scale = scale.unsqueeze(-1)
-    error = torch.where(error == 0, 0.0, error / scale)  # anything but zero over scale zero is infinite
+    # Anything but zero over a scale of zero, or of NaN, is infinite.
+    error = torch.where(error == 0, 0.0, error / scale).nan_to_num(nan=torch.inf, posinf=torch.inf)
     if error.dim() == 1 or name in ("gates", "b_in", "b_out"):
         return error  # every entry is a row
     return error.amax(dim=-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])
@@ -140,6 +141,21 @@ def call(subject: Implementation, problem: Problem, inputs: Inputs | None = None
     return run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
 
 
+def calls(
+    subject: Implementation, problem: Problem, inputs: Inputs | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """``call``, and the same without gradients: kernels for inference take paths of their own.
+
+    A subject that compiles anew for each kind of call is called without gradients on plain problems only.
+    """
+    inputs = make_inputs(problem) if inputs is None else inputs
+    support = subject.support
+    if support.gradients:
+        yield run(subject.forward, inputs, problem.combine)
+    if not support.gradients or not support.compiles_per_case or is_plain(problem):
+        yield run(subject.forward, inputs, problem.combine, gradients=False)
+
+
 class Graph(NamedTuple):
     """The output of a call that waits for its backward, and the leaves that want a gradient, by name."""
 
@@ -160,11 +176,12 @@ def start(forward: Forward, inputs: Inputs, combine: str, wanted: Sequence[str] 
     return Graph(y, {n: tensors[n] for n in names})
 
 
-def finish(graph: Graph, dy: Tensor) -> dict[str, Tensor]:
+def finish(graph: Graph, dy: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
     """The backward half: y and the gradients, by name."""
     y, leaves = graph
     results = {"y": y.detach()}
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    wanted = list(leaves.values())
+    grads = torch.autograd.grad(y, wanted, dy, retain_graph=retain_graph, allow_unused=True)
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         if grad is None:
             raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")
@@ -304,6 +321,15 @@ def hold(results: dict[str, Tensor], problem: Problem, inputs: Inputs | None = N
     return dict.fromkeys(results, 0.0)
 
 
+def hold_calls(subject: Implementation, problem: Problem, inputs: Inputs | None = None) -> dict[str, float]:
+    """``hold`` for all ``calls`` of a subject: the worst of them, by tensor."""
+    worst: dict[str, float] = {}
+    for results in calls(subject, problem, inputs):
+        for name, fraction in hold(results, problem, inputs).items():
+            worst[name] = max(fraction, worst.get(name, 0.0))
+    return worst
+
+
 def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem, inputs: Inputs) -> str:
     what = name if name == "y" else f"the gradient of {name}"
     where = (got != want).nonzero()
@@ -342,7 +368,7 @@ def verify(
     return fractions(results, reference(problem))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def exact_reference(problem: Problem) -> dict[str, Tensor]:
     """What every right implementation returns for an exact problem, to the bit, in the dtypes it returns."""
     return _exact_values(problem, make_inputs(problem))
