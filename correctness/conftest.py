@@ -29,6 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--layer", metavar="FILE:CLASS", help="check only this whole layer; its file holds read(layer), too"
     )
+    group.addoption(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="of test_lookalikes.py: run every numeric problem on N seeds, not one seed of a few problems",
+    )
+    group.addoption(
+        "--error-budget", metavar="CSV", help="write there how much of the budget each lookalike uses"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
