@@ -338,7 +338,7 @@ class _Recomputed(torch.autograd.Function):
         present = [t for t in leaves if t is not None]
         x, gates = present[:2]
         with torch.enable_grad():
-            experts = Experts(*leaves[2:], activation=activation, output_activation=output_activation)
+            experts = Experts(*leaves[2:], activation, output_activation)  # type: ignore[arg-type]
             y = float32_inside(x, Routing(ids, gates), experts, combine=combine)
         grads = iter(torch.autograd.grad(y, present, dy))
         return None, *(None if t is None else next(grads) for t in leaves), None, None, None

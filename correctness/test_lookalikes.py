@@ -9,6 +9,7 @@ every problem with a rounding budget or exact numbers, on 200 seeds, by every lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ import pytest
 
 from correctness import error_budget
 from correctness.checks import CHECKS, Case
-from correctness.compare import CheckFailed, call, hold
+from correctness.compare import CheckFailed, call, hold, reference
 from correctness.lookalikes import LOOKALIKES
 from correctness.problems import Problem, make_inputs
 
@@ -69,6 +70,7 @@ def test_no_seed_is_a_false_alarm(
     for seed in range(FIRST_SEED, FIRST_SEED + (request.config.getoption("seeds") or 1)):
         problem = replace(numeric_problem, seed=seed)
         inputs = make_inputs(problem)
+        assert problem.exact or all(map(math.isfinite, reference(problem).budget.values()))
         for subject in LOOKALIKES:
             try:
                 worst.add(subject, problem, hold(call(subject, problem, inputs), problem))
