@@ -95,8 +95,9 @@ _VARIED = (
     problems.named("aligned"),
 )
 _RELATED = tuple(replace(_INTEGERS, gates="softmax", dtype=d) for d in (torch.float32, torch.bfloat16))
-# In low precision oneDNN lets a NaN into the next row of a product over an odd number of features.
-_EVEN = tuple(replace(_ZIPF, O=8, dtype=d) for d in problems.LOW_PRECISION)
+# Sizes at which a low-precision product keeps NaN in its row. oneDNN's does not where the length of its sums is
+# odd, or more than 32 and no multiple of it: github.com/uxlfoundation/oneDNN/issues/5717.
+_CONTAINED = tuple(replace(_ZIPF, D=16, H=16, O=8, E=8, dtype=d) for d in problems.LOW_PRECISION)
 
 # What tells most about a mistake comes first.
 CHECKS = (
@@ -124,7 +125,7 @@ CHECKS = (
     Check(behaviour.several_graphs, _VARIED, needs="gradients"),
     Check(behaviour.backward_twice, _VARIED, needs="gradients"),
     Check(behaviour.gradients_accumulate, _VARIED, needs="gradients"),
-    Check(behaviour.non_finite_contained, (_ZIPF, replace(_ZIPF, K=1), _LOG, _INTEGERS, *_EVEN)),
+    Check(behaviour.non_finite_contained, (_ZIPF, replace(_ZIPF, K=1), _LOG, _INTEGERS, *_CONTAINED)),
     Check(behaviour.dirty_memory, _VARIED),
     Check(behaviour.recycled_memory, _VARIED),
     Check(behaviour.another_thread, (_ZIPF, _INTEGERS)),

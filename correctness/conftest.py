@@ -63,6 +63,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only the deliberately wrong subjects, each through every check; writes results/mutants.csv",
     )
     group.addoption(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="of test_lookalikes.py: run every numeric problem on N seeds, not one seed of a few problems",
+    )
+    group.addoption(
+        "--error-budget", metavar="CSV", help="write there how much of the budget each lookalike uses"
+    )
+    group.addoption(
         "--isolate",
         action="store_true",
         help="run in a child process: a crash fails a test, not the run",
