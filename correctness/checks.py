@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from correctness import behaviour, compare, metamorphic, problems
+from correctness import behaviour, compare, honesty, metamorphic, problems
 from correctness.blame import blamed
 from correctness.compare import CheckFailed, hold
 from correctness.problems import Problem, fit, make_inputs, unsupported
@@ -95,8 +95,8 @@ _VARIED = (
     problems.named("aligned"),
 )
 _RELATED = tuple(replace(_INTEGERS, gates="softmax", dtype=d) for d in (torch.float32, torch.bfloat16))
-# Sizes at which a low-precision product keeps NaN in its row. oneDNN's does not where the length of its sums is
-# odd, or more than 32 and no multiple of it: github.com/uxlfoundation/oneDNN/issues/5717.
+# Sizes at which a low-precision product keeps NaN in its row. oneDNN's does not where the length of its sums
+# is odd, or more than 32 and no multiple of it: github.com/uxlfoundation/oneDNN/issues/5717.
 _CONTAINED = tuple(replace(_ZIPF, D=16, H=16, O=8, E=8, dtype=d) for d in problems.LOW_PRECISION)
 
 # What tells most about a mistake comes first.
@@ -129,6 +129,9 @@ CHECKS = (
     Check(behaviour.dirty_memory, _VARIED),
     Check(behaviour.recycled_memory, _VARIED),
     Check(behaviour.another_thread, (_ZIPF, _INTEGERS)),
+    Check(honesty.done_when_it_returns, (_ZIPF,)),
+    Check(honesty.instruments_untouched, (_ZIPF,)),
+    Check(honesty.no_fallback, (_ZIPF,)),
     Check(gradcheck, problems.GRADCHECK, needs="gradients", fits=False),
     Check(second_order, problems.GRADCHECK, needs="second_order", fits=False),
     Check(

@@ -205,8 +205,8 @@ def assemble(inputs: Inputs, tensors: dict[str, Tensor]) -> tuple[Tensor, Routin
 
 def check_output(y: object, inputs: Inputs) -> None:
     """Raise CheckFailed unless y is a tensor [T, O] with the dtype and the device of x."""
-    if not isinstance(y, Tensor):
-        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a tensor")
+    if not isinstance(y, Tensor) or type(y) is not Tensor:
+        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a plain tensor")
     x, shape = inputs.x, tuple(inputs.dy.shape)
     for what, got, want in (
         ("shape", tuple(y.shape), shape),

@@ -2,7 +2,9 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -293,6 +295,28 @@ def sees_writes_to_y() -> Forward:
     return with_backward(lambda ctx, grad: grad * (ctx.alias == ctx.copy), see)
 
 
+def filled_later(y: Tensor, x: Tensor) -> Tensor:
+    """Another thread, of a pool that was there before, writes the result after it was returned."""
+    result = torch.zeros_like(y)
+    _POOL.submit(lambda: (time.sleep(0.02), result.copy_(y.detach())))
+    return result + 0 * y if y.requires_grad else result
+
+
+_POOL = ThreadPoolExecutor(1)
+
+
+def left_running(y: Tensor, x: Tensor) -> Tensor:
+    threading.Timer(0.1, lambda: None).start()
+    return y
+
+
+def falls_back(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    try:
+        raise NotImplementedError("no kernel")
+    except NotImplementedError:
+        return sorted_dispatch.forward(x, routing, experts, combine=combine)
+
+
 BUGS = {
     "inputs_unchanged": (
         with_result(writes_to_x),
@@ -353,6 +377,9 @@ BUGS = {
         *NULL_IMPLEMENTATIONS,
         with_result(lambda y, x: 2 * y if torch.get_autocast_dtype("cpu") == torch.float16 else None),
     ),
+    "done_when_it_returns": (with_result(filled_later), with_result(left_running)),
+    "instruments_untouched": (doing(lambda: setattr(time, "monotonic", lambda: 0.0)),),
+    "no_fallback": (falls_back,),
     "gradcheck": (with_gates(lambda ids, gates: _Backward.apply(gates, lambda ctx, grad: 2 * grad)),),
     # The right derivative, whose own derivative is lost.
     "second_order": (with_backward(lambda ctx, grad: grad.detach() + 0 * grad),),
