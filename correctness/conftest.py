@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 # Read by OpenMP when torch is loaded: threads that wait for work sleep instead of spinning. The problems are
@@ -12,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
-from correctness import isolation, layer_checks, summary  # noqa: E402
+from correctness import isolation, layer_checks, shrink, summary  # noqa: E402
 from correctness.checks import cases  # noqa: E402
 from correctness.compare import CheckFailed  # noqa: E402
 from correctness.limits import Limits, time_limit  # noqa: E402
@@ -183,7 +184,24 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         pyfuncitem.user_properties.append(("fractions", failure.fractions))
         if pyfuncitem.config.option.fulltrace:
             raise
-        raise pytest.fail.Exception(str(failure), pytrace=False) from None
+        smaller = _smallest_failure(pyfuncitem)
+        raise pytest.fail.Exception(f"{failure}{smaller}", pytrace=False) from None
+
+
+SHRINKING_S = 15.0  # what looking for smaller problems may take in a run
+SHRUNK = pytest.StashKey[dict[tuple[str, str], float]]()  # (subject, check) -> the seconds that it took
+
+
+def _smallest_failure(item: pytest.Function) -> str:
+    """A line that reproduces the smallest problem on which the test's check fails, once for each check."""
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    spent = item.config.stash.setdefault(SHRUNK, {})
+    if case is None or (case.subject.name, case.check.name) in spent or sum(spent.values()) > SHRINKING_S:
+        return ""
+    begin = time.monotonic()
+    smallest = shrink.smallest_failure(case.check.function, case.subject, case.problem)
+    spent[case.subject.name, case.check.name] = time.monotonic() - begin
+    return "" if smallest == case.problem else f"\n  smallest failing case: {smallest.code()}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
