@@ -22,7 +22,7 @@ from correctness.shrink import LEAST_WITHOUT_BIAS, possible
 from moe_impls.interface import DTYPES, GROUP_SCORES, SCORES, RouterSpec, Support
 
 # Sizes are below 2**n, with n from here. One size of a problem may be larger, which keeps each one fast.
-USUAL = {"T": 6, "D": 5, "H": 5, "O": 5, "E": 4, "K": 3}
+USUAL = {"T": 6, "D": 6, "H": 6, "O": 6, "E": 4, "K": 3}
 LARGEST = {"T": 10, "D": 8, "H": 8, "O": 8, "E": 7, "K": 6}
 
 
@@ -89,7 +89,7 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
         load=_choose(draw, "load", LOADS, p.load),
         gates=_choose(draw, "gates", (g for g in GATES if possible(replace(p, gates=g))), p.gates),
         low_gates=_choose(draw, "low_gates", (False, True)) if p.dtype in LOW_PRECISION else False,
-        x_scale=_choose(draw, "x_scale", (1.0, 8.0) if reaches_clamps else (1.0,)),
+        x_scale=_choose(draw, "x_scale", (1.0, 8.0, 8.0) if reaches_clamps else (1.0,)),
         seed=draw(st.integers(0, 999)),
     )
     if p.exact and first_rounded(p):
@@ -124,6 +124,8 @@ def _sizes(draw: st.DrawFn, rows_per_hidden: int) -> dict[str, int]:
     else:
         size |= dict.fromkeys(equal, max((size[name] for name in equal), default=0))
     size["K"] = (size["K"] - 1) % size["E"] + 1
+    if _choose(draw, "K = E", [False] * 7 + [True]):
+        size["K"] = size["E"]
     if _choose(draw, "without tokens", [False] * 19 + [True]):
         size["T"] = 0
     return size
