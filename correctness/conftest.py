@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
 from correctness import isolation, layer_checks, shrink, summary  # noqa: E402
-from correctness.checks import cases  # noqa: E402
+from correctness.checks import Case, cases  # noqa: E402
 from correctness.compare import CheckFailed  # noqa: E402
 from correctness.limits import Limits, time_limit  # noqa: E402
 from correctness.mutants import MUTANTS, table  # noqa: E402
@@ -195,12 +195,14 @@ SHRUNK = pytest.StashKey[dict[tuple[str, str], float]]()  # (subject, check) -> 
 def _smallest_failure(item: pytest.Function) -> str:
     """A line that reproduces the smallest problem on which the test's check fails, once for each check."""
     case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-    spent = item.config.stash.setdefault(SHRUNK, {})
-    if case is None or (case.subject.name, case.check.name) in spent or sum(spent.values()) > SHRINKING_S:
+    if not isinstance(case, Case):
+        return ""
+    which, spent = (case.subject.name, case.check.name), item.config.stash.setdefault(SHRUNK, {})
+    if which in spent or sum(spent.values()) > SHRINKING_S:
         return ""
     begin = time.monotonic()
     smallest = shrink.smallest_failure(case.check.function, case.subject, case.problem)
-    spent[case.subject.name, case.check.name] = time.monotonic() - begin
+    spent[which] = time.monotonic() - begin
     return "" if smallest == case.problem else f"\n  smallest failing case: {smallest.code()}"
 
 

@@ -43,6 +43,12 @@ def facts(parameters: dict[str, Any]) -> Facts | None:
         case = parameters["layer_case"]
         kind, name, dtype = "layer", case.subject.name, case.check.dtype
         label, exact, code = dtype_name(dtype), False, case.code()
+    elif generated := parameters.get("subject") or parameters.get("router"):
+        kind = "implementation" if "subject" in parameters else "router"
+        return Facts(
+            kind=kind, name=generated.name, check="generated", problem="generated", dtype="", exact=False,
+            code="the smallest problem is in the finding",
+        )  # fmt: skip
     else:
         return None
     check, named = case.check.name, dtype_name(dtype)
