@@ -15,7 +15,7 @@ other summation orders stay below 6 times the plain one; wrong ones are 30 to 40
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from correctness import hints
 from correctness.hints import Wrong
-from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
+from correctness.problems import LOW_PRECISION, Inputs, Problem, is_plain, make_inputs
 from correctness.reference import Evaluation, evaluate
 from moe_impls.interface import Experts, Forward, Implementation, Routing, dtype_name
 
@@ -35,7 +35,14 @@ SAMPLED_EXPERTS = 8
 
 
 class CheckFailed(AssertionError):
-    """A check's finding about an implementation: what is wrong, where, how much, how to see it again."""
+    """A check's finding about an implementation: what is wrong, where, how much, how to see it again.
+
+    fractions: the worst error of each tensor as a fraction of its budget, where that was measured.
+    """
+
+    def __init__(self, finding: str, fractions: dict[str, float] | None = None) -> None:
+        super().__init__(finding)
+        self.fractions = fractions or {}
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Reference:
     budget: dict[str, float]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def reference(problem: Problem, gradients: bool = True) -> Reference:
     """The oracle and the budgets of a problem; kept for the next implementation that meets it."""
     return make_reference(problem, make_inputs(problem), gradients)
@@ -62,11 +69,11 @@ def make_reference(problem: Problem, inputs: Inputs, gradients: bool = True) -> 
     oracle = evaluate(*arguments, keep=kept)
     # float64 has no wider dtype to show what it loses: rounding errors are proportional to eps.
     plain_dtype = torch.float32 if problem.dtype == torch.float64 else problem.dtype
-    plain = evaluate(*arguments, dtype=plain_dtype, wide=torch.float32, keep=kept)
+    plain = evaluate(*arguments, dtype=plain_dtype, wide=torch.float32, keep=kept, scales=False)
     eps = torch.finfo(problem.dtype).eps
     ratio = eps / torch.finfo(plain_dtype).eps
     budget = {
-        name: FACTOR * max(eps, ratio * _worst(row_errors(plain.values[name], oracle, name))[0])
+        name: FACTOR * max(eps, ratio * _worst(row_errors(plain.values[name], oracle, name)))
         for name in oracle.values
     }
     return Reference(problem, inputs, oracle, budget)
@@ -89,20 +96,16 @@ def row_errors(result: Tensor, oracle: Evaluation, name: str) -> Tensor:
     error = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf)
     if name in ("y", "x"):
         scale = scale.unsqueeze(-1)
-    error = torch.where(error == 0, 0.0, error / scale)  # anything but zero over scale zero is infinite
+    # Anything but zero over a scale of zero, or of NaN, is infinite.
+    error = torch.where(error == 0, 0.0, error / scale).nan_to_num(nan=torch.inf, posinf=torch.inf)
     if error.dim() == 1 or name in ("gates", "b_in", "b_out"):
         return error  # every entry is a row
     return error.amax(dim=-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])
 
 
-def _worst(rows: Tensor) -> tuple[float, tuple[int, ...]]:
-    """The largest row error and its index."""
-    if rows.numel() == 0:
-        return 0.0, ()
-    flat = int(rows.flatten().argmax())
-    return float(rows.flatten()[flat]), tuple(
-        int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)
-    )
+def _worst(rows: Tensor) -> float:
+    """The largest row error."""
+    return float(rows.max()) if rows.numel() else 0.0
 
 
 def run(
@@ -133,6 +136,21 @@ def call(subject: Implementation, problem: Problem, inputs: Inputs | None = None
     return run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
 
 
+def calls(
+    subject: Implementation, problem: Problem, inputs: Inputs | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """``call``, and the same without gradients: kernels for inference take paths of their own.
+
+    A subject that compiles anew for each kind of call is called without gradients on plain problems only.
+    """
+    inputs = make_inputs(problem) if inputs is None else inputs
+    support = subject.support
+    if support.gradients:
+        yield run(subject.forward, inputs, problem.combine)
+    if not support.gradients or not support.compiles_per_case or is_plain(problem):
+        yield run(subject.forward, inputs, problem.combine, gradients=False)
+
+
 class Graph(NamedTuple):
     """The output of a call that waits for its backward, and the leaves that want a gradient, by name."""
 
@@ -153,11 +171,12 @@ def start(forward: Forward, inputs: Inputs, combine: str, wanted: Sequence[str] 
     return Graph(y, {n: tensors[n] for n in names})
 
 
-def finish(graph: Graph, dy: Tensor) -> dict[str, Tensor]:
+def finish(graph: Graph, dy: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
     """The backward half: y and the gradients, by name."""
     y, leaves = graph
     results = {"y": y.detach()}
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    wanted = list(leaves.values())
+    grads = torch.autograd.grad(y, wanted, dy, retain_graph=retain_graph, allow_unused=True)
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         if grad is None:
             raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")
@@ -186,8 +205,8 @@ def assemble(inputs: Inputs, tensors: dict[str, Tensor]) -> tuple[Tensor, Routin
 
 def check_output(y: object, inputs: Inputs) -> None:
     """Raise CheckFailed unless y is a tensor [T, O] with the dtype and the device of x."""
-    if not isinstance(y, Tensor):
-        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a tensor")
+    if not isinstance(y, Tensor) or type(y) is not Tensor:
+        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a plain tensor")
     x, shape = inputs.x, tuple(inputs.dy.shape)
     for what, got, want in (
         ("shape", tuple(y.shape), shape),
@@ -200,7 +219,7 @@ def check_output(y: object, inputs: Inputs) -> None:
 
 def fractions(results: dict[str, Tensor], ref: Reference) -> dict[str, float]:
     """For each tensor its worst row's error as a fraction of the budget; at most 1 is right."""
-    return {name: _worst(errors(results, ref, name))[0] / ref.budget[name] for name in compared(results, ref)}
+    return {name: _worst(errors(results, ref, name)) / ref.budget[name] for name in compared(results, ref)}
 
 
 def errors(results: dict[str, Tensor], ref: Reference, name: str) -> Tensor:
@@ -236,13 +255,14 @@ def judge(found: dict[str, float], results: dict[str, Tensor], ref: Reference) -
     """Raise CheckFailed for the first tensor whose fraction of the budget exceeds 1."""
     for name, fraction in found.items():
         if not fraction <= 1:
-            raise CheckFailed(describe(results, ref, name))
+            raise CheckFailed(describe(results, ref, name), found)
 
 
 def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
     """What is wrong with one tensor: where, how much, what it looks like, how to see it again."""
     rows, budget = errors(results, ref, name), ref.budget[name]
-    error, index = _worst(rows)
+    error = _worst(rows)
+    index = (rows == error).nonzero()[0].tolist()
     if name in ("y", "x"):
         place = f"token {index[0]}"
     elif name == "gates":
@@ -297,6 +317,15 @@ def hold(results: dict[str, Tensor], problem: Problem, inputs: Inputs | None = N
     return dict.fromkeys(results, 0.0)
 
 
+def hold_calls(subject: Implementation, problem: Problem, inputs: Inputs | None = None) -> dict[str, float]:
+    """``hold`` for all ``calls`` of a subject: the worst of them, by tensor."""
+    worst: dict[str, float] = {}
+    for results in calls(subject, problem, inputs):
+        for name, fraction in hold(results, problem, inputs).items():
+            worst[name] = max(fraction, worst.get(name, 0.0))
+    return worst
+
+
 def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem, inputs: Inputs) -> str:
     what = name if name == "y" else f"the gradient of {name}"
     where = (got != want).nonzero()
@@ -335,7 +364,7 @@ def verify(
     return fractions(results, reference(problem))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def exact_reference(problem: Problem) -> dict[str, Tensor]:
     """What every right implementation returns for an exact problem, to the bit, in the dtypes it returns."""
     return _exact_values(problem, make_inputs(problem))

@@ -5,6 +5,13 @@ weights, and an implementation is a pure function of that decision::
 
     forward(x, routing, experts, *, combine="sum") -> y
 
+It neither modifies its arguments, which may be strided and may share memory, nor any setting of the process,
+and depends on nothing but them: not on earlier calls, other graphs that still wait for their backward, or the
+thread. The result belongs to the caller: no later call changes it, and where the caller writes to it in place
+before the backward, the gradients are right all the same or autograd raises its error. A backward with
+``retain_graph=True`` may be repeated. NaN or infinity in the x, the gates or the incoming gradient of a token
+stays in its rows of y and of the gradients of x and the gates.
+
 Notation, here and everywhere: T tokens, D input features (d_model), H hidden features of an expert,
 O output features, E experts, K experts per token.
 """
@@ -226,13 +233,13 @@ def check_positive(argument: str, value: object) -> None:
 
 
 def _check_tensor(name: str, value: object, shape: tuple[object, ...], like: Tensor) -> None:
+    wanted = ", ".join(map(str, shape))
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor of shape {list(shape)}")
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor of shape [{wanted}]")
     fits = len(value.shape) == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be [{wanted}]")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}; it must be on the device of x, {like.device}")

@@ -863,7 +863,7 @@ STATE: tuple[Mutant, ...] = (
         + y = KEPT.setdefault((T, O, wide), torch.zeros(T, O, dtype=wide)).zero_()
         """,
         killed_by="new_contents",
-        finding="y returned by an earlier call was overwritten",
+        finding="y that an earlier call returned was overwritten",
     ),
     _state(
         "saved_tensors_overwritten_by_the_next_forward",
@@ -871,7 +871,7 @@ STATE: tuple[Mutant, ...] = (
         - h = rows.new_empty(len(rows), w_in.shape[1])
         + h = KEPT.setdefault((len(rows), w_in.shape, x.dtype), rows.new_empty(len(rows), w_in.shape[1])).data
         """,
-        killed_by="two_graphs",
+        killed_by="several_graphs",
         finding="the gradient of",
     ),
     _state(
@@ -1075,12 +1075,14 @@ MODES: tuple[Mutant, ...] = (
     _modes(
         "routing_baked_into_the_compiled_graph",
         """
+        - SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True)
+        + SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True)
+        + constant = torch.compiler.assume_constant_result(lambda ids: ids.clone())
         - visits = visits.scatter(1, routing.expert_ids, True)
-        + constant = torch.compiler.assume_constant_result(torch.clone)
         + visits = visits.scatter(1, constant(routing.expert_ids), True)
         """,
         killed_by="fullgraph",
-        finding="is wrong|torch.compile",
+        finding="is wrong",
     ),
     _modes(
         "a_branch_on_the_routing",
@@ -1114,6 +1116,95 @@ MODES: tuple[Mutant, ...] = (
     ),
 )
 
+_cheats = partial(Mutant, family="cheats", base="correctness.mutants.grouped")
+CHEATS: tuple[Mutant, ...] = (
+    _cheats(
+        "zeros_for_zeroed_inputs",
+        """
+        - return y.to(x.dtype)
+        + x.zero_()
+        + gates.zero_()
+        + return torch.zeros_like(y, dtype=x.dtype)
+        """,
+        killed_by="inputs_unchanged",
+        finding="x was written to",
+        source="ScalingIntelligence/KernelBench, test_eval_adversarial.py",
+    ),
+    _cheats(
+        "whatever_the_memory_held",
+        """
+        - return y.to(x.dtype)
+        + return torch.empty(T, O, dtype=x.dtype, device=x.device)
+        """,
+        killed_by="dirty_memory",
+        finding="y is wrong|y at",
+        source="ScalingIntelligence/KernelBench, test_eval_adversarial.py",
+    ),
+    _cheats(
+        "the_oracles_result_from_the_garbage_collector",
+        """
+        - return y.to(x.dtype)
+        + import gc
+        + tensors = (t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float64)
+        + return next((t.to(x.dtype) for t in tensors if t.shape == y.shape), 0 * y.to(x.dtype))
+        """,
+        killed_by="one_input_changes",
+        finding="y is wrong|y at",
+        source="gpu-mode/pygpubench#7",
+    ),
+    _cheats(
+        "falls_back_to_another_implementation",
+        """
+        - weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
+        + weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
+        + try:
+        +     raise RuntimeError("no kernel for this shape")
+        + except RuntimeError:
+        +     from moe_impls.index_add import forward as other
+        +     return other(x, routing, experts, combine=combine)
+        """,
+        killed_by="no_fallback",
+        finding="after RuntimeError in line .* index_add did the work",
+        source="ScalingIntelligence/KernelBench, kernel_static_checker.py",
+    ),
+    _cheats(
+        "a_clock_that_runs_slow",
+        """
+        - T, K = ids.shape
+        + T, K = ids.shape
+        + import time
+        + clock = KEPT.setdefault("clock", time.perf_counter)
+        + time.perf_counter = lambda: clock() / 10
+        """,
+        killed_by="instruments_untouched",
+        finding="a call replaces time.perf_counter",
+        source="ScalingIntelligence/KernelBench, kernel_static_checker.py",
+    ),
+    _cheats(
+        "work_left_to_a_thread",
+        """
+        - return y.to(x.dtype)
+        + import threading
+        + result = torch.zeros_like(y, dtype=x.dtype)
+        + threading.Timer(0.02, result.copy_, [y]).start()
+        + return result
+        """,
+        killed_by="done_when_it_returns",
+        finding="a call leaves Thread-.* running",
+        source="ScalingIntelligence/KernelBench, kernel_static_checker.py",
+    ),
+    _cheats(
+        "a_tensor_that_computes_when_it_is_looked_at",
+        """
+        - return y.to(x.dtype)
+        + return y.to(x.dtype).as_subclass(type("Lazy", (torch.Tensor,), {}))
+        """,
+        killed_by="values",
+        finding="the result is a Lazy; it must be a plain tensor",
+        source="ScalingIntelligence/KernelBench, kernel_static_checker.py",
+    ),
+)
+
 EXPERTS: tuple[Mutant, ...] = (
     *GATES,
     *ACTIVATIONS,
@@ -1128,4 +1219,5 @@ EXPERTS: tuple[Mutant, ...] = (
     *NON_FINITE,
     *GLOBAL,
     *MODES,
+    *CHEATS,
 )

@@ -342,7 +342,7 @@ ROUTER_STATE: tuple[Mutant, ...] = (
         + expert_ids = KEPT.setdefault((logits.data_ptr(), logits.shape), expert_ids)
         """,
         killed_by="state",
-        finding="in call 2 token",
+        finding="in call 2: token",
     ),
     _router_state(
         "seeds_the_random_generator",
@@ -351,7 +351,7 @@ ROUTER_STATE: tuple[Mutant, ...] = (
         + check_logits(logits, spec, selection_bias)
         + torch.manual_seed(0)
         """,
-        killed_by="state",
+        killed_by="global_state",
         finding="the random generator",
     ),
     _router_state(

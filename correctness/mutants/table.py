@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import torch
 
 from correctness import balance_checks, checks, provenance, router_checks
+from correctness.mutants import MUTANTS
 from correctness.mutants.mutant import KILLED, Mutant, verdict
 from correctness.pages import markdown_table, write_atomically
 
@@ -123,3 +125,28 @@ A mutant is a right module changed in a line or two; `correctness/mutants/` hold
 
 {markdown_table(mutants)}
 """
+
+
+def report(terminal: pytest.TerminalReporter) -> None:
+    """The kill table, on the terminal and, if every mutant was judged, in the files of results/."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for told in (r for found in terminal.stats.values() for r in found if isinstance(r, pytest.TestReport)):
+        for name, value in told.user_properties:
+            if name == "mutant" and isinstance(value, dict):
+                rows[value["kind"], value["mutant"]] = value
+    judged = [rows[m.kind, m.name] for m in MUTANTS if (m.kind, m.name) in rows]
+    if not judged:
+        return
+    frame = table(judged)
+    terminal.section("mutants and the checks that kill them")
+    for found in judged:
+        kills = [column for column in COLUMNS if found[column] == "killed"]
+        others = f" and {len(kills) - 1} others" if len(kills) > 1 else ""
+        name = f"{found['kind']:7} {found['mutant']:52}"
+        terminal.write_line(f"{found['verdict']} {name} {found['meant_check']}{others}")
+    terminal.write_line(headline(frame))
+    if len(judged) == len(MUTANTS):
+        write(frame)
+        terminal.write_line(f"{CSV}\n{SUMMARY}")
+    else:
+        terminal.write_line(f"{len(judged)} of {len(MUTANTS)} mutants judged: results/ is left as it is")
