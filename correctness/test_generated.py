@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import TypeVar
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
@@ -34,14 +36,13 @@ from moe_impls.interface import (
     Routing,
     Support,
 )
-from moe_impls.registry import one_line
 
 P = TypeVar("P")
 SEEDS = 8
 
 
 def search(holds: Callable[[P], object], problems: SearchStrategy[P]) -> None:
-    """Look for a problem on which ``holds`` raises, and raise CheckFailed for the smallest such problem.
+    """Look for a problem on which ``holds`` raises CheckFailed, and raise it for the smallest such problem.
 
     The message ends with the first one found: it is larger, and the pattern of what is wrong may tell more.
     """
@@ -54,14 +55,13 @@ def search(holds: Callable[[P], object], problems: SearchStrategy[P]) -> None:
         except CheckFailed as failure:
             failures.append(failure)
             raise
-        except Exception as error:
-            failures.append(CheckFailed(f"{one_line(error)}\n  reproduce: {problem!r}"))
-            raise failures[-1] from error
 
     try:
         no_problem_fails()
     except CheckFailed as failure:
         raise CheckFailed(f"{failure}\nThe first problem that failed: {failures[0]}") from failure
+    except Flaky as flaky:
+        raise CheckFailed(f"{failures[0]}\nThe same problem passes when it is tried again.") from flaky
 
 
 def generated_values(subject: Implementation, problem: Problem) -> None:
@@ -83,8 +83,10 @@ def _with_budget_of_many(problem: Problem) -> Reference:
     A budget is what a plain computation loses in its worst row; a problem of few rows may not have a bad one.
     """
     others = [compare.reference(replace(problem, seed=problem.seed + n)).budget for n in range(SEEDS)]
-    largest = {name: max(filter(math.isfinite, (b[name] for b in others)), default=0.0) for name in others[0]}
-    return replace(compare.reference(problem), budget=largest)
+    budget = {
+        name: max((b[name] for b in others if math.isfinite(b[name])), default=math.inf) for name in others[0]
+    }
+    return replace(compare.reference(problem), budget=budget)
 
 
 VALUES = Check(generated_values, ())
@@ -104,8 +106,10 @@ ROUTING = RouterCheck(generated_routing, ())
 
 
 def test_routing_holds_on_generated_problems(router: RouterSubject) -> None:
-    route, name = router
-    search(lambda problem: RouterCase(ROUTING, problem).run(route, name), generated.router_problems())
+    def holds(problem: RouterProblem) -> None:
+        RouterCase(ROUTING, problem).run(router.route, router.name)
+
+    search(holds, generated.router_problems())
 
 
 # --------------------------------------------------------------------------------------------- the search
@@ -134,7 +138,7 @@ def failure_of(forward: Forward) -> CheckFailed:
 def test_a_failure_is_shown_for_the_smallest_problem_and_for_the_first() -> None:
     failure = failure_of(loses_tokens)
     smallest, _, first = str(failure).partition("\nThe first problem that failed: ")
-    assert smallest.startswith("loses_tokens fails 'generated_values': y at [22, 0] is -0.0, exactly -32.0")
+    assert smallest.startswith("loses_tokens fails 'generated_values': y at [22, 0] is ")
     code = "Problem(name='generated', T=23, D=1, H=1, O=1, E=1, K=1, exact=True)"
     assert smallest.endswith(f"  reproduce: {code}")
     assert first.startswith("loses_tokens fails 'generated_values': y ")
@@ -144,7 +148,20 @@ def test_a_failure_is_shown_for_the_smallest_problem_and_for_the_first() -> None
 def test_an_exception_is_shown_with_the_smallest_problem_on_which_it_is_raised() -> None:
     smallest = str(failure_of(raises)).partition("\nThe first problem that failed: ")[0]
     assert "RuntimeError: misaligned address" in smallest
-    assert "\n  reproduce: Problem(name='generated', T=1, D=1, H=1, O=16, E=1, K=1" in smallest
+    assert "\n  reproduce: Problem(name='generated', T=1, D=" in smallest
+    assert "O=16, E=1, K=1" in smallest
+
+
+def test_a_failure_that_does_not_come_again_is_a_failure_too() -> None:
+    calls = itertools.count(1)
+
+    def wrong_once(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+        return y + 1 if next(calls) == 41 else y
+
+    message = str(failure_of(wrong_once))
+    assert message.startswith("wrong_once fails 'generated_values': y ")
+    assert message.endswith("\nThe same problem passes when it is tried again.")
 
 
 def drawn(problems: SearchStrategy[P], count: int) -> list[P]:

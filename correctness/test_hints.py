@@ -298,7 +298,7 @@ CASES = (
     (returning(lambda y: y + torch.nan), REAL, "y",
      "every row is wrong; NaN: memory that was never written, an overflow, or a NaN in another row"),
     (returning(lambda y: y.bfloat16().float()), REAL, "y",
-     EVERY + "are off by at most 0.007 of their scale: a lower precision or an approximation"),
+     EVERY + "are off by at most 0.004 of their scale: a lower precision or an approximation"),
 )  # fmt: skip
 
 
@@ -310,7 +310,7 @@ def test_a_pattern_gets_its_hint(wrong: Forward, problem: Problem, name: str, wa
 @pytest.mark.parametrize("problem", [REAL, EXACT], ids=["real", "exact"])
 def test_what_has_no_pattern_gets_no_hint(problem: Problem) -> None:
     generator = torch.Generator().manual_seed(0)
-    for count in (1, 2, 3, 5, 8, 20) * 10:
+    for count in (1, 2, 3, 5, 8, 20) * 4:
         tokens = torch.randperm(problem.T, generator=generator)[:count]
         noise = torch.randint(1, 9, (count, problem.O), generator=generator).float()
         assert hint(returning(lambda y, t=tokens, n=noise: y.index_add(0, t, n)), problem) == ""
