@@ -87,6 +87,8 @@ class Limits:
         facts = dict(report.user_properties).get("subject")
         hung = 0 < self.seconds * 0.9 <= report.duration
         crashed = report.when not in ("setup", "call", "teardown")
+        if crashed and self.session.shouldfail:  # --maxfail, which pytest-xdist does not apply to crashes
+            raise self.session.Failed(self.session.shouldfail)
         if not (isinstance(facts, dict) and report.failed and (hung or crashed)):
             return
         what, most = ("hung", MAX_HANGS) if hung else ("ended its process", MAX_CRASHES)
