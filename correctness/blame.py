@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from correctness.compare import CheckFailed
+from correctness.honesty import instruments_kept
 from moe_impls.registry import one_line
 
 SHOWN_LINES = 6
@@ -36,7 +37,7 @@ def blamed(verdict: str, code: str) -> Iterator[None]:
         CheckFailed: verdict, what was raised, the lines of the subject that were running, and ``code``.
     """
     try:
-        with process_kept():
+        with process_kept(), instruments_kept():
             yield
     except KeyboardInterrupt:
         raise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from correctness import behaviour, compare, metamorphic, problems
+from correctness import behaviour, compare, honesty, metamorphic, problems
 from correctness.blame import blamed
 from correctness.compare import CheckFailed, hold
 from correctness.problems import Problem, fit, make_inputs, unsupported
@@ -21,13 +21,21 @@ from moe_impls.interface import Implementation, Support
 
 
 def values(subject: Implementation, problem: Problem) -> dict[str, float]:
-    """The output and each gradient apart stay within the rounding budget of the float64 oracle."""
-    return hold(compare.call(subject, problem), problem)
+    """The output, with gradients and without, and each gradient stay within the oracle's rounding budget."""
+    return compare.hold_calls(subject, problem)
 
 
 def exact(subject: Implementation, problem: Problem) -> dict[str, float]:
     """Integers come out bit-equal in every order of summation, output and gradients."""
     return values(subject, problem)
+
+
+def output(subject: Implementation, problem: Problem) -> dict[str, float]:
+    """The output alone is right where gradients are undefined, or of a dtype too low for the budget."""
+    worst = 0.0
+    for results in compare.calls(subject, problem):
+        worst = max(worst, hold({"y": results["y"]}, problem)["y"])
+    return {"y": worst}
 
 
 def gradcheck(subject: Implementation, problem: Problem) -> None:
@@ -73,38 +81,64 @@ class Check:
 
 
 _ZIPF = replace(problems.SMALL, name="behaviour", T=61, E=9, K=3, load="zipf")
+_LOG = replace(_ZIPF, combine="logsumexp")
+_LOW = replace(_ZIPF, dtype=torch.bfloat16)
 _INTEGERS = problems.named("integers_empty")
-_BEHAVIOUR = (_ZIPF, replace(_ZIPF, dtype=torch.bfloat16), replace(_ZIPF, combine="logsumexp"), _INTEGERS)
+_BASIC = (_ZIPF, _LOW, _LOG, _INTEGERS)
+# With other sizes and options, each once.
+_VARIED = (
+    *_BASIC,
+    replace(problems.named("one_choice"), activation="silu", dtype=torch.float16),
+    replace(_ZIPF, activation="geglu", output_activation="relu", dtype=torch.float64),
+    replace(problems.named("half_empty"), activation="gelu", combine="logsumexp", dtype=torch.bfloat16),
+    replace(problems.named("many_experts"), name="many_experts_few_tokens", T=70),
+    problems.named("aligned"),
+)
 _RELATED = tuple(replace(_INTEGERS, gates="softmax", dtype=d) for d in (torch.float32, torch.bfloat16))
+# Sizes at which a low-precision product keeps NaN in its row. oneDNN's does not where the length of its sums
+# is odd, or more than 32 and no multiple of it: github.com/uxlfoundation/oneDNN/issues/5717.
+_CONTAINED = tuple(replace(_ZIPF, D=16, H=16, O=8, E=8, dtype=d) for d in problems.LOW_PRECISION)
 
+# What tells most about a mistake comes first.
 CHECKS = (
+    Check(behaviour.inputs_unchanged, _VARIED),
     Check(values, problems.OPTIONS, fits=False),
     Check(values, problems.LARGE, fits=False),
     Check(values, problems.SIZES),
     Check(exact, problems.EXACT),
+    Check(output, problems.OUTPUT),
+    Check(behaviour.without_gradients, _VARIED),
+    Check(behaviour.global_state, _BASIC),
+    Check(behaviour.deterministic, _VARIED, needs="deterministic"),
+    Check(behaviour.every_call, (_ZIPF, _INTEGERS)),
+    Check(behaviour.new_contents, (*_VARIED, replace(_INTEGERS, name="integers_80_experts", E=80))),
+    Check(behaviour.one_input_changes, _BASIC),
+    Check(behaviour.options_change, (_ZIPF, _LOG)),
+    Check(behaviour.changing_sizes, _BASIC),
+    Check(behaviour.strides, _VARIED),
+    Check(behaviour.offsets, _VARIED),
+    Check(behaviour.expanded, _BASIC),
+    Check(behaviour.shared_memory, (problems.named("aligned"), problems.named("aligned_all_experts"))),
+    Check(behaviour.results_are_the_callers, _VARIED),
+    Check(behaviour.gradient_subsets, _BASIC, needs="gradients"),
+    Check(behaviour.inside_a_graph, _VARIED, needs="gradients"),
+    Check(behaviour.several_graphs, _VARIED, needs="gradients"),
+    Check(behaviour.backward_twice, _VARIED, needs="gradients"),
+    Check(behaviour.gradients_accumulate, _VARIED, needs="gradients"),
+    Check(behaviour.non_finite_contained, (_ZIPF, replace(_ZIPF, K=1), _LOG, _INTEGERS, *_CONTAINED)),
+    Check(behaviour.dirty_memory, _VARIED),
+    Check(behaviour.recycled_memory, _VARIED),
+    Check(behaviour.another_thread, (_ZIPF, _INTEGERS)),
+    Check(honesty.done_when_it_returns, (_ZIPF,)),
+    Check(honesty.instruments_untouched, (_ZIPF,)),
+    Check(honesty.no_fallback, (_ZIPF,)),
     Check(gradcheck, problems.GRADCHECK, needs="gradients", fits=False),
     Check(second_order, problems.GRADCHECK, needs="second_order", fits=False),
-    Check(behaviour.dirty_memory, _BEHAVIOUR),
-    Check(behaviour.recycled_memory, _BEHAVIOUR),
     Check(
-        behaviour.inputs_unchanged,
-        (*_BEHAVIOUR, replace(_ZIPF, dtype=torch.float16), problems.named("aligned")),
+        behaviour.autocast,
+        (_ZIPF, _LOG, _LOW, problems.named("integers_cancelling_pairs")),
+        needs="autocast",
     ),
-    Check(behaviour.new_contents, _BEHAVIOUR),
-    Check(behaviour.one_input_changes, _BEHAVIOUR),
-    Check(behaviour.changing_sizes, _BEHAVIOUR),
-    Check(behaviour.strides, _BEHAVIOUR),
-    Check(behaviour.offsets, _BEHAVIOUR),
-    Check(behaviour.expanded, _BEHAVIOUR),
-    Check(behaviour.without_gradients, _BEHAVIOUR),
-    Check(behaviour.gradient_subsets, _BEHAVIOUR, needs="gradients"),
-    Check(behaviour.two_graphs, _BEHAVIOUR, needs="gradients"),
-    Check(behaviour.gradients_accumulate, _BEHAVIOUR, needs="gradients"),
-    Check(behaviour.non_finite_contained, _BEHAVIOUR),
-    Check(behaviour.deterministic, _BEHAVIOUR, needs="deterministic"),
-    Check(behaviour.every_call, (_ZIPF, _INTEGERS)),
-    Check(behaviour.global_state, _BEHAVIOUR),
-    Check(behaviour.autocast, (_ZIPF,), needs="autocast"),
     Check(behaviour.fullgraph, (_ZIPF,), needs="fullgraph"),
     Check(behaviour.exports, (_ZIPF,), needs="exports"),
     *(Check(relation, _RELATED) for relation in metamorphic.RELATIONS),

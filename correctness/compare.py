@@ -15,14 +15,16 @@ other summation orders stay below 6 times the plain one; wrong ones are 30 to 40
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
+from correctness import hints
+from correctness.hints import Wrong
+from correctness.problems import LOW_PRECISION, Inputs, Problem, is_plain, make_inputs
 from correctness.reference import Evaluation, evaluate
 from moe_impls.interface import Experts, Forward, Implementation, Routing, dtype_name
 
@@ -48,11 +50,12 @@ class Reference:
     """The oracle's results for one problem, and each tensor's allowed error as a multiple of scale."""
 
     problem: Problem
+    inputs: Inputs
     oracle: Evaluation
     budget: dict[str, float]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def reference(problem: Problem, gradients: bool = True) -> Reference:
     """The oracle and the budgets of a problem; kept for the next implementation that meets it."""
     return make_reference(problem, make_inputs(problem), gradients)
@@ -66,14 +69,14 @@ def make_reference(problem: Problem, inputs: Inputs, gradients: bool = True) -> 
     oracle = evaluate(*arguments, keep=kept)
     # float64 has no wider dtype to show what it loses: rounding errors are proportional to eps.
     plain_dtype = torch.float32 if problem.dtype == torch.float64 else problem.dtype
-    plain = evaluate(*arguments, dtype=plain_dtype, wide=torch.float32, keep=kept)
+    plain = evaluate(*arguments, dtype=plain_dtype, wide=torch.float32, keep=kept, scales=False)
     eps = torch.finfo(problem.dtype).eps
     ratio = eps / torch.finfo(plain_dtype).eps
     budget = {
-        name: FACTOR * max(eps, ratio * _worst(row_errors(plain.values[name], oracle, name))[0])
+        name: FACTOR * max(eps, ratio * _worst(row_errors(plain.values[name], oracle, name)))
         for name in oracle.values
     }
-    return Reference(problem, oracle, budget)
+    return Reference(problem, inputs, oracle, budget)
 
 
 def _compared_experts(problem: Problem, ids: Tensor) -> list[int] | None:
@@ -93,20 +96,16 @@ def row_errors(result: Tensor, oracle: Evaluation, name: str) -> Tensor:
     error = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf)
     if name in ("y", "x"):
         scale = scale.unsqueeze(-1)
-    error = torch.where(error == 0, 0.0, error / scale)  # anything but zero over scale zero is infinite
+    # Anything but zero over a scale of zero, or of NaN, is infinite.
+    error = torch.where(error == 0, 0.0, error / scale).nan_to_num(nan=torch.inf, posinf=torch.inf)
     if error.dim() == 1 or name in ("gates", "b_in", "b_out"):
         return error  # every entry is a row
     return error.amax(dim=-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])
 
 
-def _worst(rows: Tensor) -> tuple[float, tuple[int, ...]]:
-    """The largest row error and its index."""
-    if rows.numel() == 0:
-        return 0.0, ()
-    flat = int(rows.flatten().argmax())
-    return float(rows.flatten()[flat]), tuple(
-        int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)
-    )
+def _worst(rows: Tensor) -> float:
+    """The largest row error."""
+    return float(rows.max()) if rows.numel() else 0.0
 
 
 def run(
@@ -137,6 +136,21 @@ def call(subject: Implementation, problem: Problem, inputs: Inputs | None = None
     return run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
 
 
+def calls(
+    subject: Implementation, problem: Problem, inputs: Inputs | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """``call``, and the same without gradients: kernels for inference take paths of their own.
+
+    A subject that compiles anew for each kind of call is called without gradients on plain problems only.
+    """
+    inputs = make_inputs(problem) if inputs is None else inputs
+    support = subject.support
+    if support.gradients:
+        yield run(subject.forward, inputs, problem.combine)
+    if not support.gradients or not support.compiles_per_case or is_plain(problem):
+        yield run(subject.forward, inputs, problem.combine, gradients=False)
+
+
 class Graph(NamedTuple):
     """The output of a call that waits for its backward, and the leaves that want a gradient, by name."""
 
@@ -157,11 +171,12 @@ def start(forward: Forward, inputs: Inputs, combine: str, wanted: Sequence[str] 
     return Graph(y, {n: tensors[n] for n in names})
 
 
-def finish(graph: Graph, dy: Tensor) -> dict[str, Tensor]:
+def finish(graph: Graph, dy: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
     """The backward half: y and the gradients, by name."""
     y, leaves = graph
     results = {"y": y.detach()}
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    wanted = list(leaves.values())
+    grads = torch.autograd.grad(y, wanted, dy, retain_graph=retain_graph, allow_unused=True)
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         if grad is None:
             raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")
@@ -190,8 +205,8 @@ def assemble(inputs: Inputs, tensors: dict[str, Tensor]) -> tuple[Tensor, Routin
 
 def check_output(y: object, inputs: Inputs) -> None:
     """Raise CheckFailed unless y is a tensor [T, O] with the dtype and the device of x."""
-    if not isinstance(y, Tensor):
-        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a tensor")
+    if not isinstance(y, Tensor) or type(y) is not Tensor:
+        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a plain tensor")
     x, shape = inputs.x, tuple(inputs.dy.shape)
     for what, got, want in (
         ("shape", tuple(y.shape), shape),
@@ -204,14 +219,16 @@ def check_output(y: object, inputs: Inputs) -> None:
 
 def fractions(results: dict[str, Tensor], ref: Reference) -> dict[str, float]:
     """For each tensor its worst row's error as a fraction of the budget; at most 1 is right."""
-    return {name: _worst(errors(results, ref, name))[0] / ref.budget[name] for name in compared(results, ref)}
+    return {name: _worst(errors(results, ref, name)) / ref.budget[name] for name in compared(results, ref)}
 
 
 def errors(results: dict[str, Tensor], ref: Reference, name: str) -> Tensor:
-    result = results[name]
-    if name in ("w_in", "b_in", "w_out", "b_out"):
-        result = result[ref.oracle.kept]
-    return row_errors(result, ref.oracle, name)
+    return row_errors(_kept(results[name], name, ref.oracle), ref.oracle, name)
+
+
+def _kept(result: Tensor, name: str, oracle: Evaluation) -> Tensor:
+    """The part of a result that the oracle holds: of weights' gradients, those of some experts."""
+    return result[oracle.kept] if name in ("w_in", "b_in", "w_out", "b_out") else result
 
 
 def compared(results: dict[str, Tensor], ref: Reference) -> list[str]:
@@ -244,7 +261,8 @@ def judge(found: dict[str, float], results: dict[str, Tensor], ref: Reference) -
 def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
     """What is wrong with one tensor: where, how much, what it looks like, how to see it again."""
     rows, budget = errors(results, ref, name), ref.budget[name]
-    error, index = _worst(rows)
+    error = _worst(rows)
+    index = (rows == error).nonzero()[0].tolist()
     if name in ("y", "x"):
         place = f"token {index[0]}"
     elif name == "gates":
@@ -253,40 +271,26 @@ def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
         place = f"expert {ref.oracle.kept[index[0]]}, row {index[1]}"
     bad = rows > budget
     what = "y" if name == "y" else f"the gradient of {name}"
-    hint = f"; hint: {_hint(bad, name, results, ref)}" if _hint(bad, name, results, ref) else ""
+    oracle, problem = ref.oracle, ref.problem
+    wrong = Wrong(
+        name=name,
+        got=_kept(results[name], name, oracle),
+        want=oracle.values[name],
+        scale=oracle.scale[name],
+        budget=budget,
+        inputs=ref.inputs,
+        combine=problem.combine,
+        kept=oracle.kept,
+    )
     return (
         f"{what} is wrong at {place}: error {error:.3g} of the row's scale, budget {budget:.3g} "
-        f"({dtype_name(ref.problem.dtype)}); {int(bad.sum())} of {bad.numel()} rows are over it{hint}\n"
-        f"  reproduce: {ref.problem.code()}"
+        f"({dtype_name(problem.dtype)}); {int(bad.sum())} of {bad.numel()} rows are over it"
+        f"{_hint(wrong)}\n  reproduce: {problem.code()}"
     )
 
 
-def _hint(bad: Tensor, name: str, results: dict[str, Tensor], ref: Reference) -> str:
-    """The kind of mistake that the pattern of wrong rows suggests, or an empty string."""
-    got = results[name]
-    if bool(torch.isnan(got).any()):
-        return "NaN in the result: memory that was never written, or an overflow"
-    if got.numel() and not bool(got.any()):
-        return "the whole tensor is zero"
-    if bool(bad.all()):
-        return "every row is wrong: a factor or a term that all share (gate, bias, activation, layout)"
-    if name in ("w_in", "w_out", "b_in", "b_out"):
-        whole = bad.flatten(1).all(dim=1).nonzero().flatten().tolist()
-        if whole:
-            return (
-                f"all rows of expert(s) {[ref.oracle.kept[e] for e in whole][:8]} are wrong, others are right"
-            )
-        return ""
-    if name in ("y", "x"):
-        first = int(bad.nonzero()[0])
-        if bool(bad[first:].all()):
-            return f"all tokens from {first} on are wrong: the tail of a tile, or a size limit"
-        inputs = make_inputs(ref.problem)
-        touched = [set(row) for row in inputs.routing.expert_ids[bad.cpu()].tolist()]
-        common = set.intersection(*touched) - set(inputs.routing.expert_ids[~bad.cpu()].flatten().tolist())
-        if common:
-            return f"exactly the tokens of expert(s) {sorted(common)[:8]} are wrong"
-    return ""
+def _hint(wrong: Wrong) -> str:
+    return f"\n  hint: {text}" if (text := hints.hint(wrong)) else ""
 
 
 def hold(results: dict[str, Tensor], problem: Problem, inputs: Inputs | None = None) -> dict[str, float]:
@@ -308,17 +312,37 @@ def hold(results: dict[str, Tensor], problem: Problem, inputs: Inputs | None = N
     want = oracle_values(problem) if inputs is None else _exact_values(problem, inputs)
     for name, got in results.items():
         if not torch.equal(got, want[name]):
-            raise CheckFailed(_describe_exact(name, got, want[name], problem))
+            inputs = make_inputs(problem) if inputs is None else inputs
+            raise CheckFailed(_describe_exact(name, got, want[name], problem, inputs))
     return dict.fromkeys(results, 0.0)
 
 
-def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem) -> str:
+def hold_calls(subject: Implementation, problem: Problem, inputs: Inputs | None = None) -> dict[str, float]:
+    """``hold`` for all ``calls`` of a subject: the worst of them, by tensor."""
+    worst: dict[str, float] = {}
+    for results in calls(subject, problem, inputs):
+        for name, fraction in hold(results, problem, inputs).items():
+            worst[name] = max(fraction, worst.get(name, 0.0))
+    return worst
+
+
+def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem, inputs: Inputs) -> str:
     what = name if name == "y" else f"the gradient of {name}"
     where = (got != want).nonzero()
     first = tuple(where[0].tolist())
+    wrong = Wrong(
+        name=name,
+        got=got,
+        want=want.double(),
+        scale=torch.ones_like(want, dtype=torch.float64),
+        budget=0.0,
+        inputs=inputs,
+        combine=problem.combine,
+        kept=list(range(problem.E)),
+    )
     return (
         f"{what} at {list(first)} is {got[first].item()!r}, exactly {want[first].item()!r} is right; "
-        f"{len(where)} of {want.numel()} entries differ\n  reproduce: {problem.code()}"
+        f"{len(where)} of {want.numel()} entries differ{_hint(wrong)}\n  reproduce: {problem.code()}"
     )
 
 
@@ -340,7 +364,7 @@ def verify(
     return fractions(results, reference(problem))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def exact_reference(problem: Problem) -> dict[str, Tensor]:
     """What every right implementation returns for an exact problem, to the bit, in the dtypes it returns."""
     return _exact_values(problem, make_inputs(problem))

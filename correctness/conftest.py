@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 # Read by OpenMP when torch is loaded: threads that wait for work sleep instead of spinning. The problems are
@@ -10,13 +11,37 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
+from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
-from correctness import isolation, layer_checks, summary  # noqa: E402
+from correctness import isolation, layer_checks, shrink, summary  # noqa: E402
 from correctness.checks import cases  # noqa: E402
 from correctness.compare import CheckFailed  # noqa: E402
 from correctness.limits import Limits, time_limit  # noqa: E402
+from correctness.mutants import MUTANTS, table  # noqa: E402
 from correctness.subjects import Subjects, find_subjects  # noqa: E402
 from moe_impls.registry import ResolveError  # noqa: E402
+
+# Hypothesis draws the same examples in every run, or with --hypothesis-profile=thorough many new ones.
+QUICK = settings(
+    max_examples=100,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    verbosity=Verbosity.quiet,  # the failure itself says on which problem
+    phases=[phase for phase in Phase if phase is not Phase.explain],
+)
+settings.register_profile("ci", QUICK)
+settings.register_profile(
+    "thorough",
+    QUICK,
+    max_examples=2000,
+    derandomize=False,
+    database=settings().database,
+    verbosity=Verbosity.normal,
+    print_blob=True,
+)
+settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +57,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--layer", metavar="FILE:CLASS", help="check only this whole layer; its file holds read(layer), too"
+    )
+    group.addoption(
+        "--mutants",
+        action="store_true",
+        help="only the deliberately wrong subjects, each through every check; writes results/mutants.csv",
+    )
+    group.addoption(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="of test_lookalikes.py: run every numeric problem on N seeds, not one seed of a few problems",
+    )
+    group.addoption(
+        "--error-budget", metavar="CSV", help="write there how much of the budget each lookalike uses"
     )
     group.addoption(
         "--isolate",
@@ -85,6 +124,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 for case in cases(config.stash[SUBJECTS].implementations)
             ],
         )
+    if "subject" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "subject",
+            [
+                pytest.param(subject, id=subject.name)
+                for subject in config.stash[SUBJECTS].implementations
+                if "cpu" in subject.support.devices
+            ],
+        )
+    if "mutant" in metafunc.fixturenames:
+        metafunc.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.kind}-{mutant.name}")
     if "router" in metafunc.fixturenames:
         router = config.stash[SUBJECTS].router
         metafunc.parametrize("router", [pytest.param(router, id=router.name.rpartition(":")[2])])
@@ -100,8 +150,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --impl, --router or --layer only the tests of that subject run, and at least one must."""
-    options = (("case", "impl"), ("router", "router"), ("layer_case", "layer"))
+    """With --impl, --router, --layer or --mutants only those tests run; of a subject at least one must."""
+    options = (
+        ("case", "impl"),
+        ("subject", "impl"),
+        ("router", "router"),
+        ("layer_case", "layer"),
+        ("mutant", "mutants"),
+    )
     wanted = {name for name, option in options if config.getoption(option)}
     if not wanted:
         return
@@ -128,4 +184,26 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         pyfuncitem.user_properties.append(("fractions", failure.fractions))
         if pyfuncitem.config.option.fulltrace:
             raise
-        raise pytest.fail.Exception(str(failure), pytrace=False) from None
+        smaller = _smallest_failure(pyfuncitem)
+        raise pytest.fail.Exception(f"{failure}{smaller}", pytrace=False) from None
+
+
+SHRINKING_S = 15.0  # what looking for smaller problems may take in a run
+SHRUNK = pytest.StashKey[dict[tuple[str, str], float]]()  # (subject, check) -> the seconds that it took
+
+
+def _smallest_failure(item: pytest.Function) -> str:
+    """A line that reproduces the smallest problem on which the test's check fails, once for each check."""
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    spent = item.config.stash.setdefault(SHRUNK, {})
+    if case is None or (case.subject.name, case.check.name) in spent or sum(spent.values()) > SHRINKING_S:
+        return ""
+    begin = time.monotonic()
+    smallest = shrink.smallest_failure(case.check.function, case.subject, case.problem)
+    spent[case.subject.name, case.check.name] = time.monotonic() - begin
+    return "" if smallest == case.problem else f"\n  smallest failing case: {smallest.code()}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("mutants"):
+        table.report(terminalreporter)

@@ -73,7 +73,7 @@ class Problem:
     """One call. Sizes as everywhere: tokens T, features D -> H -> O, experts E, experts per token K.
 
     load: how tokens spread over experts, a key of LOADS. gates: their values, a key of GATES.
-    low_gates: gates in the dtype of x even where that is lower than float32.
+    low_gates: gates in the lower of the two dtypes that they may have, float32 and that of x.
     exact: integers and powers of two instead of random reals, for EXACT_ACTIVATIONS with combine "sum".
     x_scale: the standard deviation of x (of random reals), to reach clamps and large outputs.
     """
@@ -124,6 +124,8 @@ class Problem:
         return (
             f"Problem({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
         )
+
+    __repr__ = code
 
 
 def fit(problem: Problem, support: Support) -> Problem:
@@ -239,6 +241,13 @@ def _one_zero(p: Problem, g: torch.Generator) -> Tensor:
     return gates
 
 
+def _zero_rows(p: Problem, g: torch.Generator) -> Tensor:
+    """All gates of every third token are zero."""
+    gates = _unnormalised(p, g)
+    gates[::3] = 0
+    return gates
+
+
 def _cancelling(p: Problem, g: torch.Generator) -> Tensor:
     """256, 1, -256: where the outer slots agree, a sum kept in bfloat16 loses the middle one."""
     return torch.tensor([256.0, 1.0, -256.0], dtype=torch.float64).repeat(p.T, p.K)[:, : p.K]
@@ -249,6 +258,7 @@ GATES: dict[str, Callable[[Problem, torch.Generator], Tensor]] = {
     "unnormalised": _unnormalised,
     "signed": _signed,
     "one_zero": _one_zero,
+    "zero_rows": _zero_rows,
     "cancelling": _cancelling,
 }
 
@@ -266,7 +276,8 @@ def make_inputs(problem: Problem) -> Inputs:
     routing = Routing(LOADS[p.load](p, generator), GATES[p.gates](p, generator))
     make = _exact_numbers if p.exact else _real_numbers
     inputs = make(p, routing, generator)
-    gate_dtype = p.dtype if p.low_gates else torch.promote_types(p.dtype, torch.float32)
+    low, high = sorted((p.dtype, torch.float32), key=lambda dtype: torch.finfo(dtype).bits)
+    gate_dtype = low if p.low_gates else high
     gates = inputs.routing.gates.to(gate_dtype)
     cast = inputs.map(lambda t: t.to(p.dtype))._replace(routing=Routing(routing.expert_ids, gates))
     ids = cast.routing.expert_ids.to(p.device)
@@ -409,13 +420,15 @@ _SIZES = (
     Problem("aligned", T=256, D=64, H=64, O=64, E=16, K=4, gates="unnormalised"),
     Problem("aligned_one_choice", T=128, D=32, H=32, O=32, E=8, K=1, bias=False, gates="unnormalised"),
     Problem("aligned_all_experts", T=64, D=16, H=16, O=16, E=8, K=8, activation="gelu", load="zipf"),
-    Problem("wide", T=40, D=263, H=131, O=257, E=4, K=2),
+    Problem("wide", T=40, D=521, H=263, O=519, E=3, K=2),
     Problem("thousands", T=4500, D=48, H=40, O=56, E=11, K=2, load="zipf", seed=1),
 )
+_LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnormalised", low_gates=True)
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
 SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
     Problem("signed_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="signed"),
-    *(Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, low_gates=True, dtype=d) for d in LOW_PRECISION),
+    *(replace(_LOW_GATES, gates="signed", dtype=d) for d in LOW_PRECISION),
+    *(replace(_LOW_GATES, combine="logsumexp", dtype=d) for d in LOW_PRECISION),
 )
 
 _INTEGERS = Problem("integers", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", exact=True)
@@ -441,6 +454,7 @@ _EXACT = (
         gates="one_zero",
     ),
     replace(_INTEGERS, name="integers_cancelling", T=24, D=6, H=5, O=16, E=5, K=3, gates="cancelling"),
+    replace(_INTEGERS, name="integers_cancelling_pairs", T=60, D=6, H=5, O=16, E=7, K=6, gates="cancelling"),
     replace(_INTEGERS, name="integers_many", T=600, D=10, H=6, O=7, E=300, K=2, bias=False, load="zipf"),
 )
 # Sizes beyond the tiles, counters and grids of most kernels. Sums over so many tokens need float32.
@@ -465,7 +479,21 @@ _RELEASED = tuple(
         (160, 6), (160, 8), (256, 6), (256, 8), (384, 8), (512, 10),
     )
 )  # fmt: skip
-EXACT = tuple(replace(p, dtype=d) for p in _EXACT for d in DTYPES) + _BEYOND + _RELEASED
+EXACT = (
+    *(replace(p, dtype=d) for p in _EXACT for d in DTYPES),
+    replace(_INTEGERS, low_gates=True, dtype=torch.float64),
+    *_BEYOND,
+    *_RELEASED,
+)
+
+
+# Where y is defined and gradients are not, or cannot be held to the budget: tokens whose gates are all zero;
+# gates of zero beside outputs beyond what exp can hold; float32 gates of a float64 layer.
+OUTPUT = (
+    *(replace(SMALL, T=61, combine="logsumexp", gates="zero_rows", dtype=d) for d in DTYPES),
+    replace(SMALL, activation="silu", combine="logsumexp", gates="one_zero", x_scale=100.0),
+    *(replace(SMALL, combine=c, low_gates=True, dtype=torch.float64) for c in COMBINES),
+)
 
 
 def named(name: str) -> Problem:
@@ -492,7 +520,20 @@ REPRESENTATIVE = (
 
 def is_representative(problem: Problem) -> bool:
     """Whether a ``compiles_per_case`` implementation is tested on this problem."""
-    p = problem
-    options = (p.activation, p.output_activation, p.combine, p.bias, p.dtype)
-    degenerate = min(p.T, p.D, p.H, p.O, p.E, p.K) < 2  # sizes that compilers specialise
-    return options in REPRESENTATIVE and not p.low_gates and (not degenerate or options == REPRESENTATIVE[0])
+    if problem.low_gates or _options(problem) not in REPRESENTATIVE:
+        return False
+    return not _is_degenerate(problem) or _options(problem) == REPRESENTATIVE[0]
+
+
+def is_plain(problem: Problem) -> bool:
+    """Whether such an implementation is tested on this problem without gradients, too."""
+    return _options(problem) == REPRESENTATIVE[0] and not _is_degenerate(problem)
+
+
+def _options(p: Problem) -> tuple:
+    return p.activation, p.output_activation, p.combine, p.bias, p.dtype
+
+
+def _is_degenerate(p: Problem) -> bool:
+    """Whether it has a size that compilers specialise."""
+    return min(p.T, p.D, p.H, p.O, p.E, p.K) < 2

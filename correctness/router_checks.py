@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from correctness import router_reference as oracle
-from correctness.behaviour import global_state_now
+from correctness.behaviour import LAYOUTS
 from correctness.blame import blamed
 from correctness.compare import FACTOR, CheckFailed
+from correctness.settings import require_unchanged
 from moe_impls.interface import DTYPES, RouterSpec, Routing, dtype_name
 
 Route = Callable[..., Routing]
@@ -111,9 +112,11 @@ PROBLEMS = (
     RouterProblem("groups_sigmoid", 36, _spec(3, "sigmoid", groups=12, keep_groups=5)),
     RouterProblem("one_group_kept", 30, _spec(5, renormalise=True, groups=5, keep_groups=1)),
     RouterProblem("all_groups_kept", 30, _spec(5, groups=5, keep_groups=5)),
+    RouterProblem("tiny_scores_large_bias", 48, _spec(40, "sigmoid"), bias=12.0, spread=12.0),
     RouterProblem("many_tokens", 8, _spec(2), T=1500),
     RouterProblem("many_choices", 48, _spec(20, renormalise=True), T=33),
     RouterProblem("many_experts", 1100, _spec(6), T=20),
+    RouterProblem("most_groups", 54, _spec(7, groups=9, keep_groups=6)),
     RouterProblem("many_groups", 96, _spec(6, "sigmoid", True, 2.5, groups=24, keep_groups=6), bias=0.0),
 )
 _EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
@@ -140,6 +143,13 @@ def _computed(gates: Tensor) -> torch.dtype:
 def _relative(error: Tensor, scale: Tensor) -> Tensor:
     """|error| / scale, where nothing but zero is right over a scale of zero; NaN is never right."""
     return torch.where(error == 0, 0.0, error.abs() / scale).nan_to_num(nan=torch.inf)
+
+
+def _difference(got: Tensor, want: Tensor) -> Tensor:
+    """got - want, where nothing is owed below the smallest number that the dtype of ``got`` can hold."""
+    difference = got.double() - want
+    unit = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    return torch.where(difference.abs() <= unit, 0.0, difference)
 
 
 def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
@@ -178,7 +188,7 @@ def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
     want = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(wide, rows, strict=True)])
     plain = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(narrow, rows, strict=True)])
     allowed = budget(_relative(plain - want, want), _computed(routing.gates), routing.gates.dtype)
-    error = _relative(routing.gates.detach().double() - want, want)
+    error = _relative(_difference(routing.gates.detach(), want), want)
     if not float(error.max()) <= allowed:
         t, k = divmod(int(error.argmax()), spec.top_k)
         raise CheckFailed(
@@ -196,26 +206,48 @@ def right_choices(problem: RouterProblem, eps: float) -> list[tuple[list[int], b
 
 
 def values(route: Route, problem: RouterProblem) -> None:
-    """The experts of every token whose choice is clear, and the gates of every token."""
+    """The experts of every token whose choice is clear, and the gates of every token, gradients on or off."""
     logits, bias, _ = make_inputs(problem)
-    routing = call(route, logits, problem.spec, bias)
+    _require(call(route, logits, problem.spec, bias), problem)
+    with torch.no_grad():
+        _require(call(route, logits, problem.spec, bias), problem)
+
+
+def _require(routing: Routing, problem: RouterProblem) -> None:
+    """The routing is right for the problem."""
     eps = torch.finfo(_computed(routing.gates)).eps
     for t, (row, (chosen, clear)) in enumerate(
         zip(routing.expert_ids.tolist(), right_choices(problem, eps), strict=True)
     ):
         if clear and set(row) != set(chosen):
             raise CheckFailed(f"token {t} visits experts {sorted(row)}; right is {sorted(chosen)}")
-    _require_gates(routing, logits, problem.spec)
+    _require_gates(routing, make_inputs(problem).logits, problem.spec)
 
 
 def gradients(route: Route, problem: RouterProblem) -> None:
-    """What flows back to the logits of every token from a random gradient of the gates."""
+    """What flows back to the logits of each token from a random gradient of the gates; none to the bias."""
     logits, bias, dgates = make_inputs(problem)
     leaf = logits.clone().requires_grad_()
-    ids, gates = call(route, leaf, problem.spec, bias)
-    if not gates.requires_grad:
+    bias = None if bias is None else bias.requires_grad_()
+    routing = call(route, leaf, problem.spec, bias)
+    _require(routing, problem)
+    if not routing.gates.requires_grad:
         raise CheckFailed("gates does not require a gradient though logits does: the graph is cut")
-    (got,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+    wanted = [leaf] if bias is None else [leaf, bias]
+    got, *of_bias = torch.autograd.grad(
+        routing.gates, wanted, dgates.to(routing.gates.dtype), allow_unused=True
+    )
+    if got is None:
+        raise CheckFailed("gates does not depend on logits: the graph is cut")
+    if any(d is not None and bool(d.any()) for d in of_bias):
+        raise CheckFailed("selection_bias gets a gradient: it is in the gates")
+    _require_gradient(got, routing, problem)
+
+
+def _require_gradient(got: Tensor, routing: Routing, problem: RouterProblem) -> None:
+    """The gradient of the logits is right for the experts that were chosen."""
+    ids, gates = routing
+    logits, _, dgates = make_inputs(problem)
 
     def evaluate(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rows = [
@@ -226,10 +258,7 @@ def gradients(route: Route, problem: RouterProblem) -> None:
 
     (want, scale), (plain, _) = evaluate(torch.float64), evaluate(torch.float32)
     allowed = budget(_relative(plain - want, scale), _computed(gates), got.dtype)
-    difference = got.double() - want
-    # Below the smallest number that the dtype of logits can hold nothing is owed.
-    unit = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
-    error = _relative(torch.where(difference.abs() <= unit, 0.0, difference), scale)
+    error = _relative(_difference(got, want), scale)
     if not float(error.max()) <= allowed:
         t, e = divmod(int(error.argmax()), problem.E)
         raise CheckFailed(
@@ -250,7 +279,7 @@ def ties(route: Route, problem: RouterProblem) -> None:
 
 
 def nan_contained(route: Route, problem: RouterProblem) -> None:
-    """A token with NaN is refused with a ValueError, or its row alone is affected and its ids are valid."""
+    """A token with NaN is refused with a ValueError, or it alone has gates of NaN, and its ids are valid."""
     logits, bias, _ = make_inputs(problem)
     poisoned = logits.clone()
     poisoned[3] = torch.nan
@@ -259,6 +288,8 @@ def nan_contained(route: Route, problem: RouterProblem) -> None:
         ids, gates = call(route, poisoned, problem.spec, bias)
     except ValueError:
         return
+    if bool(gates[3].isfinite().all()):
+        raise CheckFailed("a token whose logits are all NaN has finite gates")
     clean = call(route, logits, problem.spec, bias)
     sound = torch.ones(len(logits), dtype=torch.bool)
     sound[[3, 7]] = False
@@ -267,12 +298,26 @@ def nan_contained(route: Route, problem: RouterProblem) -> None:
     _require_gates(Routing(ids[sound], gates[sound]), logits[sound], problem.spec)
 
 
-def large_logits(route: Route, problem: RouterProblem) -> None:
-    """Logits a thousand times larger than usual give finite gates, also where a score saturates."""
+def masked_experts(route: Route, problem: RouterProblem) -> None:
+    """An expert with a logit of -inf is not chosen where others are left, and its token's gates are right."""
     logits, bias, _ = make_inputs(problem)
-    _, gates = call(route, logits * 1000, problem.spec, bias)
-    if not bool(gates.isfinite().all()):
-        raise CheckFailed(f"gates holds {gates[~gates.isfinite()][0].item()} for logits of size 1000")
+    masked = logits.scatter(1, logits.topk(3, dim=1, largest=False).indices, -torch.inf)
+    ids, gates = call(route, masked, problem.spec, bias)
+    if bias is None and bool(masked.gather(1, ids).isinf().any()):
+        raise CheckFailed("an expert whose logit is -inf is chosen though others are left")
+    _require_gates(Routing(ids, gates), masked, problem.spec)
+
+
+def large_logits(route: Route, problem: RouterProblem) -> None:
+    """Logits a thousand times larger than usual, or near -100, give finite gates and finite gradients."""
+    logits, bias, dgates = make_inputs(problem)
+    for what, extreme in {"of size 1000": logits * 1000, "near -100": logits - 100}.items():
+        leaf = extreme.requires_grad_()
+        _, gates = call(route, leaf, problem.spec, bias)
+        (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+        for name, tensor in {"gates": gates, "the gradient of logits": gradient}.items():
+            if not bool(tensor.isfinite().all()):
+                raise CheckFailed(f"{name} holds {tensor[~tensor.isfinite()][0].item()} for logits {what}")
 
 
 def empty(route: Route, problem: RouterProblem) -> None:
@@ -286,49 +331,68 @@ def empty(route: Route, problem: RouterProblem) -> None:
 
 
 def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
-    """Neither logits nor bias is written to, and logits need not be contiguous."""
-    logits, bias, _ = make_inputs(problem)
-    padded = torch.full((2 * problem.E, problem.T), torch.nan, dtype=problem.dtype)
-    view = padded.T[:, ::2]
-    view.copy_(logits)
-    before = None if bias is None else bias.clone()
-    routing = call(route, view, problem.spec, bias)
-    if not torch.equal(view, logits):
-        raise CheckFailed("logits was written to")
-    if bias is not None and before is not None and not torch.equal(bias, before):
-        raise CheckFailed("selection_bias was written to")
-    if not torch.equal(routing.expert_ids, call(route, logits, problem.spec, bias).expert_ids):
-        raise CheckFailed("the experts change with the strides of logits")
+    """Neither logits nor bias is written to, with gradients or without."""
+    logits, bias, dgates = make_inputs(problem)
+    before = make_inputs(problem)
+    for gradients in (True, False):
+        leaf = logits.detach().requires_grad_(gradients)
+        gates = call(route, leaf, problem.spec, bias).gates
+        if gradients:
+            torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+        for name, got, want in zip(before._fields, (logits, bias, dgates), before, strict=True):
+            if got is not None and want is not None and not torch.equal(got, want):
+                raise CheckFailed(f"{name} was written to")
+
+
+def strides(route: Route, problem: RouterProblem) -> None:
+    """Logits, the bias and the gradient that flows in need not be contiguous: the numbers alone decide."""
+    logits, bias, dgates = make_inputs(problem)
+    for layout in LAYOUTS:
+        leaf = layout(logits).requires_grad_()
+        spread = None if bias is None else bias.repeat_interleave(2)[::2]
+        routing = call(route, leaf, problem.spec, spread)
+        _require(routing, problem)
+        (got,) = torch.autograd.grad(routing.gates, leaf, layout(dgates.to(routing.gates.dtype)))
+        _require_gradient(got, routing, problem)
 
 
 def state(route: Route, problem: RouterProblem) -> None:
-    """Nothing depends on earlier calls, no result is overwritten by a later call, no global state changes."""
+    """Nothing depends on earlier calls, and no result is overwritten by a later call."""
     logits, bias, _ = make_inputs(problem)
-    before = global_state_now()
     first = call(route, logits, problem.spec, bias)
     kept = Routing(first.expert_ids.clone(), first.gates.detach().clone())
-    others = make_inputs(replace(problem, seed=problem.seed + 1))
+    second = replace(problem, seed=problem.seed + 1)
+    others = make_inputs(second)
     logits.copy_(others.logits)  # new contents at the same address
     if bias is not None and others.selection_bias is not None:
         bias.copy_(others.selection_bias)
     for repeat in range(30):
-        again = call(route, logits, problem.spec, bias)
-        eps = torch.finfo(_computed(again.gates)).eps
-        right = right_choices(replace(problem, seed=problem.seed + 1), eps)
-        for t, (row, (chosen, clear)) in enumerate(zip(again.expert_ids.tolist(), right, strict=True)):
-            if clear and set(row) != set(chosen):
-                raise CheckFailed(
-                    f"in call {repeat + 2} token {t} visits experts {sorted(row)}; right is {sorted(chosen)}"
-                )
-        _require_gates(again, logits, problem.spec)
+        try:
+            _require(call(route, logits, problem.spec, bias), second)
+        except CheckFailed as failure:
+            raise CheckFailed(f"in call {repeat + 2}: {failure}") from failure
     if not all(torch.equal(a, b.detach()) for a, b in zip(kept, first, strict=True)):
         raise CheckFailed("the routing returned by an earlier call was overwritten by a later one")
-    if changed := [name for name, value in global_state_now().items() if value != before[name]]:
-        raise CheckFailed(f"a call changes {', '.join(changed)}")
+
+
+def global_state(route: Route, problem: RouterProblem) -> None:
+    """Random generators, modes, threads and other settings are after the call as before it."""
+    logits, bias, dgates = make_inputs(problem)
+
+    def forward_and_backward(gradients: bool) -> None:
+        leaf = logits.detach().requires_grad_(gradients)
+        _, gates = call(route, leaf, problem.spec, bias)
+        if gradients:
+            torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+
+    for gradients in (True, False):
+        forward_and_backward(gradients)  # what the first call imports is no setting
+        with torch.set_grad_enabled(gradients):
+            require_unchanged(functools.partial(forward_and_backward, gradients), problem.dtype)
 
 
 def modes(route: Route, problem: RouterProblem) -> None:
-    """The routing is the same under no_grad, inference_mode and autocast, and for any form of the bias."""
+    """The routing is the same under no_grad, inference_mode and autocast, and for a bias in float64."""
     logits, bias, _ = make_inputs(problem)
     want = call(route, logits, problem.spec, bias)
     modes = {
@@ -343,9 +407,9 @@ def modes(route: Route, problem: RouterProblem) -> None:
                 raise CheckFailed(f"the experts change under {name}")
             _require_gates(got, logits, problem.spec)
     if bias is not None:
-        for name, other in {"strided": bias.repeat_interleave(2)[::2], "float64": bias.double()}.items():
-            if not torch.equal(call(route, logits, problem.spec, other).expert_ids, want.expert_ids):
-                raise CheckFailed(f"the experts change with a {name} selection_bias of the same values")
+        in_float64 = call(route, logits, problem.spec, bias.double())
+        if not torch.equal(in_float64.expert_ids, want.expert_ids):
+            raise CheckFailed("the experts change with a float64 selection_bias of the same values")
 
 
 def tokens_apart(route: Route, problem: RouterProblem) -> None:
@@ -403,15 +467,18 @@ _KINDS = tuple(
     in ("olmoe_1b_7b", "qwen3_30b_a3b", "shazeer_2017", "deepseek_v2", "deepseek_v3", "kimi_k2")
 )
 CHECKS = (
+    RouterCheck(inputs_unchanged, _KINDS),
     RouterCheck(values, ALL_DTYPES),
     RouterCheck(gradients, ALL_DTYPES),
     RouterCheck(ties, PROBLEMS),
-    RouterCheck(nan_contained, _KINDS),
+    RouterCheck(nan_contained, _KINDS + tuple(replace(p, dtype=torch.bfloat16) for p in _KINDS)),
+    RouterCheck(masked_experts, _KINDS),
     RouterCheck(large_logits, _KINDS),
     RouterCheck(empty, _KINDS),
-    RouterCheck(inputs_unchanged, _KINDS),
+    RouterCheck(strides, _KINDS),
     RouterCheck(tokens_apart, _KINDS),
     RouterCheck(state, _KINDS),
+    RouterCheck(global_state, _KINDS),
     RouterCheck(modes, _KINDS),
     RouterCheck(every_field_counts, (_EVERY_FIELD,)),
 )

@@ -1,6 +1,10 @@
 """The comparison rejects what is wrong, however little of it is wrong, and its problems are what they say."""
 
+import random
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -8,10 +12,11 @@ import torch
 from torch import Tensor
 
 from correctness import problems
-from correctness.checks import CHECKS, Case, Check, cases
+from correctness.checks import CHECKS, Case, Check, cases, values
 from correctness.compare import CheckFailed, exact_reference, fractions, reference, verify
+from correctness.generated import first_rounded
 from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
-from correctness.reference import act, hidden_and_output
+from correctness.reference import hidden_and_output
 from moe_impls import sorted_dispatch
 from moe_impls.interface import Experts, Implementation, Routing, Support
 
@@ -63,7 +68,7 @@ def test_every_value_problem_rejects_the_null_implementations(problem: Problem) 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.name)
 def test_every_check_rejects_what_it_is_there_for(check: Check) -> None:
-    """Checks that compare reject all null implementations; the others the one mistake that they look for."""
+    """Checks that compare reject all null implementations, and each check the mistakes that it looks for."""
     for wrong in BUGS.get(check.name, NULL_IMPLEMENTATIONS):
         subject = Implementation(wrong.__name__, wrong, Support(second_order=True))
         with pytest.raises(CheckFailed):
@@ -71,131 +76,338 @@ def test_every_check_rejects_what_it_is_there_for(check: Check) -> None:
                 case.run()
 
 
-class _Doubled(torch.autograd.Function):
-    """Identity whose derivative is 2: a gradient off by a factor."""
+# ------------------------------------------------------------- mistakes, as changes of a right implementation
+
+Forward = Callable[..., Tensor]
+
+
+def with_inputs(change: Callable[[Tensor, Routing, Experts], tuple]) -> Forward:
+    """Works on ``change(x, routing, experts)``."""
+
+    def changed_inputs(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        return sorted_dispatch.forward(*change(x, routing, experts), combine=combine)
+
+    return changed_inputs
+
+
+def with_gates(change: Callable[[Tensor, Tensor], Tensor]) -> Forward:
+    """Changes the gates [T, K], by the expert ids [T, K], before it uses them."""
+    return with_inputs(lambda x, routing, e: (x, routing._replace(gates=change(*routing)), e))
+
+
+def with_result(change: Callable[[Tensor, Tensor], Tensor | None]) -> Forward:
+    """Returns ``change(y, x)``, or y where that is None."""
+
+    def changed_result(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+        changed = change(y, x)
+        return y if changed is None else changed
+
+    return changed_result
+
+
+class _Backward(torch.autograd.Function):
+    """A copy, which ``see(ctx, copy)`` may look at, with the derivative ``change(ctx, grad)``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx, t: Tensor, change: Callable, see: Callable = lambda ctx, copy: None) -> Tensor:
+        ctx.change = change
+        copy = t.clone()
+        see(ctx, copy)
+        return copy
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return 2 * grad
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return ctx.change(ctx, grad), None, None
 
 
-class _WrongSecond(torch.autograd.Function):
-    """Identity with the right derivative, whose own derivative is lost."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.detach() + 0 * grad
+def with_backward(change: Callable, see: Callable = lambda ctx, y: None) -> Forward:
+    """Changes the gradient that flows into the result."""
+    return with_result(lambda y, x: _Backward.apply(y, change, see))
 
 
-def doubled_gate_gradient(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-    return sorted_dispatch.forward(
-        x, routing._replace(gates=_Doubled.apply(routing.gates)), experts, combine=combine
-    )
+def in_inference(wrong: Forward) -> Forward:
+    """Is wrong where no gradient is recorded, and right elsewhere."""
+
+    def wrong_in_inference(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        forward = sorted_dispatch.forward if torch.is_grad_enabled() else wrong
+        return forward(x, routing, experts, combine=combine)
+
+    return wrong_in_inference
 
 
-def lost_second_derivative(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-    return sorted_dispatch.forward(_WrongSecond.apply(x), routing, experts, combine=combine)
+def doing(action: Callable[[], object]) -> Forward:
+    """Is right, and does something else besides."""
+    return with_result(lambda y, x: (action(), y)[1])
 
 
-def writes_to_x(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-    y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+def writes_to_x(y: Tensor, x: Tensor) -> None:
     x.data.mul_(1.5)
-    return y
 
 
-def noisy(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+def writes_to_x_and_back(y: Tensor, x: Tensor) -> None:
+    x.mul_(2).div_(2)
+
+
+def answers_in_x(y: Tensor, x: Tensor) -> Tensor | None:
+    return x.copy_(y) if x.shape == y.shape else None
+
+
+def noisy(y: Tensor, x: Tensor) -> Tensor:
     """Rounding that differs between calls, far inside any budget."""
-    y = sorted_dispatch.forward(x, routing, experts, combine=combine)
     return y * (1 + torch.randint(2, (), dtype=y.dtype) * 2 * torch.finfo(y.dtype).eps)
 
 
-def draws_random_numbers(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-    return sorted_dispatch.forward(x, routing, experts, combine=combine) + 0 * torch.rand(())
-
-
-def position_matters(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-    y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+def position_matters(y: Tensor, x: Tensor) -> Tensor:
     return y * (1 + (torch.arange(len(x)) == 3).to(y.dtype).unsqueeze(1))
 
 
-def batch_size_matters(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-    y = sorted_dispatch.forward(x, routing, experts, combine=combine)
-    return 2 * y if len(x) > 100 else y
+def requires_a_gradient(y: Tensor, x: Tensor) -> Tensor:
+    """A result in a graph though no input is: a training step would keep it alive."""
+    return y + torch.zeros((), dtype=y.dtype, requires_grad=True)
 
 
 def every_expert_matters(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
     return sorted_dispatch.forward(x, routing, experts, combine=combine) + experts.w_out.abs().sum()
 
 
-def with_gates(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """An implementation that changes the gates [T, K], by the expert ids [T, K], before it uses them."""
-
-    def changed_gates(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-        ids, gates = routing
-        return sorted_dispatch.forward(x, Routing(ids, change(ids, gates)), experts, combine=combine)
-
-    return changed_gates
+def in_the_dtype_of_the_gates(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    dtype = routing.gates.dtype
+    cast = experts.map(lambda w: w.to(dtype))
+    return sorted_dispatch.forward(x.to(dtype), routing, cast, combine=combine).to(x.dtype)
 
 
-def requires_a_gradient(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-    """A result in a graph though no input is: a training step would keep it alive."""
-    y = sorted_dispatch.forward(x, routing, experts, combine=combine)
-    return y + torch.zeros((), dtype=y.dtype, requires_grad=True)
+def around_the_largest_output(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    """logsumexp that is stable where every gate counts: one of zero may have the largest output."""
+    ids, gates = routing
+    one = torch.ones_like(gates[:, :1])
+    outputs = torch.stack(
+        [
+            sorted_dispatch.forward(x, Routing(ids[:, k : k + 1], one), experts, combine="sum")
+            for k in range(ids.shape[1])
+        ],
+        dim=1,
+    )
+    largest = outputs.amax(dim=1, keepdim=True)
+    total = (gates.unsqueeze(-1) * (outputs - largest).exp()).sum(dim=1)
+    return (largest.squeeze(1) + total.log()).to(x.dtype)
+
+
+def lost_in_parameters(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+    """Another path for what a layer passes in."""
+    inside = isinstance(experts.w_in, torch.nn.Parameter)
+    return x, routing, replace(experts, b_in=None) if inside else experts
+
+
+def dense_experts(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+    """Rows that are dense are taken for experts that are."""
+    w = experts.w_in
+    E, F, D = w.shape
+    if w.stride()[1:] == (D, 1):
+        w = w.as_strided(w.shape, (F * D, D, 1))
+    return x, routing, replace(experts, w_in=w)
+
+
+def shared_is_unbiased(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+    shared = experts.w_in.data_ptr() == experts.w_out.data_ptr()
+    return x, routing, replace(experts, b_in=None) if shared else experts
+
+
+def remembered_activation() -> Callable[[Tensor, Routing, Experts], tuple]:
+    """What is to be computed is decided once for each address of the weights."""
+    seen: dict[int, str] = {}
+
+    def remember(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+        activation = seen.setdefault(experts.w_in.data_ptr(), experts.activation)
+        return x, routing, replace(experts, activation=activation)
+
+    return remember
+
+
+def remembered_result() -> Forward:
+    """The result of a call whose x has the same first and last entries as this one."""
+    seen: dict[tuple, Tensor] = {}
+
+    def remember(y: Tensor, x: Tensor) -> Tensor:
+        return seen.setdefault((*x[0].tolist(), *x[-1].tolist(), x.shape), y) if len(x) else y
+
+    return in_inference(with_result(remember))
+
+
+def pooled_gradients() -> Callable[[Tensor, Routing, Experts], tuple]:
+    """The gradient of an expert without tokens is what an earlier call of the same sizes left there."""
+    pool: dict[torch.Size, Tensor] = {}
+
+    def write(ctx, grad: Tensor) -> Tensor:
+        visited = (grad != 0).flatten(1).any(dim=1)[:, None, None]
+        pool[grad.shape] = torch.where(visited, grad, pool.get(grad.shape, grad))
+        return pool[grad.shape].clone()
+
+    return lambda x, routing, e: (x, routing, replace(e, w_in=_Backward.apply(e.w_in, write)))
+
+
+def workspace(rows: int) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """Results without a graph are handed out in one piece of memory."""
+    memory: dict[int, Tensor] = {}
+
+    def in_workspace(y: Tensor, x: Tensor) -> Tensor | None:
+        if y.requires_grad or len(y) > rows:
+            return None
+        return memory.setdefault(y.shape[1], y.new_empty(rows, y.shape[1]))[: len(y)].copy_(y)
+
+    return in_workspace
+
+
+def latest_forward_only() -> Forward:
+    """What a backward needs lies where the next forward writes, be it for inference."""
+    place: list[object] = [None]
+
+    def see(ctx, y: Tensor) -> None:
+        ctx.mark = place[0] = object()
+
+    return with_backward(lambda ctx, grad: grad if ctx.mark is place[0] else 0 * grad, see)
+
+
+def in_order_only() -> Forward:
+    """What backwards need stands in a queue."""
+    queue: list[object] = []
+
+    def see(ctx, y: Tensor) -> None:
+        if ctx.needs_input_grad[0]:
+            ctx.mark = object()
+            queue.append(ctx.mark)
+
+    return with_backward(lambda ctx, grad: grad if queue.pop(0) is ctx.mark else 0 * grad, see)
+
+
+def once_only(ctx, grad: Tensor) -> Tensor:
+    """A backward that consumes what was saved for it."""
+    ctx.consumed = hasattr(ctx, "consumed")
+    return 0 * grad if ctx.consumed else grad
+
+
+def sees_writes_to_y() -> Forward:
+    """The backward reads y again, where the caller may have written to it."""
+
+    def see(ctx, y: Tensor) -> None:
+        ctx.alias, ctx.copy = y.detach(), y.clone()
+
+    return with_backward(lambda ctx, grad: grad * (ctx.alias == ctx.copy), see)
+
+
+def filled_later(y: Tensor, x: Tensor) -> Tensor:
+    """Another thread, of a pool that was there before, writes the result after it was returned."""
+    result = torch.zeros_like(y)
+    _POOL.submit(lambda: (time.sleep(0.02), result.copy_(y.detach())))
+    return result + 0 * y if y.requires_grad else result
+
+
+_POOL = ThreadPoolExecutor(1)
+
+
+def left_running(y: Tensor, x: Tensor) -> Tensor:
+    threading.Timer(0.1, lambda: None).start()
+    return y
+
+
+def falls_back(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+    try:
+        raise NotImplementedError("no kernel")
+    except NotImplementedError:
+        return sorted_dispatch.forward(x, routing, experts, combine=combine)
 
 
 BUGS = {
-    "without_gradients": (*NULL_IMPLEMENTATIONS, requires_a_gradient),
-    "global_state": (draws_random_numbers,),
+    "inputs_unchanged": (
+        with_result(writes_to_x),
+        in_inference(with_result(writes_to_x)),
+        in_inference(with_result(writes_to_x_and_back)),
+        in_inference(with_result(answers_in_x)),
+    ),
+    "values": (*NULL_IMPLEMENTATIONS, in_inference(zeros)),
+    "exact": (*NULL_IMPLEMENTATIONS, in_inference(zeros)),
+    "output": (
+        with_result(lambda y, x: y.masked_fill(y.isinf(), 0)),
+        in_the_dtype_of_the_gates,
+        around_the_largest_output,
+    ),
+    "without_gradients": (
+        *NULL_IMPLEMENTATIONS,
+        with_result(requires_a_gradient),
+        in_inference(with_inputs(lost_in_parameters)),
+    ),
+    "global_state": (
+        doing(lambda: torch.rand(1)),
+        doing(lambda: torch.manual_seed(0)),
+        doing(lambda: random.seed(0)),
+        doing(lambda: torch.set_grad_enabled(True)),
+        doing(lambda: torch.set_num_threads(1)),
+        doing(lambda: torch.set_flush_denormal(True)),
+        doing(lambda: torch.set_float32_matmul_precision("high")),
+        with_backward(lambda ctx, grad: (torch.manual_seed(0), grad)[1]),
+    ),
+    "deterministic": (with_result(noisy), in_inference(with_result(noisy))),
+    "new_contents": (*NULL_IMPLEMENTATIONS, with_inputs(pooled_gradients())),
+    "one_input_changes": (*NULL_IMPLEMENTATIONS, remembered_result()),
+    "options_change": (*NULL_IMPLEMENTATIONS, with_inputs(remembered_activation())),
+    "changing_sizes": (*NULL_IMPLEMENTATIONS, with_result(workspace(48))),
+    "strides": (*NULL_IMPLEMENTATIONS, in_inference(with_inputs(dense_experts))),
+    "shared_memory": (*NULL_IMPLEMENTATIONS, with_inputs(shared_is_unbiased)),
+    "results_are_the_callers": (
+        sees_writes_to_y(),
+        remembered_result(),
+        with_result(lambda y, x: y[:1].expand(y.shape) if len(y) and bool((y == y[:1]).all()) else None),
+    ),
+    "inside_a_graph": (
+        with_gates(lambda ids, gates: gates if gates.is_leaf else gates.detach()),
+        with_inputs(lost_in_parameters),
+    ),
+    "several_graphs": (latest_forward_only(), in_order_only()),
+    "backward_twice": (with_backward(once_only),),
+    "non_finite_contained": (
+        *NULL_IMPLEMENTATIONS,
+        with_backward(lambda ctx, grad: grad + 0 * grad.sum()),
+        in_inference(with_result(lambda y, x: y + 0 * y.sum())),
+        with_gates(lambda ids, gates: gates + 0 * gates.sum() if ids.shape[1] == 1 else gates),
+    ),
+    "another_thread": (
+        with_result(lambda y, x: None if threading.current_thread() is threading.main_thread() else 0 * y),
+    ),
+    "autocast": (
+        *NULL_IMPLEMENTATIONS,
+        with_result(lambda y, x: 2 * y if torch.get_autocast_dtype("cpu") == torch.float16 else None),
+    ),
+    "done_when_it_returns": (with_result(filled_later), with_result(left_running)),
+    "instruments_untouched": (doing(lambda: setattr(time, "monotonic", lambda: 0.0)),),
+    "no_fallback": (falls_back,),
+    "gradcheck": (with_gates(lambda ids, gates: _Backward.apply(gates, lambda ctx, grad: 2 * grad)),),
+    # The right derivative, whose own derivative is lost.
+    "second_order": (with_backward(lambda ctx, grad: grad.detach() + 0 * grad),),
     "exports": (sorted_dispatch.forward,),  # reads its part sizes from the host
     "fullgraph": (sorted_dispatch.forward,),
-    "tokens_permuted": (position_matters,),
+    "tokens_permuted": (with_result(position_matters),),
     "experts_relabelled": (with_gates(lambda ids, gates: torch.where(ids < 8, 0, gates)),),
     "choices_reordered": (with_gates(lambda ids, gates: torch.cat([2 * gates[:, :1], gates[:, 1:]], dim=1)),),
-    "batch_split": (batch_size_matters,),
+    "batch_split": (with_result(lambda y, x: 2 * y if len(x) > 100 else None),),
     "gates_doubled": (with_gates(lambda ids, gates: gates.clamp(max=1)),),
     "identical_experts": (with_gates(lambda ids, gates: gates.abs()),),
     "one_expert_doubled": (every_expert_matters,),
     "slot_split": (with_gates(lambda ids, gates: gates.square()),),
-    "gradcheck": (doubled_gate_gradient,),
-    "second_order": (lost_second_derivative,),
-    "inputs_unchanged": (writes_to_x,),
-    "deterministic": (noisy,),
 }
 
 
 @pytest.mark.parametrize("problem", problems.EXACT, ids=lambda p: p.id)
 def test_exact_problems_round_nothing(problem: Problem) -> None:
     """Every intermediate that an implementation may store is representable in the problem's dtype."""
-    inputs = make_inputs(problem)
-    stored = {"dy": inputs.dy.double(), **{n: t.double() for n, t in inputs.tensors.items()}}
+    assert first_rounded(problem) == ""
+
+
+@pytest.mark.parametrize("problem", problems.EXACT, ids=lambda p: p.id)
+def test_no_hidden_unit_of_an_exact_problem_lies_on_its_kink(problem: Problem) -> None:
+    x, (ids, _), experts, _ = make_inputs(problem).map(torch.Tensor.double)
     for expert in range(problem.E):
-        tokens, slots = torch.where(inputs.routing.expert_ids == expert)
-        h, out = hidden_and_output(inputs.x[tokens].double(), inputs.experts, expert)
-        gate = inputs.routing.gates[tokens, slots].double().unsqueeze(1)
-        d_out = gate * inputs.dy[tokens].double() * ((out > 0) if problem.output_activation == "relu" else 1)
-        da = d_out @ inputs.experts.w_out[expert].double()
-        stored |= {
-            "h": h,
-            "a": act(h, problem.activation),
-            "out": out,
-            "g*out": gate * out,
-            "d_out": d_out,
-            "da": da,
-        }
-        for name, value in stored.items():
-            value = torch.where(value.abs() < 1e-40, 0.0, value)  # what a saturated unit leaves underflows
-            assert torch.equal(value, value.to(problem.dtype).double()), (
-                f"{name} of expert {expert} is rounded"
-            )
-        assert not bool((h == 0).any()), "a hidden unit lies on the kink"
+        h, _ = hidden_and_output(x[(ids == expert).any(dim=1)], experts, expert)
+        assert not bool((h == 0).any())
 
 
 @pytest.mark.parametrize("problem", problems.EXACT, ids=lambda p: p.id)
@@ -253,7 +465,7 @@ def test_nan_is_never_within_budget() -> None:
 def test_a_failure_names_tensor_row_error_budget_and_reproduction() -> None:
     subject = Implementation("dropped_token", dropped_token)
     with pytest.raises(CheckFailed) as failure:
-        Case(subject, CHECKS[0], problems.SMALL).run()
+        Case(subject, Check(values, ()), problems.SMALL).run()
     message = str(failure.value)
     for part in ("dropped_token", "y is wrong at token 36", "budget", "reproduce: Problem(name='small'"):
         assert part in message

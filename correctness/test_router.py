@@ -124,6 +124,16 @@ def _on(change: Callable[[Tensor], Tensor]) -> Route:
     return wrong
 
 
+def _with_bias(change: Callable[[Tensor], Tensor]) -> Route:
+    """The project's router with a changed selection bias."""
+
+    def wrong(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
+        bias = None if selection_bias is None else change(selection_bias)
+        return route(logits, spec, selection_bias=bias)
+
+    return wrong
+
+
 WRONG = {
     "gates are zero": (_gates(lambda z, b, r, s: 0 * r.gates), "values"),
     "gates are detached": (_gates(lambda z, b, r, s: r.gates.detach()), "gradients"),
@@ -150,6 +160,41 @@ WRONG = {
         "every_field_counts",
     ),
     "the number of groups kept is always 2": (_changed(keep_groups=2), "every_field_counts"),
+    "without gradients the gates are doubled": (
+        _gates(lambda z, b, r, s: r.gates if torch.is_grad_enabled() else 2 * r.gates),
+        "values",
+    ),
+    "the bias gets a gradient": (
+        _gates(lambda z, b, r, s: r.gates + (b - b.detach())[r.expert_ids]),
+        "gradients",
+    ),
+    "the bias is updated in training": (
+        _gates(lambda z, b, r, s: (b.data.add_(z.requires_grad), r.gates)[1]),
+        "inputs_unchanged",
+    ),
+    "rows are taken for dense": (
+        _on(lambda z: z.as_strided(z.shape, (z.shape[1], 1)) if z.stride(1) == 1 else z),
+        "strides",
+    ),
+    "a bias is taken for dense": (_with_bias(lambda b: b.as_strided(b.shape, (1,))), "strides"),
+    "NaN becomes a gate of zero": (_gates(lambda z, b, r, s: r.gates.nan_to_num()), "nan_contained"),
+    "NaN spreads in low precision": (
+        _on(lambda z: z + 0 * z.sum() if z.dtype == torch.bfloat16 else z),
+        "nan_contained",
+    ),
+    "-inf less -inf": (_on(lambda z: z + (z - z)), "masked_experts"),
+    "scores are divided by their sum": (
+        _gates(
+            lambda z, b, r, s: (
+                s.scale * (p := z.float().sigmoid().gather(1, r.expert_ids)) / p.sum(1, keepdim=True)
+            )
+        ),
+        "large_logits",
+    ),
+    "the generator is seeded": (
+        _gates(lambda z, b, r, s: (torch.manual_seed(0), r.gates)[1]),
+        "global_state",
+    ),
     "the last token is routed like the first": (
         _on(lambda z: torch.cat([z[:-1], z[:1]]) if len(z) else z),
         "values",

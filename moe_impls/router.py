@@ -60,7 +60,8 @@ def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = N
 
     Returns:
         expert_ids [T, K] int64, best first, and gates [T, K] in float32 (float64 for float64 logits). A NaN
-        in the logits of a token makes its own gates NaN; its expert_ids are still valid and distinct.
+        in the logits of a token makes its own gates NaN; its expert_ids are still valid and distinct. A logit
+        of -inf has the score 0 (topk_softmax: -inf), so that without a bias it comes after all others.
 
     Raises:
         TypeError: logits are not floating.
