@@ -20,7 +20,7 @@ from correctness import compare, generated, router_checks
 from correctness.checks import Case, Check
 from correctness.compare import CheckFailed, Reference
 from correctness.problems import GATES, LOADS, Problem, make_inputs, unsupported
-from correctness.router_checks import Route, RouterCase, RouterCheck, RouterProblem
+from correctness.router_checks import Route, RouterCase, RouterCheck, RouterProblem, RouterSubject
 from correctness.shrink import possible
 from moe_impls import sorted_dispatch
 from moe_impls.interface import (
@@ -103,8 +103,11 @@ def generated_routing(route: Route, problem: RouterProblem) -> None:
 ROUTING = RouterCheck(generated_routing, ())
 
 
-def test_routing_holds_on_generated_problems(router: Route) -> None:
-    search(lambda problem: RouterCase(ROUTING, problem).run(router), generated.router_problems())
+def test_routing_holds_on_generated_problems(router: RouterSubject) -> None:
+    def holds(problem: RouterProblem) -> None:
+        RouterCase(ROUTING, problem).run(router.route, router.name)
+
+    search(holds, generated.router_problems())
 
 
 # --------------------------------------------------------------------------------------------- the search
