@@ -16,10 +16,16 @@ from correctness.compare import CheckFailed
 from correctness.honesty import instruments_kept
 from moe_impls.registry import one_line
 
+
+class Timeout(BaseException):
+    """A subject takes longer than it may. No Exception, so that neither it nor Hypothesis tries again."""
+
+
 SHOWN_LINES = 6
 SHOWN_CHARACTERS = 1000
 REPRODUCE = "\n  reproduce: "
 _SUITE = Path(__file__).parent
+_RAISING = {__file__, str(_SUITE / "limits.py")}  # where exits and timeouts are raised, inside of a subject
 _PYTHON = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
 _TORCH = (Path(torch.__file__).parent,)
 _PACKAGES = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
@@ -35,6 +41,7 @@ def blamed(verdict: str, code: str) -> Iterator[None]:
 
     Raises:
         CheckFailed: verdict, what was raised, the lines of the subject that were running, and ``code``.
+        Timeout: the same of a timeout.
     """
     try:
         with process_kept(), instruments_kept():
@@ -49,7 +56,7 @@ def blamed(verdict: str, code: str) -> Iterator[None]:
     except BaseException as error:
         lines = _lines(error) or _outside(error)
         message = f"{verdict}: {one_line(error)[:SHOWN_CHARACTERS]}{lines}{REPRODUCE}{code}"
-        raise CheckFailed(message) from error
+        raise (Timeout if isinstance(error, Timeout) else CheckFailed)(message) from error
 
 
 @contextlib.contextmanager
@@ -93,7 +100,7 @@ def _told(frame: traceback.FrameSummary) -> str:
 def own_frames(stack: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
     """What the suite called, without the insides of Python, PyTorch and, if anything is left, packages."""
     last = max((i for i, frame in enumerate(stack) if _is_suite(frame.filename)), default=-1)
-    called = [f for f in stack[last + 1 :] if f.filename != __file__ and not f.filename.startswith("<")]
+    called = [f for f in stack[last + 1 :] if f.filename not in _RAISING and not f.filename.startswith("<")]
     called = [f for f in called if not _is_within(f, _TORCH)]
     installed = [f for f in called if _is_within(f, _PACKAGES)]
     return [f for f in called if not _is_within(f, _PACKAGES + _PYTHON)] or installed
@@ -101,7 +108,7 @@ def own_frames(stack: Sequence[traceback.FrameSummary]) -> list[traceback.FrameS
 
 def _is_suite(file: str) -> bool:
     path = Path(file)
-    return path.parent == _SUITE and file != __file__ and not path.name.startswith("test_")
+    return path.parent == _SUITE and file not in _RAISING and not path.name.startswith("test_")
 
 
 def _is_within(frame: traceback.FrameSummary, places: tuple[Path, ...]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 # Read by OpenMP when torch is loaded: threads that wait for work sleep instead of spinning. The problems are
 # small, and on a busy machine spinning threads make them twenty times slower.
@@ -14,7 +15,8 @@ import pytest  # noqa: E402
 from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
 from correctness import isolation, layer_checks, shrink, summary  # noqa: E402
-from correctness.checks import Case, cases  # noqa: E402
+from correctness.blame import Timeout  # noqa: E402
+from correctness.checks import cases  # noqa: E402
 from correctness.compare import CheckFailed  # noqa: E402
 from correctness.limits import Limits, time_limit  # noqa: E402
 from correctness.mutants import MUTANTS, table  # noqa: E402
@@ -168,8 +170,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    callspec = getattr(item, "callspec", None)
-    if callspec and (facts := summary.facts(callspec.params)):
+    if facts := summary.facts(item):
         item.user_properties.append(("subject", facts))
 
 
@@ -178,13 +179,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """A finding about a subject is told without the traceback through the suite (see --full-trace)."""
     try:
         return (yield)
-    except CheckFailed as failure:
+    except (CheckFailed, Timeout) as failure:
         if "subject" not in dict(pyfuncitem.user_properties):
             raise
-        pyfuncitem.user_properties.append(("fractions", failure.fractions))
+        smaller = ""
+        if isinstance(failure, CheckFailed):
+            pyfuncitem.user_properties.append(("fractions", failure.fractions))
+            smaller = _smallest_failure(pyfuncitem)
         if pyfuncitem.config.option.fulltrace:
             raise
-        smaller = _smallest_failure(pyfuncitem)
         raise pytest.fail.Exception(f"{failure}{smaller}", pytrace=False) from None
 
 
@@ -194,15 +197,16 @@ SHRUNK = pytest.StashKey[dict[tuple[str, str], float]]()  # (subject, check) -> 
 
 def _smallest_failure(item: pytest.Function) -> str:
     """A line that reproduces the smallest problem on which the test's check fails, once for each check."""
-    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-    if not isinstance(case, Case):
-        return ""
-    which, spent = (case.subject.name, case.check.name), item.config.stash.setdefault(SHRUNK, {})
-    if which in spent or sum(spent.values()) > SHRINKING_S:
+    case: Any = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    spent = item.config.stash.setdefault(SHRUNK, {})
+    if case is None or (case.subject.name, case.check.name) in spent or sum(spent.values()) > SHRINKING_S:
         return ""
     begin = time.monotonic()
-    smallest = shrink.smallest_failure(case.check.function, case.subject, case.problem)
-    spent[which] = time.monotonic() - begin
+    try:
+        smallest = shrink.smallest_failure(case.check.function, case.subject, case.problem)
+    except Timeout:  # the failure itself is still to be told
+        smallest = case.problem
+    spent[case.subject.name, case.check.name] = time.monotonic() - begin
     return "" if smallest == case.problem else f"\n  smallest failing case: {smallest.code()}"
 
 

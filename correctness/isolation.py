@@ -29,6 +29,7 @@ from correctness.blame import REPRODUCE, own_frames
 from correctness.limits import MAX_CRASHES
 from moe_impls.registry import ResolveError
 
+CHILDREN = multiprocessing.get_context("spawn")
 DYING_S = 5.0  # how long a process that has closed its connection may take to end
 
 
@@ -61,9 +62,8 @@ def try_in_child(what: str, function: Callable[..., object], *arguments: object)
     Raises:
         ResolveError: as it does there, or because it ends the process; ``what`` says what was done.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_report, args=(sender, function, *arguments))
+    receiver, sender = CHILDREN.Pipe(duplex=False)
+    child = CHILDREN.Process(target=_report, args=(sender, function, *arguments))
     child.start()
     sender.close()
     try:

@@ -1,7 +1,7 @@
-"""Limits of a run: no import and no test of a subject goes on for ever, and neither do its hangs and crashes.
+"""Limits of a run: no import and no test of a subject goes on for ever, nor do its hangs and crashes.
 
-The limit is that of pytest-timeout for each test. What Python can interrupt ends with an exception, and the
-run goes on. What it cannot, such as a deadlock in native code, ends with its process.
+The limit is that of pytest-timeout for each test, the exception one of our own. What Python can interrupt
+ends with it, and the run goes on. What it cannot, such as a deadlock in native code, ends with its process.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from typing import TextIO
 
 import pytest
-from pytest_timeout import get_env_settings
+from pytest_timeout import Settings, get_env_settings, is_debugging
 
-GRACE_S = 30.0  # after the limit, for what the exception has to undo; then the process ends
+from correctness.blame import Timeout
+
+AGAIN_S = 5.0  # until the exception is raised once more: one in a callback of the garbage collector is lost
+GRACE_S = 30.0  # after the limit the process ends
 STDERR = 2
 MAX_HANGS, MAX_CRASHES = 3, 10  # of one subject, then the run ends
 
@@ -28,21 +31,22 @@ def time_limit(config: pytest.Config) -> float:
 
 
 @contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside after ``seconds`` (0: no limit); if that is of no use, end the process."""
+def limited(seconds: float, output: int | TextIO = STDERR) -> Iterator[None]:
+    """Raise Timeout inside after ``seconds`` (0: no limit); if that is of no use, end the process."""
     if not seconds:
         yield
         return
 
     def expire(*_: object) -> None:
-        raise TimeoutError(f"longer than {seconds:g} s (--timeout)")
+        if not is_debugging():
+            raise Timeout(f"longer than {seconds:g} s (--timeout)")
 
-    with hard_limit(seconds + GRACE_S, STDERR):
+    with hard_limit(seconds + GRACE_S, output):
         if not hasattr(signal, "setitimer"):  # on Windows
             yield
             return
         before = signal.signal(signal.SIGALRM, expire)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
         try:
             yield
         finally:
@@ -61,12 +65,13 @@ def hard_limit(seconds: float, output: int | TextIO) -> Iterator[None]:
 
 
 class Limits:
-    """The pytest plugin that ends what pytest-timeout cannot, and the run after too many hangs or crashes."""
+    """The pytest plugin that ends tests for pytest-timeout, and the run after too many hangs or crashes."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.seconds = time_limit(config)
         self.stderr = os.dup(STDERR)  # during tests pytest puts a file in its place
         self.output: int | TextIO = self.stderr
+        self.timer = contextlib.ExitStack()
         self.broken: Counter[tuple[str, str]] = Counter()  # by subject and what it did
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -75,18 +80,21 @@ class Limits:
     def pytest_unconfigure(self) -> None:
         os.close(self.stderr)
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self) -> Iterator[None]:
-        if not self.seconds:
-            return (yield)
-        with hard_limit(self.seconds + GRACE_S, self.output):
-            return (yield)
+    def pytest_timeout_set_timer(self, settings: Settings) -> bool:
+        self.timer.enter_context(limited(settings.timeout, self.output))
+        return True
+
+    def pytest_timeout_cancel_timer(self) -> bool:
+        self.timer.close()
+        return True
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         facts = dict(report.user_properties).get("subject")
         hung = 0 < self.seconds * 0.9 <= report.duration
         crashed = report.when not in ("setup", "call", "teardown")
+        if crashed and self.session.shouldfail:  # --maxfail, which pytest-xdist does not apply to crashes
+            raise self.session.Failed(self.session.shouldfail)
         if not (isinstance(facts, dict) and report.failed and (hung or crashed)):
             return
         what, most = ("hung", MAX_HANGS) if hung else ("ended its process", MAX_CRASHES)

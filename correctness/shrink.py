@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 
+from correctness.blame import blamed
 from correctness.compare import CheckFailed
 from correctness.problems import EXACT_ACTIVATIONS, LOW_PRECISION, Problem, unsupported
 from moe_impls.interface import Implementation
@@ -96,11 +97,10 @@ def smallest_failure(
         if unsupported(subject.support, smaller):
             return False
         try:
-            check(subject, smaller)
-        except CheckFailed:
-            return True
-        except Exception:
-            return False
+            with blamed("", ""):
+                check(subject, smaller)
+        except CheckFailed as failure:
+            return isinstance(failure.__cause__, CheckFailed)
         return False
 
     return shrink(fails, problem, seconds)

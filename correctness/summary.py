@@ -29,26 +29,26 @@ class Facts(TypedDict):
     code: str  # one line of Python that makes the problem again
 
 
-def facts(parameters: dict[str, Any]) -> Facts | None:
-    """What a test with these parameters checks; None if it has no subject."""
-    if "case" in parameters:
-        case = parameters["case"]
+def facts(item: pytest.Item) -> Facts | None:
+    """What a test checks, from its parameters; None if it has no subject."""
+    given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    if "case" in given:
+        case = given["case"]
         kind, name, problem = "implementation", case.subject.name, case.problem
         label, dtype, exact, code = problem.id, problem.dtype, problem.exact, problem.code()
-    elif "router_case" in parameters:
-        case = parameters["router_case"]
-        kind, name, problem = "router", parameters["router"].name, case.problem
+    elif "router_case" in given:
+        case = given["router_case"]
+        kind, name, problem = "router", given["router"].name, case.problem
         label, dtype, exact, code = problem.id, problem.dtype, False, repr(problem)
-    elif "layer_case" in parameters:
-        case = parameters["layer_case"]
+    elif "layer_case" in given:
+        case = given["layer_case"]
         kind, name, dtype = "layer", case.subject.name, case.check.dtype
         label, exact, code = dtype_name(dtype), False, case.code()
-    elif generated := parameters.get("subject") or parameters.get("router"):
-        kind = "implementation" if "subject" in parameters else "router"
-        return Facts(
-            kind=kind, name=generated.name, check="generated", problem="generated", dtype="", exact=False,
-            code="the smallest problem is in the finding",
-        )  # fmt: skip
+    elif "subject" in given or "router" in given:  # a search for problems that fail
+        kind, parameter = ("implementation", "subject") if "subject" in given else ("router", "router")
+        name, code = given[parameter].name, f"pytest {item.nodeid!r}"
+        made_up: Any = {"check": "generated", "problem": "generated", "dtype": "", "exact": False}
+        return Facts(kind=kind, name=name, code=code, **made_up)
     else:
         return None
     check, named = case.check.name, dtype_name(dtype)
