@@ -253,10 +253,9 @@ def without_gradients(subject: Implementation, problem: Problem) -> None:
             hold({"y": y}, problem)
     # In training, weights that require gradients and a call under no_grad (evaluation) are common.
     inputs = make_inputs(problem)
-    trained = subject.support.gradients
-    named = {n: t.requires_grad_(trained) for n, t in inputs.tensors.items()}
-    x, routing, experts = compare.assemble(inputs, named)
-    experts = experts.map(lambda w: torch.nn.Parameter(w, requires_grad=trained))
+    x, routing, experts = compare.assemble(
+        inputs, {n: t.requires_grad_(subject.support.gradients) for n, t in inputs.tensors.items()}
+    )
     with torch.no_grad():
         y = subject.forward(x, routing, experts, combine=problem.combine)
     if y.requires_grad:
@@ -294,6 +293,9 @@ def inside_a_graph(subject: Implementation, problem: Problem) -> None:
         if not y.requires_grad:
             raise CheckFailed("y does not require a gradient where its inputs are results of operations")
         hold(finish(Graph(y, leaves), inputs.dy), problem)
+        if not subject.support.compiles_per_case:
+            with torch.no_grad():
+                hold({"y": subject.forward(x, routing, experts, combine=problem.combine)}, problem)
 
 
 def several_graphs(subject: Implementation, problem: Problem) -> None:
