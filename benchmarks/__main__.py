@@ -14,11 +14,12 @@ from rich.table import Table
 from benchmarks import profile, record, report
 from benchmarks.workloads import MODELS, MODES, Workloads
 from correctness.problems import LOADS
+from correctness.provenance import ROOT
 from moe_impls.interface import DEVICES, DTYPES, RouterSpec, check_choice, dtype_name
 from moe_impls.registry import resolve
 
 SIZES = ("T", "D", "H", "E", "K")
-RESULTS = record.ROOT / "results"
+RESULTS = ROOT / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from benchmarks.progress import SweepProgress
 from benchmarks.sweep import Settings, measure_workload
 from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads
 from correctness.problems import LOADS, Problem
+from correctness.provenance import ROOT
 from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 
@@ -105,7 +106,7 @@ def _sweep(config: pytest.Config) -> Sweep:
         {implementation.name: implementation for implementation in implementations},
         environment,
         Settings(option.seconds or SECONDS[grid], call_timeout_s=option.cell_timeout),
-        Path(option.out or record.ROOT / "results" / environment.machine),
+        Path(option.out or ROOT / "results" / environment.machine),
     )
 
 

@@ -37,8 +37,9 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import measure
-from benchmarks.record import slug, write_atomically
+from benchmarks.record import slug
 from correctness import compare
+from correctness.pages import write_atomically
 from correctness.problems import Problem, make_inputs, unsupported
 from moe_impls import functional
 from moe_impls.interface import Implementation, RouterSpec, dtype_name

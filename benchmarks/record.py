@@ -10,9 +10,7 @@ import dataclasses
 import hashlib
 import math
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,11 +18,11 @@ from pathlib import Path
 
 import torch
 
+from correctness.provenance import device_name, git_commit
 from moe_impls.interface import Routing
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "incorrect", "unsupported", "out_of_memory", "error", "timeout")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class RecordError(ValueError):
@@ -111,33 +109,9 @@ def environment(device: str, grid: str) -> Environment:
     )
 
 
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    import cpuinfo  # comes with pytest-benchmark; it takes a second to look
-
-    return cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
-
-
 def slug(text: str) -> str:
     """Lower-case letters, digits and single hyphens: "AMD EPYC (2x)" -> "amd-epyc-2x"."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
-
-
-def git_commit() -> str:
-    """The commit of the checkout, with ``-dirty`` if files differ from it; ``unknown`` outside of one."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return "unknown"
-    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def routing_checksum(routing: Routing) -> str:
@@ -251,14 +225,3 @@ def _finite(texts: Iterable[str]) -> tuple[float, ...]:
     if not all(math.isfinite(n) and n >= 0 for n in numbers):
         raise ValueError
     return numbers
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or none of it: to a temporary neighbour first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

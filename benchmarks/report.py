@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import record
-from benchmarks.record import RecordError, slug, write_atomically
+from benchmarks.record import RecordError, slug
+from correctness.pages import markdown_table, write_atomically
 
 # What two rows must share to be times of the same thing.
 LAYER = ["device", "device_name", "threads", "torch_version", "workload", "D", "H", "O", "activation",
@@ -245,7 +246,7 @@ def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]
     columns = ["run_id", "machine", "device_name", "device", "threads", "torch_version", "git_commit"]
     environment = table[columns].drop_duplicates().astype(str)
     environment["git_commit"] = environment["git_commit"].str.replace(r"^(\w{12})\w*", r"\1", regex=True)
-    parts.append(_table(environment))
+    parts.append(markdown_table(environment))
 
     parts.append("## Time against T, E and K")
     parts.append(
@@ -282,7 +283,7 @@ def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]
             index=["workload", *shapes, "implementation"], columns="load", values="median_ms", sort=False
         )
         parts.append("Median time in ms.")
-        parts.append(_table(loads.reset_index().map(_number)))
+        parts.append(markdown_table(loads.reset_index().map(_number)))
     first_calls = ok[ok["compile_ms"] > 1000][
         ["implementation", "workload", "T", "E", "K", "mode", "compile_ms"]
     ]
@@ -290,13 +291,15 @@ def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]
         parts.append("## First calls")
         parts.append("Cells whose first call took over a second longer than the median call: compilation.")
         first_calls = first_calls.assign(compile_s=first_calls["compile_ms"] / 1e3).drop(columns="compile_ms")
-        parts.append(_table(first_calls.map(_number)))
+        parts.append(markdown_table(first_calls.map(_number)))
 
     failed = table[table["status"] != "ok"]
     parts.append("## Cells without times")
     columns = ["implementation", "workload", "T", "D", "H", "E", "K", "mode", "status", "reason"]
     parts.append(
-        _table(failed[columns].astype(str)) if len(failed) else "None: every cell was right and was timed."
+        markdown_table(failed[columns].astype(str))
+        if len(failed)
+        else "None: every cell was right and was timed."
     )
     parts.append("Made from " + ", ".join(f"[{f.name}]({f.name})" for f in files) + ".")
     return "\n\n".join(parts) + "\n"
@@ -333,7 +336,7 @@ def _winner_table(rows: pd.DataFrame) -> str:
         next=next_best,
         slowest=["" if pd.isna(r) else f"{_number(r)}x" for r in rows["slowest_ratio"]],
     )
-    return _table(shown)
+    return markdown_table(shown)
 
 
 def _cells_table(rows: pd.DataFrame) -> str:
@@ -344,24 +347,7 @@ def _cells_table(rows: pd.DataFrame) -> str:
         gflop_per_s=(1e3 * rows["tflop_per_s"]).map(_number),
         peak_memory_mib=(rows["peak_memory_bytes"] / 2**20).map(_number),
     )
-    return _table(shown)
-
-
-def _table(frame: pd.DataFrame) -> str:
-    def cells(values: object) -> str:
-        return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"  # type: ignore[attr-defined]
-
-    numeric = [bool(np.all([_is_number(v) for v in frame[c]])) for c in frame.columns]
-    rule = "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
-    return "\n".join([cells(frame.columns), rule, *(cells(row) for row in frame.itertuples(index=False))])
-
-
-def _is_number(value: object) -> bool:
-    try:
-        float(str(value).rstrip("x% ") or "nan")
-    except ValueError:
-        return False
-    return True
+    return markdown_table(shown)
 
 
 def _number(value: object) -> object:

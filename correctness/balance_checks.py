@@ -264,3 +264,22 @@ def _padding_invariant(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> N
         require_close(f"{name} with padding of {filling}", with_padding.detach(), value.detach(), EPS64)
         require_close(f"the gradient of {name} with padding of {filling}", grad[:12], want, EPS64)
         require_close(f"the gradient of {name} in padding of {filling}", grad[12:], torch.zeros(8, 6), 0)
+
+
+# What each check holds to what: name -> (check, the function of ``moe_impls`` that it is called with).
+CHECKS: dict[str, tuple[Callable[..., None], str]] = {
+    check.__name__: (check, function)
+    for check, function in (
+        (load_values, "smooth_load"),
+        (load_gradients, "smooth_load"),
+        (load_matches_redraws, "smooth_load"),
+        (gating_matches_redraws, "noisy_top_k"),
+        (counts_visits, "count_load"),
+        (importance_values, "importance"),
+        (cv_squared_values, "cv_squared"),
+        (cv_squared_gradients, "cv_squared"),
+        (auxiliary_loss_values, "auxiliary_loss"),
+        (load_balancing_values, "load_balancing_loss"),
+        (z_loss_values, "z_loss"),
+    )
+}

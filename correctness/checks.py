@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
-from correctness import behaviour, compare, metamorphic, problems
+from correctness import behaviour, compare, honesty, metamorphic, problems
+from correctness.blame import blamed
 from correctness.compare import CheckFailed, hold
 from correctness.problems import Problem, fit, make_inputs, unsupported
 from moe_impls.interface import Implementation, Support
@@ -57,7 +59,7 @@ def _finite_differences(check: Callable[..., bool], subject: Implementation, pro
     leaves = [t.clone().requires_grad_() for t in inputs.tensors.values()]
     try:
         check(call, leaves)
-    except RuntimeError as error:  # GradcheckError derives from it
+    except GradcheckError as error:
         raise CheckFailed(f"{error}\n  reproduce: {problem.code()}") from error
 
 
@@ -93,8 +95,9 @@ _VARIED = (
     problems.named("aligned"),
 )
 _RELATED = tuple(replace(_INTEGERS, gates="softmax", dtype=d) for d in (torch.float32, torch.bfloat16))
-# In low precision oneDNN lets a NaN into the next row of a product over an odd number of features.
-_EVEN = tuple(replace(_ZIPF, O=8, dtype=d) for d in problems.LOW_PRECISION)
+# Sizes at which a low-precision product keeps NaN in its row. oneDNN's does not where the length of its sums
+# is odd, or more than 32 and no multiple of it: github.com/uxlfoundation/oneDNN/issues/5717.
+_CONTAINED = tuple(replace(_ZIPF, D=16, H=16, O=8, E=8, dtype=d) for d in problems.LOW_PRECISION)
 
 # What tells most about a mistake comes first.
 CHECKS = (
@@ -122,10 +125,16 @@ CHECKS = (
     Check(behaviour.several_graphs, (*_BASIC, problems.named("aligned")), needs="gradients"),
     Check(behaviour.backward_twice, _VARIED, needs="gradients"),
     Check(behaviour.gradients_accumulate, _VARIED, needs="gradients"),
-    Check(behaviour.non_finite_contained, (_ZIPF, replace(_ZIPF, K=1, bias=False), _LOG, _INTEGERS, *_EVEN)),
+    Check(
+        behaviour.non_finite_contained,
+        (_ZIPF, replace(_ZIPF, K=1, bias=False), _LOG, _INTEGERS, *_CONTAINED),
+    ),
     Check(behaviour.dirty_memory, _VARIED),
     Check(behaviour.recycled_memory, _VARIED),
     Check(behaviour.another_thread, (_ZIPF, _INTEGERS)),
+    Check(honesty.done_when_it_returns, (_ZIPF,)),
+    Check(honesty.instruments_untouched, (_ZIPF,)),
+    Check(honesty.no_fallback, (_ZIPF,)),
     Check(gradcheck, problems.GRADCHECK, needs="gradients", fits=False),
     Check(second_order, problems.GRADCHECK, needs="second_order", fits=False),
     Check(
@@ -161,10 +170,8 @@ class Case:
 
     def run(self) -> dict[str, float]:
         """The worst error of each tensor as a fraction of its budget, where the check measures that."""
-        try:
+        with blamed(f"{self.subject.name} fails {self.check.name!r}", self.problem.code()):
             return self.check.function(self.subject, self.problem) or {}
-        except CheckFailed as failure:
-            raise CheckFailed(f"{self.subject.name} fails {self.check.name!r}: {failure}") from failure
 
 
 def cases(

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from correctness import hints
+from correctness.hints import Wrong
 from correctness.problems import LOW_PRECISION, Inputs, Problem, is_plain, make_inputs
 from correctness.reference import Evaluation, evaluate
 from moe_impls.interface import Experts, Forward, Implementation, Routing, dtype_name
@@ -33,7 +35,14 @@ SAMPLED_EXPERTS = 8
 
 
 class CheckFailed(AssertionError):
-    """A check's finding about an implementation: what is wrong, where, how much, how to see it again."""
+    """A check's finding about an implementation: what is wrong, where, how much, how to see it again.
+
+    fractions: the worst error of each tensor as a fraction of its budget, where that was measured.
+    """
+
+    def __init__(self, finding: str, fractions: dict[str, float] | None = None) -> None:
+        super().__init__(finding)
+        self.fractions = fractions or {}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Reference:
     """The oracle's results for one problem, and each tensor's allowed error as a multiple of scale."""
 
     problem: Problem
+    inputs: Inputs
     oracle: Evaluation
     budget: dict[str, float]
 
@@ -59,14 +69,14 @@ def make_reference(problem: Problem, inputs: Inputs, gradients: bool = True) -> 
     oracle = evaluate(*arguments, keep=kept)
     # float64 has no wider dtype to show what it loses: rounding errors are proportional to eps.
     plain_dtype = torch.float32 if problem.dtype == torch.float64 else problem.dtype
-    plain = evaluate(*arguments, dtype=plain_dtype, wide=torch.float32, keep=kept)
+    plain = evaluate(*arguments, dtype=plain_dtype, wide=torch.float32, keep=kept, scales=False)
     eps = torch.finfo(problem.dtype).eps
     ratio = eps / torch.finfo(plain_dtype).eps
     budget = {
-        name: FACTOR * max(eps, ratio * _worst(row_errors(plain.values[name], oracle, name))[0])
+        name: FACTOR * max(eps, ratio * _worst(row_errors(plain.values[name], oracle, name)))
         for name in oracle.values
     }
-    return Reference(problem, oracle, budget)
+    return Reference(problem, inputs, oracle, budget)
 
 
 def _compared_experts(problem: Problem, ids: Tensor) -> list[int] | None:
@@ -93,14 +103,9 @@ def row_errors(result: Tensor, oracle: Evaluation, name: str) -> Tensor:
     return error.amax(dim=-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])
 
 
-def _worst(rows: Tensor) -> tuple[float, tuple[int, ...]]:
-    """The largest row error and its index."""
-    if rows.numel() == 0:
-        return 0.0, ()
-    flat = int(rows.flatten().argmax())
-    return float(rows.flatten()[flat]), tuple(
-        int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)
-    )
+def _worst(rows: Tensor) -> float:
+    """The largest row error."""
+    return float(rows.max()) if rows.numel() else 0.0
 
 
 def run(
@@ -200,8 +205,8 @@ def assemble(inputs: Inputs, tensors: dict[str, Tensor]) -> tuple[Tensor, Routin
 
 def check_output(y: object, inputs: Inputs) -> None:
     """Raise CheckFailed unless y is a tensor [T, O] with the dtype and the device of x."""
-    if not isinstance(y, Tensor):
-        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a tensor")
+    if not isinstance(y, Tensor) or type(y) is not Tensor:
+        raise CheckFailed(f"the result is a {type(y).__name__}; it must be a plain tensor")
     x, shape = inputs.x, tuple(inputs.dy.shape)
     for what, got, want in (
         ("shape", tuple(y.shape), shape),
@@ -214,14 +219,16 @@ def check_output(y: object, inputs: Inputs) -> None:
 
 def fractions(results: dict[str, Tensor], ref: Reference) -> dict[str, float]:
     """For each tensor its worst row's error as a fraction of the budget; at most 1 is right."""
-    return {name: _worst(errors(results, ref, name))[0] / ref.budget[name] for name in compared(results, ref)}
+    return {name: _worst(errors(results, ref, name)) / ref.budget[name] for name in compared(results, ref)}
 
 
 def errors(results: dict[str, Tensor], ref: Reference, name: str) -> Tensor:
-    result = results[name]
-    if name in ("w_in", "b_in", "w_out", "b_out"):
-        result = result[ref.oracle.kept]
-    return row_errors(result, ref.oracle, name)
+    return row_errors(_kept(results[name], name, ref.oracle), ref.oracle, name)
+
+
+def _kept(result: Tensor, name: str, oracle: Evaluation) -> Tensor:
+    """The part of a result that the oracle holds: of weights' gradients, those of some experts."""
+    return result[oracle.kept] if name in ("w_in", "b_in", "w_out", "b_out") else result
 
 
 def compared(results: dict[str, Tensor], ref: Reference) -> list[str]:
@@ -248,13 +255,14 @@ def judge(found: dict[str, float], results: dict[str, Tensor], ref: Reference) -
     """Raise CheckFailed for the first tensor whose fraction of the budget exceeds 1."""
     for name, fraction in found.items():
         if not fraction <= 1:
-            raise CheckFailed(describe(results, ref, name))
+            raise CheckFailed(describe(results, ref, name), found)
 
 
 def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
     """What is wrong with one tensor: where, how much, what it looks like, how to see it again."""
     rows, budget = errors(results, ref, name), ref.budget[name]
-    error, index = _worst(rows)
+    error = _worst(rows)
+    index = (rows == error).nonzero()[0].tolist()
     if name in ("y", "x"):
         place = f"token {index[0]}"
     elif name == "gates":
@@ -263,40 +271,26 @@ def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
         place = f"expert {ref.oracle.kept[index[0]]}, row {index[1]}"
     bad = rows > budget
     what = "y" if name == "y" else f"the gradient of {name}"
-    hint = f"; hint: {_hint(bad, name, results, ref)}" if _hint(bad, name, results, ref) else ""
+    oracle, problem = ref.oracle, ref.problem
+    wrong = Wrong(
+        name=name,
+        got=_kept(results[name], name, oracle),
+        want=oracle.values[name],
+        scale=oracle.scale[name],
+        budget=budget,
+        inputs=ref.inputs,
+        combine=problem.combine,
+        kept=oracle.kept,
+    )
     return (
         f"{what} is wrong at {place}: error {error:.3g} of the row's scale, budget {budget:.3g} "
-        f"({dtype_name(ref.problem.dtype)}); {int(bad.sum())} of {bad.numel()} rows are over it{hint}\n"
-        f"  reproduce: {ref.problem.code()}"
+        f"({dtype_name(problem.dtype)}); {int(bad.sum())} of {bad.numel()} rows are over it"
+        f"{_hint(wrong)}\n  reproduce: {problem.code()}"
     )
 
 
-def _hint(bad: Tensor, name: str, results: dict[str, Tensor], ref: Reference) -> str:
-    """The kind of mistake that the pattern of wrong rows suggests, or an empty string."""
-    got = results[name]
-    if bool(torch.isnan(got).any()):
-        return "NaN in the result: memory that was never written, or an overflow"
-    if got.numel() and not bool(got.any()):
-        return "the whole tensor is zero"
-    if bool(bad.all()):
-        return "every row is wrong: a factor or a term that all share (gate, bias, activation, layout)"
-    if name in ("w_in", "w_out", "b_in", "b_out"):
-        whole = bad.flatten(1).all(dim=1).nonzero().flatten().tolist()
-        if whole:
-            return (
-                f"all rows of expert(s) {[ref.oracle.kept[e] for e in whole][:8]} are wrong, others are right"
-            )
-        return ""
-    if name in ("y", "x"):
-        first = int(bad.nonzero()[0])
-        if bool(bad[first:].all()):
-            return f"all tokens from {first} on are wrong: the tail of a tile, or a size limit"
-        inputs = make_inputs(ref.problem)
-        touched = [set(row) for row in inputs.routing.expert_ids[bad.cpu()].tolist()]
-        common = set.intersection(*touched) - set(inputs.routing.expert_ids[~bad.cpu()].flatten().tolist())
-        if common:
-            return f"exactly the tokens of expert(s) {sorted(common)[:8]} are wrong"
-    return ""
+def _hint(wrong: Wrong) -> str:
+    return f"\n  hint: {text}" if (text := hints.hint(wrong)) else ""
 
 
 def hold(results: dict[str, Tensor], problem: Problem, inputs: Inputs | None = None) -> dict[str, float]:
@@ -318,7 +312,8 @@ def hold(results: dict[str, Tensor], problem: Problem, inputs: Inputs | None = N
     want = oracle_values(problem) if inputs is None else _exact_values(problem, inputs)
     for name, got in results.items():
         if not torch.equal(got, want[name]):
-            raise CheckFailed(_describe_exact(name, got, want[name], problem))
+            inputs = make_inputs(problem) if inputs is None else inputs
+            raise CheckFailed(_describe_exact(name, got, want[name], problem, inputs))
     return dict.fromkeys(results, 0.0)
 
 
@@ -331,13 +326,23 @@ def hold_calls(subject: Implementation, problem: Problem, inputs: Inputs | None 
     return worst
 
 
-def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem) -> str:
+def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem, inputs: Inputs) -> str:
     what = name if name == "y" else f"the gradient of {name}"
     where = (got != want).nonzero()
     first = tuple(where[0].tolist())
+    wrong = Wrong(
+        name=name,
+        got=got,
+        want=want.double(),
+        scale=torch.ones_like(want, dtype=torch.float64),
+        budget=0.0,
+        inputs=inputs,
+        combine=problem.combine,
+        kept=list(range(problem.E)),
+    )
     return (
         f"{what} at {list(first)} is {got[first].item()!r}, exactly {want[first].item()!r} is right; "
-        f"{len(where)} of {want.numel()} entries differ\n  reproduce: {problem.code()}"
+        f"{len(where)} of {want.numel()} entries differ{_hint(wrong)}\n  reproduce: {problem.code()}"
     )
 
 

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 
 # Read by OpenMP when torch is loaded: threads that wait for work sleep instead of spinning. The problems are
 # small, and on a busy machine spinning threads make them twenty times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
+from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
-from correctness import layer_checks  # noqa: E402
+from correctness import isolation, layer_checks, shrink, summary  # noqa: E402
 from correctness.checks import cases  # noqa: E402
-from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve  # noqa: E402
+from correctness.compare import CheckFailed  # noqa: E402
+from correctness.limits import Limits, time_limit  # noqa: E402
+from correctness.mutants import MUTANTS, table  # noqa: E402
+from correctness.subjects import Subjects, find_subjects  # noqa: E402
+from moe_impls.registry import ResolveError  # noqa: E402
+
+# Hypothesis draws the same examples in every run, or with --hypothesis-profile=thorough many new ones.
+QUICK = settings(
+    max_examples=100,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    verbosity=Verbosity.quiet,  # the failure itself says on which problem
+    phases=[phase for phase in Phase if phase is not Phase.explain],
+)
+settings.register_profile("ci", QUICK)
+settings.register_profile(
+    "thorough",
+    QUICK,
+    max_examples=2000,
+    derandomize=False,
+    database=settings().database,
+    verbosity=Verbosity.normal,
+    print_blob=True,
+)
+settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,28 +58,58 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--layer", metavar="FILE:CLASS", help="check only this whole layer; its file holds read(layer), too"
     )
+    group.addoption(
+        "--mutants",
+        action="store_true",
+        help="only the deliberately wrong subjects, each through every check; writes results/mutants.csv",
+    )
+    group.addoption(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="of test_lookalikes.py: run every numeric problem on N seeds, not one seed of a few problems",
+    )
+    group.addoption(
+        "--error-budget", metavar="CSV", help="write there how much of the budget each lookalike uses"
+    )
+    group.addoption(
+        "--isolate",
+        action="store_true",
+        help="run in a child process: a crash fails a test, not the run",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if config.getoption("isolate") and not isolation.is_worker(config):
+        isolation.use_a_worker(config)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    names, router = config.getoption("impl"), config.getoption("router")
+    wanted = (config.getoption("impl"), config.getoption("router"), config.getoption("layer"))
+    limits, is_worker = Limits(config), isolation.is_worker(config)
+    isolated = config.getoption("isolate") and not is_worker
     try:
-        config.stash[SUBJECTS] = [resolve(name) for name in names or IMPLEMENTATIONS]
-        config.stash[ROUTER] = _router(router or "moe_impls.router:route")
-        layer = config.getoption("layer")
-        config.stash[LAYERS] = [layer_checks.resolve_layer(layer)] if layer else layer_checks.own_layers()
+        if isolated:
+            names = [*(wanted[0] or ()), *filter(None, wanted[1:])]
+            what = f"importing {', '.join(names) or 'the project'}"
+            isolation.try_in_child(what, find_subjects, *wanted, time_limit(config))
+        if not isolated or config.option.collectonly:
+            config.stash[SUBJECTS] = find_subjects(*wanted, time_limit(config))
     except ResolveError as error:
         raise pytest.UsageError(str(error)) from error
+    config.pluginmanager.register(limits)
+    if not is_worker:
+        config.pluginmanager.register(summary.Summary())
+    if isolated:
+        config.pluginmanager.register(isolation.Controller())
+    elif box := getattr(config, "workerinput", {}).get("black_box"):
+        black_box = isolation.BlackBox(box)
+        limits.output = black_box.file
+        config.pluginmanager.register(black_box)
 
 
-SUBJECTS = pytest.StashKey[list]()
-ROUTER = pytest.StashKey[tuple]()
-LAYERS = pytest.StashKey[list]()
-
-
-def _router(name: str) -> tuple:
-    _, function = load_function(name)
-    check_signature(name, function, 2, ("selection_bias",))
-    return name, function
+SUBJECTS = pytest.StashKey[Subjects]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -62,14 +121,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 pytest.param(
                     case, id=case.id, marks=[pytest.mark.skip(reason=case.skip)] if case.skip else []
                 )
-                for case in cases(config.stash[SUBJECTS])
+                for case in cases(config.stash[SUBJECTS].implementations)
             ],
         )
+    if "subject" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "subject",
+            [
+                pytest.param(subject, id=subject.name)
+                for subject in config.stash[SUBJECTS].implementations
+                if "cpu" in subject.support.devices
+            ],
+        )
+    if "mutant" in metafunc.fixturenames:
+        metafunc.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.kind}-{mutant.name}")
     if "router" in metafunc.fixturenames:
-        name, function = config.stash[ROUTER]
-        metafunc.parametrize("router", [pytest.param(function, id=name.rpartition(":")[2])])
+        router = config.stash[SUBJECTS].router
+        metafunc.parametrize("router", [pytest.param(router, id=router.name.rpartition(":")[2])])
     if "layer_case" in metafunc.fixturenames:
-        layer_cases = layer_checks.cases(config.stash[LAYERS])
+        layer_cases = layer_checks.cases(config.stash[SUBJECTS].layers)
         metafunc.parametrize(
             "layer_case",
             [
@@ -80,8 +150,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --impl, --router or --layer only the tests of that subject run, and at least one must."""
-    options = (("case", "impl"), ("router", "router"), ("layer_case", "layer"))
+    """With --impl, --router, --layer or --mutants only those tests run; of a subject at least one must."""
+    options = (
+        ("case", "impl"),
+        ("subject", "impl"),
+        ("router", "router"),
+        ("layer_case", "layer"),
+        ("mutant", "mutants"),
+    )
     wanted = {name for name, option in options if config.getoption(option)}
     if not wanted:
         return
@@ -89,7 +165,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [item for item in items if item not in set(keep)]
     config.hook.pytest_deselected(items=dropped)
     items[:] = keep
-    for name in config.getoption("impl") or ():
-        cases = [c.params["case"] for i in keep if (c := getattr(i, "callspec", None)) and "case" in c.params]
-        if not any(case.subject.name == name and case.skip is None for case in cases):
-            raise pytest.UsageError(f"{name}: nothing that it declares in SUPPORT can be checked here")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    callspec = getattr(item, "callspec", None)
+    if callspec and (facts := summary.facts(callspec.params)):
+        item.user_properties.append(("subject", facts))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """A finding about a subject is told without the traceback through the suite (see --full-trace)."""
+    try:
+        return (yield)
+    except CheckFailed as failure:
+        if "subject" not in dict(pyfuncitem.user_properties):
+            raise
+        pyfuncitem.user_properties.append(("fractions", failure.fractions))
+        if pyfuncitem.config.option.fulltrace:
+            raise
+        smaller = _smallest_failure(pyfuncitem)
+        raise pytest.fail.Exception(f"{failure}{smaller}", pytrace=False) from None
+
+
+SHRINKING_S = 15.0  # what looking for smaller problems may take in a run
+SHRUNK = pytest.StashKey[dict[tuple[str, str], float]]()  # (subject, check) -> the seconds that it took
+
+
+def _smallest_failure(item: pytest.Function) -> str:
+    """A line that reproduces the smallest problem on which the test's check fails, once for each check."""
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    spent = item.config.stash.setdefault(SHRUNK, {})
+    if case is None or (case.subject.name, case.check.name) in spent or sum(spent.values()) > SHRINKING_S:
+        return ""
+    begin = time.monotonic()
+    smallest = shrink.smallest_failure(case.check.function, case.subject, case.problem)
+    spent[case.subject.name, case.check.name] = time.monotonic() - begin
+    return "" if smallest == case.problem else f"\n  smallest failing case: {smallest.code()}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("mutants"):
+        table.report(terminalreporter)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from correctness import layer_reference as oracle
+from correctness.blame import blamed
 from correctness.compare import FACTOR, CheckFailed
 from correctness.layer_reference import LOSSES, Terms
 from correctness.problems import LOW_PRECISION, Inputs, Problem, near_kink
@@ -37,7 +38,7 @@ from moe_impls.interface import (
     dtype_name,
 )
 from moe_impls.layer import MoE
-from moe_impls.registry import ResolveError, check_signature, load_function, one_line
+from moe_impls.registry import ResolveError, asking, check_signature, load_function, one_line
 from moe_impls.router import check_logits, route
 
 B, S = 4, 8  # leading dimensions of the input: T = B * S tokens
@@ -63,12 +64,20 @@ class LayerSubject:
 def resolve_layer(name: str) -> LayerSubject:
     """The subject that ``path/file.py:Class`` or ``package.module:function`` means, constructed once to see.
 
+    The name of one of `own_layers` means that one.
+
     Raises:
         ResolveError: missing file, failing import, no such class, no ``read``, a layer that cannot be
             constructed, or a ``read`` that returns something else than the layer's weights.
     """
+    own = {subject.name: subject for subject in own_layers()}
+    if name in own:
+        return own[name]
     if ":" not in name:
-        raise ResolveError(f"--layer is {name!r}; it must be path/file.py:Class or package.module:function")
+        raise ResolveError(
+            f"--layer is {name!r}; it must be path/file.py:Class or package.module:function, "
+            f"or one of {', '.join(own)}"
+        )
     module, make = load_function(name)
     check_signature(name, make, 0, ())
     place = name.rpartition(":")[0]
@@ -81,21 +90,16 @@ def resolve_layer(name: str) -> LayerSubject:
     support = getattr(module, "SUPPORT", Support())
     if not isinstance(support, Support):
         raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
-    subject = LayerSubject(name.rpartition(":")[2], make, module.read, losses, support)
-    try:
+    subject = LayerSubject(name, make, module.read, losses, support)
+    file = getattr(module, "__file__", None)
+    with asking(f"{name}: {name.rpartition(':')[2]}() failed", file):
         layer = subject.make()
-    except Exception as error:  # whatever a stranger's constructor raises is the answer to give
-        raise ResolveError(f"{name}: {name.rpartition(':')[2]}() failed: {one_line(error)}") from error
     if not isinstance(layer, nn.Module):
         raise ResolveError(f"{name}: the layer is a {type(layer).__name__}; it must be a torch.nn.Module")
-    try:
+    with asking(f"{place}:read", file):
         check_weights(subject.read(layer), layer)
-    except Exception as error:
-        raise ResolveError(f"{place}:read: {one_line(error)}") from error
-    try:
+    with asking(f"{name}: drawing new parameters failed", file):
         build(subject, torch.float32)
-    except Exception as error:
-        raise ResolveError(f"{name}: drawing new parameters failed: {one_line(error)}") from error
     return subject
 
 
@@ -660,12 +664,16 @@ class LayerCase:
             return f"dtype {dtype_name(self.check.dtype)} not declared"
         return None
 
+    def code(self) -> str:
+        """One line of Python that runs this case again."""
+        dtype = "" if self.check.dtype == torch.float32 else f", dtype={self.check.dtype}"
+        check = f"LayerCheck({self.check.name}{dtype})"
+        return f"LayerCase(resolve_layer({self.subject.name!r}), {check}).run()"
+
     def run(self) -> None:
         subject, dtype = self.subject, self.check.dtype
-        try:
+        with blamed(f"{subject.name} fails {self.check.name!r}", self.code()):
             self.check.function(Bench(subject, dtype, build(subject, dtype), expected(subject, dtype)))
-        except CheckFailed as failure:
-            raise CheckFailed(f"{subject.name} fails {self.check.name!r}: {failure}") from failure
 
 
 def cases(subjects: Iterable[LayerSubject], checks: Iterable[LayerCheck] = CHECKS) -> list[LayerCase]:

@@ -125,6 +125,8 @@ class Problem:
             f"Problem({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
         )
 
+    __repr__ = code
+
 
 def fit(problem: Problem, support: Support) -> Problem:
     """The problem with options that ``support`` does not declare replaced by the first that it does.

@@ -50,6 +50,61 @@ def act_derivative(h: Tensor, name: str) -> Tensor:
         return torch.autograd.grad(act(h, name).sum(), h)[0]
 
 
+def act_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
+    """The squared scale of a (see ``Evaluation``), [N, H], from that of h, [N, F].
+
+    An error of h reaches a by the slope.
+    """
+    a = act(h, name)
+    squares = a.square() + _reached(act_derivative(h, name), h_squares, a.shape[1])
+    if gate_and_value(name)[0] == "gelu":
+        gate, value = _gate_and_factor(h, name)
+        squares += _gelu_squares(gate) * (gate * value).square()
+    return squares
+
+
+def slope_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
+    """The squared scale of ∂a/∂h, [N, F], from that of h.
+
+    An error of h reaches the slope by the curvature.
+    """
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        a = act(h, name)
+        slope = torch.autograd.grad(a.sum(), h, create_graph=True)[0]
+        H = a.shape[1]
+        curvatures = [
+            torch.autograd.grad(part.sum(), h, retain_graph=True)[0] if part.requires_grad else 0 * slope
+            for part in slope.split(H, dim=1)  # of the gate, and of the value that it multiplies
+        ]
+    h = h.detach()
+    squares = slope.detach().square()
+    squares += torch.cat([_reached(curvature.detach(), h_squares, H) for curvature in curvatures], dim=1)
+    if gate_and_value(name)[0] == "gelu":
+        gate, value = _gate_and_factor(h, name)
+        factors = torch.cat([value, gate], dim=1)[:, : h.shape[1]]
+        squares += _gelu_squares(gate).repeat(1, h.shape[1] // H) * factors.square()
+    return squares
+
+
+def _reached(derivative: Tensor, h_squares: Tensor, H: int) -> Tensor:
+    """What squared errors of h, [N, F], become in the unit that they reach, [N, H]."""
+    return (derivative.square() * h_squares).unflatten(1, (-1, H)).sum(dim=1)
+
+
+def _gelu_squares(gate: Tensor) -> Tensor:
+    """The squares of the terms of (1 + erf) / 2, which cancel where the gate is negative."""
+    return (1 + torch.erf(gate / math.sqrt(2)).square()) / 4
+
+
+def _gate_and_factor(h: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The gate, [N, H], and the value that multiplies its function: 1 if there is none."""
+    if gate_and_value(name)[1]:
+        gate, value = h.chunk(2, dim=1)
+        return gate, value
+    return h, torch.ones_like(h)
+
+
 def hidden_and_output(x: Tensor, experts: Experts, expert: int) -> tuple[Tensor, Tensor]:
     """Pre-activations h [N, F] and outputs before the output activation [N, O] of one expert on x [N, D]."""
     h = x @ experts.w_in[expert].to(x.dtype).T
@@ -66,8 +121,9 @@ class Evaluation:
     """Results by name (y, and with gradients x, gates, w_in, b_in, w_out, b_out), and for each its scale.
 
     scale: what an entry would measure if the terms that are summed into it did not cancel: the root of the
-    sum of their squares. Rounding errors are relative to this and not to the entry, which may be small by
-    cancellation. y, x: the average over a token's row, [T]; gates: [T, K]; weights: as the gradient.
+    sum of their squares, where each term counts with the scale of what it was computed from. Rounding errors
+    are relative to this and not to the entry, which may be small by cancellation. y, x: the average over a
+    token's row, [T]; gates: [T, K]; weights: as the gradient. Empty if scales were not asked for.
     kept: the experts whose weight gradients are held, in order.
     """
 
@@ -88,6 +144,7 @@ def evaluate(
     dtype: torch.dtype = torch.float64,
     wide: torch.dtype = torch.float64,
     keep: list[int] | None = None,
+    scales: bool = True,
 ) -> Evaluation:
     """The layer's output and, if ``dy`` [T, O] is given, all gradients.
 
@@ -104,39 +161,49 @@ def evaluate(
     x, g = x.to(wide), gates.to(wide)  # g [T, K]
     weights = {name: (lambda e, w=w: w[e].to(wide)) for name, w in experts.tensors.items()}
     f = x.new_zeros(T, K, O)
-    f_scale = x.new_zeros(T, K)  # squares of the terms of f, averaged over O
+    f_squares = x.new_zeros(T, K)  # squared scale of f, averaged over O
     slots = _slots_by_expert(expert_ids)
 
     def hidden(expert: int, t: Tensor) -> Tensor:
         h = x[t] @ weights["w_in"](expert).T
         return kept(h + weights["b_in"](expert) if "b_in" in weights else h)
 
+    def hidden_squares(expert: int, t: Tensor) -> Tensor:
+        squares = x[t].square() @ weights["w_in"](expert).square().T
+        return squares + weights["b_in"](expert).square() if "b_in" in weights else squares
+
     for expert, (t, k) in slots.items():
-        a = kept(act(hidden(expert, t), experts.activation))
+        h = hidden(expert, t)
+        a = kept(act(h, experts.activation))
         w_out = weights["w_out"](expert)
-        out, squares = a @ w_out.T, a.square() @ w_out.square().T
+        out = a @ w_out.T
         if "b_out" in weights:
-            out, squares = out + weights["b_out"](expert), squares + weights["b_out"](expert).square()
+            out = out + weights["b_out"](expert)
         out = kept(out)
         f[t, k] = out * (out > 0) if experts.output_activation == "relu" else out
-        f_scale[t, k] = squares.mean(dim=1)
+        if scales:
+            a2 = act_squares(h, hidden_squares(expert, t), experts.activation)
+            squares = a2 @ w_out.square().T
+            squares = squares + weights["b_out"](expert).square() if "b_out" in weights else squares
+            f_squares[t, k] = squares.mean(dim=1)
 
     if combine == "sum":
         share = torch.ones_like(f)  # df/dy without the gate
         y = (g.unsqueeze(-1) * f).sum(dim=1)
-        y_scale = (g.square() * f_scale).sum(dim=1)
-        dg_terms, sensitivity = f_scale.unsqueeze(-1), torch.ones_like(f_scale)
+        y_squares = (g.square() * f_squares).sum(dim=1)
+        dg_terms, sensitivity = f_squares.unsqueeze(-1), torch.ones_like(f_squares)
     else:
         y = _log_sum(g, f)
         share = torch.exp(f - y.unsqueeze(1))
         weight = g.unsqueeze(-1) * share
-        y_scale = (weight.square() * f_scale.unsqueeze(-1)).sum(dim=1).mean(dim=1) + y.square().mean(dim=1)
-        # An error of size s in f changes the share by the factor 1 + s.
-        sensitivity = 1 + f_scale
+        y_squares = (weight.square() * f_squares.unsqueeze(-1)).sum(dim=1).mean(dim=1)
+        y_squares = y_squares + y.square().mean(dim=1)
+        # An error of size s in f or y changes the share by the factor 1 + s.
+        sensitivity = 1 + f_squares + y_squares.unsqueeze(1)
         dg_terms = share.square() * sensitivity.unsqueeze(-1)
-    values, scale = {"y": kept(y)}, {"y": y_scale}
+    values, scale = {"y": kept(y)}, {"y": y_squares}
     if dy is None:
-        return Evaluation(values, _roots(scale), keep)
+        return Evaluation(values, _roots(scale) if scales else {}, keep)
 
     dy = dy.to(wide)
     values["gates"] = (dy.unsqueeze(1) * (f if combine == "sum" else share)).sum(dim=-1)
@@ -156,24 +223,38 @@ def evaluate(
         repeats = slope.shape[1] // da.shape[1]
         dh = kept(slope * da.repeat(1, repeats))
         values["x"].index_add_(0, t, kept(dh @ w_in))
-
-        d_out2 = d_out.square() * sensitivity[t, k].unsqueeze(-1)
-        da2 = d_out2 @ w_out.square()
-        # A slope near zero still carries the rounding of h, so each slope counts for the average one too.
-        dh2 = (slope.square() + slope.square().mean()) * da2.repeat(1, repeats)
-        scale["x"].index_add_(0, t, (dh2 @ w_in.square().mean(dim=1)))
-        if expert not in keep:
+        row = keep.index(expert) if expert in keep else None
+        if row is not None:
+            values["w_in"][row], values["w_out"][row] = dh.T @ x[t], d_out.T @ a
+            if "b_in" in weights:
+                values["b_in"][row] = _running_sum(dh)
+            if "b_out" in weights:
+                values["b_out"][row] = _running_sum(d_out)
+        if not scales:
             continue
-        row = keep.index(expert)
-        values["w_in"][row], scale["w_in"][row] = dh.T @ x[t], _with_mean(dh2.T @ x[t].square())
-        values["w_out"][row], scale["w_out"][row] = d_out.T @ a, _with_mean(d_out2.T @ a.square())
-        if "b_in" in weights:
-            values["b_in"][row], scale["b_in"][row] = dh.sum(dim=0), _with_mean(dh2.sum(dim=0))
-        if "b_out" in weights:
-            values["b_out"][row], scale["b_out"][row] = d_out.sum(dim=0), _with_mean(d_out2.sum(dim=0))
+
+        h2 = hidden_squares(expert, t)
+        d_out2 = d_out.square() * sensitivity[t, k].unsqueeze(-1)
+        da2 = (d_out2 @ w_out.square()).repeat(1, repeats)
+        dh2 = slope_squares(h, h2, experts.activation) * da2
+        scale["x"].index_add_(0, t, (dh2 @ w_in.square().mean(dim=1)))
+        if row is not None:
+            scale["w_in"][row] = _with_mean(dh2.T @ x[t].square())
+            a2 = act_squares(h, h2, experts.activation)
+            scale["w_out"][row] = _with_mean(d_out2.T @ a2)
+            if "b_in" in weights:
+                scale["b_in"][row] = _with_mean(dh2.sum(dim=0))
+            if "b_out" in weights:
+                scale["b_out"][row] = _with_mean(d_out2.sum(dim=0))
     for name in ("x", *experts.tensors):
         values[name] = kept(values[name])
-    return Evaluation(values, _roots(scale), keep)
+    return Evaluation(values, _roots(scale) if scales else {}, keep)
+
+
+def _running_sum(rows: Tensor) -> Tensor:
+    """Row by row into one accumulator, which of all orders of summation loses most: [N, n] -> [n]."""
+    total = rows.new_zeros(1, rows.shape[1])
+    return total.index_add_(0, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), rows)[0]
 
 
 def _with_mean(squares: Tensor) -> Tensor:
@@ -183,8 +264,11 @@ def _with_mean(squares: Tensor) -> Tensor:
 
 def _slots_by_expert(expert_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """For each expert that is visited: its tokens and which of their K choices it is."""
-    rows = expert_ids.unique().tolist()
-    return {e: (expert_ids == e).nonzero(as_tuple=True) for e in rows}  # pyright: ignore[reportReturnType]
+    flat = expert_ids.flatten()
+    visited, counts = flat.unique(return_counts=True)
+    slots = flat.argsort(stable=True).split(counts.tolist())
+    K = expert_ids.shape[1]
+    return {e: (s // K, s % K) for e, s in zip(visited.tolist(), slots, strict=True)}
 
 
 def _log_sum(g: Tensor, f: Tensor) -> Tensor:

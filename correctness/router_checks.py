@@ -16,11 +16,19 @@ from torch import Tensor
 
 from correctness import router_reference as oracle
 from correctness.behaviour import LAYOUTS
+from correctness.blame import blamed
 from correctness.compare import FACTOR, CheckFailed
 from correctness.settings import require_unchanged
 from moe_impls.interface import DTYPES, RouterSpec, Routing, dtype_name
 
 Route = Callable[..., Routing]
+
+
+class RouterSubject(NamedTuple):
+    """A router under test and its name."""
+
+    name: str
+    route: Route
 
 
 @dataclass(frozen=True)
@@ -104,12 +112,14 @@ PROBLEMS = (
     RouterProblem("groups_sigmoid", 36, _spec(3, "sigmoid", groups=12, keep_groups=5)),
     RouterProblem("one_group_kept", 30, _spec(5, renormalise=True, groups=5, keep_groups=1)),
     RouterProblem("all_groups_kept", 30, _spec(5, groups=5, keep_groups=5)),
+    RouterProblem("tiny_scores_large_bias", 48, _spec(40, "sigmoid"), bias=12.0, spread=12.0),
     RouterProblem("many_tokens", 8, _spec(2), T=1500),
     RouterProblem("many_choices", 48, _spec(20, renormalise=True), T=33),
     RouterProblem("many_experts", 1100, _spec(6), T=20),
     RouterProblem("most_groups", 54, _spec(7, groups=9, keep_groups=6)),
     RouterProblem("many_groups", 96, _spec(6, "sigmoid", True, 2.5, groups=24, keep_groups=6), bias=0.0),
 )
+_EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
 ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
 
 
@@ -133,6 +143,13 @@ def _computed(gates: Tensor) -> torch.dtype:
 def _relative(error: Tensor, scale: Tensor) -> Tensor:
     """|error| / scale, where nothing but zero is right over a scale of zero; NaN is never right."""
     return torch.where(error == 0, 0.0, error.abs() / scale).nan_to_num(nan=torch.inf)
+
+
+def _difference(got: Tensor, want: Tensor) -> Tensor:
+    """got - want, where nothing is owed below the smallest number that the dtype of ``got`` can hold."""
+    difference = got.double() - want
+    unit = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    return torch.where(difference.abs() <= unit, 0.0, difference)
 
 
 def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
@@ -171,7 +188,7 @@ def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
     want = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(wide, rows, strict=True)])
     plain = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(narrow, rows, strict=True)])
     allowed = budget(_relative(plain - want, want), _computed(routing.gates), routing.gates.dtype)
-    error = _relative(routing.gates.detach().double() - want, want)
+    error = _relative(_difference(routing.gates.detach(), want), want)
     if not float(error.max()) <= allowed:
         t, k = divmod(int(error.argmax()), spec.top_k)
         raise CheckFailed(
@@ -241,10 +258,7 @@ def _require_gradient(got: Tensor, routing: Routing, problem: RouterProblem) -> 
 
     (want, scale), (plain, _) = evaluate(torch.float64), evaluate(torch.float32)
     allowed = budget(_relative(plain - want, scale), _computed(gates), got.dtype)
-    difference = got.double() - want
-    # Below the smallest number that the dtype of logits can hold nothing is owed.
-    unit = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
-    error = _relative(torch.where(difference.abs() <= unit, 0.0, difference), scale)
+    error = _relative(_difference(got, want), scale)
     if not float(error.max()) <= allowed:
         t, e = divmod(int(error.argmax()), problem.E)
         raise CheckFailed(
@@ -410,6 +424,31 @@ def tokens_apart(route: Route, problem: RouterProblem) -> None:
         _require_gates(routing, logits[rows], problem.spec)
 
 
+def every_field_counts(route: Route, problem: RouterProblem) -> None:
+    """No field of the spec, nor the bias, is without effect."""
+    logits, bias, _ = make_inputs(problem)
+
+    def table(spec: RouterSpec, bias: Tensor | None) -> Tensor:
+        ids, gates = call(route, logits, spec, bias)
+        return torch.zeros(logits.shape, dtype=gates.dtype).scatter(1, ids, gates)
+
+    spec = problem.spec
+    plain, biased = table(spec, None), table(spec, bias)
+    changes: tuple[dict[str, Any], ...] = (
+        {"top_k": spec.top_k - 1},
+        {"score": "sigmoid"},
+        {"renormalise": True},
+        {"scale": 2.0},
+        {"keep_groups": spec.keep_groups + 1},
+        _TOP2,
+    )
+    for change in changes:
+        if torch.equal(table(replace(spec, **change), None), plain):
+            raise CheckFailed(f"{change} has no effect")
+    if torch.equal(biased, plain):
+        raise CheckFailed("selection_bias has no effect")
+
+
 @dataclass(frozen=True)
 class RouterCheck:
     function: Callable[[Route, RouterProblem], None]
@@ -441,6 +480,7 @@ CHECKS = (
     RouterCheck(state, _KINDS),
     RouterCheck(global_state, _KINDS),
     RouterCheck(modes, _KINDS),
+    RouterCheck(every_field_counts, (_EVERY_FIELD,)),
 )
 
 
@@ -455,14 +495,11 @@ class RouterCase:
     def id(self) -> str:
         return f"{self.check.name}-{self.problem.id}"
 
-    def run(self, route: Route) -> None:
-        try:
-            self.check.function(route, self.problem)
-        except CheckFailed as failure:
-            raise CheckFailed(
-                f"route fails {self.check.name!r} on {self.problem.name}, E = {self.problem.E}, "
-                f"{dtype_name(self.problem.dtype)}, {self.problem.spec}: {failure}"
-            ) from failure
+    def run(self, route: Route, name: str = "route") -> None:
+        p = self.problem
+        verdict = f"{name} fails {self.check.name!r} on {p.name}, E = {p.E}, {dtype_name(p.dtype)}"
+        with blamed(verdict, repr(p)):
+            self.check.function(route, p)
 
 
 def cases() -> list[RouterCase]:

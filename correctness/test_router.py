@@ -18,6 +18,7 @@ from correctness.router_checks import (
     Route,
     RouterCase,
     RouterProblem,
+    RouterSubject,
     findings,
     first_finding,
     right_choices,
@@ -26,30 +27,8 @@ from moe_impls import RouterSpec, Routing, count_load, importance, noisy_top_k, 
 
 
 @pytest.mark.parametrize("router_case", router_checks.cases(), ids=lambda case: case.id)
-def test_router(router: Route, router_case: RouterCase) -> None:
-    router_case.run(router)
-
-
-def test_a_spec_changes_what_a_router_does(router: Route) -> None:
-    """No field of the spec is without effect, so that no check passes for a router that ignores it."""
-    logits = 2 * torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
-    base = RouterSpec(3, groups=4, keep_groups=2)
-    for change in (
-        {"top_k": 2},
-        {"score": "sigmoid"},
-        {"renormalise": True},
-        {"scale": 2.0},
-        {"keep_groups": 3},
-        {"group_score": "top2_sum"},
-    ):
-        table = [_table(router(logits, spec)) for spec in (base, dataclasses.replace(base, **change))]
-        assert not torch.equal(*table), f"{change} has no effect"
-    biased = router(logits, base, selection_bias=torch.linspace(-1, 1, 12))
-    assert not torch.equal(_table(biased), _table(router(logits, base)))
-
-
-def _table(routing: Routing) -> Tensor:
-    return torch.zeros(len(routing.gates), 12).scatter(1, routing.expert_ids, routing.gates)
+def test_router(router: RouterSubject, router_case: RouterCase) -> None:
+    router_case.run(router.route, router.name)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
@@ -176,6 +155,11 @@ WRONG = {
         _on(lambda z: torch.where(torch.arange(z.shape[1]) < 256, z, -100.0)),
         "values",
     ),
+    "the bias is ignored": (
+        lambda z, spec, *, selection_bias=None: route(z, spec),
+        "every_field_counts",
+    ),
+    "the number of groups kept is always 2": (_changed(keep_groups=2), "every_field_counts"),
     "without gradients the gates are doubled": (
         _gates(lambda z, b, r, s: r.gates if torch.is_grad_enabled() else 2 * r.gates),
         "values",

@@ -233,13 +233,13 @@ def check_positive(argument: str, value: object) -> None:
 
 
 def _check_tensor(name: str, value: object, shape: tuple[object, ...], like: Tensor) -> None:
+    wanted = ", ".join(map(str, shape))
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor of shape {list(shape)}")
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor of shape [{wanted}]")
     fits = len(value.shape) == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be [{wanted}]")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}; it must be on the device of x, {like.device}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,10 +64,8 @@ def load_function(name: str) -> tuple[ModuleType, Any]:
     if place.endswith(".py"):
         module = _load_file(Path(place))
     else:
-        try:
+        with asking(f"{name}: importing {place} failed"):
             module = importlib.import_module(place)
-        except Exception as error:  # whatever a stranger's module raises is the answer to give
-            raise ResolveError(f"{name}: importing {place} failed: {one_line(error)}") from error
     function = getattr(module, attribute, None)
     if function is None:
         functions = [
@@ -92,15 +93,32 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses and torch.compile look the module up while it loads
     sys.path.insert(0, str(path.parent))  # so that the file may import its neighbours
     try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[module_name]
-        if isinstance(error, Exception | SystemExit):
-            raise ResolveError(f"importing {path} failed: {one_line(error)}") from error
+        with asking(f"importing {path} failed", str(path)):
+            spec.loader.exec_module(module)
+    except ResolveError:
+        sys.modules.pop(module_name, None)
         raise
     finally:
-        sys.path.remove(str(path.parent))
+        with contextlib.suppress(ValueError):  # the file may have changed the path itself
+            sys.path.remove(str(path.parent))
     return module
+
+
+@contextlib.contextmanager
+def asking(what: str, file: str | None = None) -> Iterator[None]:
+    """Whatever a stranger's code raises inside, an exit or a test's skip included, is the answer to give.
+
+    Raises:
+        ResolveError: ``what``, the exception and, if it went through ``file``, the line there.
+    """
+    try:
+        yield
+    except (ResolveError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        place = f" (line {lines[-1]})" if lines else ""
+        raise ResolveError(f"{what}: {one_line(error)}{place}") from error
 
 
 def check_signature(name: str, function: Any, positional: int, keywords: tuple[str, ...]) -> None:
@@ -118,4 +136,8 @@ def check_signature(name: str, function: Any, positional: int, keywords: tuple[s
 
 def one_line(error: BaseException) -> str:
     """The type and the message of an exception, without line breaks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # a stranger's exception may have no readable message
+        message = "its message cannot be read"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -10,6 +10,8 @@ import torch
 
 from benchmarks import record
 from benchmarks.record import COLUMNS, RecordError, Row
+from correctness.pages import write_atomically
+from correctness.provenance import ROOT
 from moe_impls.interface import Routing
 
 
@@ -136,12 +138,12 @@ def test_the_environment_names_the_processor_and_not_the_host() -> None:
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    record.write_atomically(path, b"first")
+    write_atomically(path, b"first")
     with pytest.raises(TypeError):
-        record.write_atomically(path, "no bytes")  # type: ignore[arg-type]
+        write_atomically(path, "no bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_dictionary_of_columns_names_every_column() -> None:
-    text = (record.ROOT / "results" / "README.md").read_text()
+    text = (ROOT / "results" / "README.md").read_text()
     assert [name for name in COLUMNS if f"| `{name}` |" not in text] == []

@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import record, report
+from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks.record import RecordError, Row
 from benchmarks.tests.test_record import failed_row, make_row, write
+from correctness.provenance import ROOT
 
 
 def grid(run_id: str = "run", time_utc: str = "2026-01-01T00:00:00Z", slow: float = 3.0) -> list[Row]:
@@ -104,10 +105,10 @@ def test_colours_and_markers_tell_eight_implementations_apart() -> None:
 
 
 def test_the_readmes_plot_and_table_are_those_of_a_committed_report() -> None:
-    readme = (record.ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (linked,) = re.findall(r"\[report\]\((results/\S+/report\.md)\)", readme)
     (plot,) = re.findall(r"!\[[^]]*\]\((results/\S+\.png)\)", readme)
-    path = record.ROOT / linked
-    assert (record.ROOT / plot).is_file() and f"]({Path(plot).name})" in path.read_text(encoding="utf-8")
+    path = ROOT / linked
+    assert (ROOT / plot).is_file() and f"]({Path(plot).name})" in path.read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if line.startswith("|")]
     assert rows and set(rows) <= set(path.read_text(encoding="utf-8").splitlines())

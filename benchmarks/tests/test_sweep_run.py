@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.record import Row
+from correctness.provenance import ROOT
 
 pytest_plugins = "pytester"
 
@@ -30,9 +31,7 @@ def command(out: Path, *options: str) -> list[str]:
 
 
 def sweep(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(out, *options), cwd=record.ROOT, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command(out, *options), cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def rows_of(out: Path) -> list[Row]:
@@ -174,7 +173,7 @@ def test_ctrl_c_leaves_the_rows_so_far_and_their_report(tmp_path: Path) -> None:
     many = [f"--T={T}" for T in range(1, 200)]
     with subprocess.Popen(
         command(tmp_path, *TINY, *many, "--impl=index_add"),
-        cwd=record.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not any(
@@ -219,10 +218,10 @@ def test_bad_options_are_usage_errors_in_one_line(pytester, option: str, valid: 
 
 
 def sweep_in_process(pytester: pytest.Pytester, out: Path, *options: str) -> pytest.RunResult:
-    os.chdir(record.ROOT)
+    os.chdir(ROOT)
     return pytester.runpytest_inprocess(
-        str(record.ROOT / "benchmarks"),
-        f"--rootdir={record.ROOT}",
+        str(ROOT / "benchmarks"),
+        f"--rootdir={ROOT}",
         "-p",
         "no:cacheprovider",
         f"--out={out}",

@@ -1,0 +1,106 @@
+"""Checks that the work was done: by the implementation that is named, before it returned, on a true clock."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from correctness.compare import CheckFailed, call, check_output
+from correctness.problems import Problem, make_inputs
+from moe_impls.interface import Implementation
+from moe_impls.registry import IMPLEMENTATIONS
+
+LATER_S = 0.05  # how long a result is watched for changes after it was returned
+
+# What times and verdicts are made with. Captured when the suite is loaded, before any subject is.
+_INSTRUMENTS: dict[tuple[Any, str], Any] = {
+    (owner, name): getattr(owner, name)
+    for owner, names in (
+        (time, ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "time", "time_ns")),
+        (torch, ("equal", "allclose", "isfinite", "isnan", "empty", "empty_like")),
+        (torch.autograd, ("grad", "gradcheck")),
+        (torch.testing, ("assert_close",)),
+        (torch.cuda, ("synchronize", "Event")),
+    )
+    for name in names
+}
+
+
+@contextlib.contextmanager
+def instruments_kept() -> Iterator[None]:
+    """What a subject puts in the place of a clock or a comparison is gone when the block ends."""
+    try:
+        yield
+    finally:
+        for (owner, name), value in _INSTRUMENTS.items():
+            setattr(owner, name, value)
+
+
+def instruments_untouched(subject: Implementation, problem: Problem) -> None:
+    """Clocks and the functions that compare are after a call what they were before the first."""
+    call(subject, problem)
+    changed = [
+        f"{o.__name__}.{name}" for (o, name), value in _INSTRUMENTS.items() if getattr(o, name) is not value
+    ]
+    if changed:
+        raise CheckFailed(f"a call replaces {', '.join(changed)}")
+
+
+def no_fallback(subject: Implementation, problem: Problem) -> None:
+    """No other implementation of this project does the work after an exception in the subject's own code."""
+    own = getattr(inspect.unwrap(subject.forward), "__code__", None)
+    if own is None:  # no Python function: what it runs has no lines to follow
+        return
+    modules = {name: importlib.import_module(f"moe_impls.{name}") for name in IMPLEMENTATIONS}
+    others = {
+        str(module.__file__): name for name, module in modules.items() if module.__file__ != own.co_filename
+    }
+    raised: list[str] = []
+    replaced: list[str] = []
+
+    def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
+        file = frame.f_code.co_filename
+        if file == own.co_filename:
+            if event == "exception" and not issubclass(argument[0], StopIteration):
+                raised.append(f"{argument[0].__name__} in line {frame.f_lineno}")
+            return trace
+        if raised and file in others and frame.f_code.co_name == "forward":
+            replaced.append(f"after {raised[0]} of its own code {others[file]} did the work")
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call(subject, problem)
+    finally:
+        sys.settrace(before)
+    if replaced:
+        raise CheckFailed(replaced[0])
+
+
+def done_when_it_returns(subject: Implementation, problem: Problem) -> None:
+    """The result is complete when it is returned: no thread that was started goes on, and nothing changes."""
+    inputs = make_inputs(problem)
+    with torch.no_grad():
+        subject.forward(
+            inputs.x, inputs.routing, inputs.experts, combine=problem.combine
+        )  # imports, starts pools
+        before = set(threading.enumerate())
+        y = subject.forward(inputs.x, inputs.routing, inputs.experts, combine=problem.combine)
+        check_output(y, inputs)
+        returned = y.clone()
+        left = [thread.name for thread in threading.enumerate() if thread not in before]
+        time.sleep(LATER_S)
+    if left:
+        raise CheckFailed(f"a call leaves {', '.join(left)} running")
+    if not torch.equal(y, returned):
+        raise CheckFailed("y changes after it was returned")

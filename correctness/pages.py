@@ -1,0 +1,39 @@
+"""Tables in markdown, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or none of it: to a temporary neighbour first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A table with the columns of ``frame``; those that hold numbers only are aligned to the right."""
+
+    def cells(values: object) -> str:
+        return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"  # type: ignore[attr-defined]
+
+    numeric = [bool(np.all([_is_number(v) for v in frame[c]])) for c in frame.columns]
+    rule = "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
+    return "\n".join([cells(frame.columns), rule, *(cells(row) for row in frame.itertuples(index=False))])
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(str(value).rstrip("x% ") or "nan")
+    except ValueError:
+        return False
+    return True

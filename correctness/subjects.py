@@ -1,0 +1,48 @@
+"""What is under test: the names on the command line, or the project's own, as subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from correctness import layer_checks
+from correctness.blame import process_kept
+from correctness.checks import cases
+from correctness.layer_checks import LayerSubject
+from correctness.limits import limited
+from correctness.router_checks import RouterSubject
+from moe_impls.interface import Implementation
+from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve
+
+
+class Subjects(NamedTuple):
+    implementations: list[Implementation]
+    router: RouterSubject
+    layers: list[LayerSubject]
+
+
+def find_subjects(
+    implementations: Sequence[str] | None, router: str | None, layer: str | None, seconds: float
+) -> Subjects:
+    """Import what these names mean, each in ``seconds`` at most (0: no limit).
+
+    Raises:
+        ResolveError: a name leads to nothing that can be tested.
+    """
+    found = []
+    for name in implementations or IMPLEMENTATIONS:
+        with process_kept(), limited(seconds):
+            found.append(resolve(name))
+        if all(case.skip for case in cases(found[-1:])):
+            raise ResolveError(f"{name}: nothing that it declares in SUPPORT can be checked here")
+    with process_kept(), limited(seconds):
+        route = _router(router or "moe_impls.router:route")
+    with process_kept(), limited(seconds):
+        layers = [layer_checks.resolve_layer(layer)] if layer else layer_checks.own_layers()
+    return Subjects(found, route, layers)
+
+
+def _router(name: str) -> RouterSubject:
+    _, function = load_function(name)
+    check_signature(name, function, 2, ("selection_bias",))
+    return RouterSubject(name, function)

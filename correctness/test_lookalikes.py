@@ -1,0 +1,79 @@
+"""No check rejects a right implementation, however different it looks: see ``correctness.lookalikes``.
+
+The default run spreads all checks and their problems over the lookalikes, and draws one seed. The whole is
+
+    pytest correctness/test_lookalikes.py --seeds 200 --error-budget results/error_budget.csv
+
+every problem with a rounding budget or exact numbers, on 200 seeds, by every lookalike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from correctness import error_budget
+from correctness.checks import CHECKS, Case
+from correctness.compare import CheckFailed, call, hold, reference
+from correctness.lookalikes import LOOKALIKES
+from correctness.problems import Problem, make_inputs
+
+FIRST_SEED = 1000
+NUMERIC = [problem for check in CHECKS if check.name in ("values", "exact") for problem in check.problems]
+SELECTION = NUMERIC[::23]  # a prime, so that every dtype, combine, activation and size class is among them
+
+
+def spread() -> list[Case]:
+    """Every check on every lookalike and on each of its problems, but not on each pair of the two."""
+    found = {}
+    for check in CHECKS:
+        for i in range(max(len(check.problems), len(LOOKALIKES))):
+            # Shifted by one in each round, so that a lookalike does not meet one dtype alone.
+            subject = LOOKALIKES[(i + i // len(LOOKALIKES)) % len(LOOKALIKES)]
+            case = Case(subject, check, check.problems[i % len(check.problems)])
+            if case.skip is None:
+                found[case] = None
+    return list(found)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "numeric_problem" in metafunc.fixturenames:
+        seeds = metafunc.config.getoption("seeds")
+        limit = [pytest.mark.timeout(0)] if seeds else []  # the seeds of a problem are one test, however many
+        metafunc.parametrize(
+            "numeric_problem",
+            [pytest.param(p, id=p.id, marks=limit) for p in (NUMERIC if seeds else SELECTION)],
+        )
+
+
+@pytest.fixture(scope="session")
+def worst(request: pytest.FixtureRequest) -> Iterator[error_budget.Worst]:
+    """Collects the largest errors of the run; --error-budget writes them to a file."""
+    found = error_budget.Worst()
+    yield found
+    if path := request.config.getoption("error_budget"):
+        found.write(path)
+
+
+@pytest.mark.parametrize("checked", spread(), ids=lambda case: case.id)
+def test_every_check_accepts_every_lookalike(checked: Case) -> None:
+    checked.run()
+
+
+def test_no_seed_is_a_false_alarm(
+    numeric_problem: Problem, worst: error_budget.Worst, request: pytest.FixtureRequest
+) -> None:
+    alarms = []
+    for seed in range(FIRST_SEED, FIRST_SEED + (request.config.getoption("seeds") or 1)):
+        problem = replace(numeric_problem, seed=seed)
+        inputs = make_inputs(problem)
+        assert problem.exact or all(map(math.isfinite, reference(problem).budget.values()))
+        for subject in LOOKALIKES:
+            try:
+                worst.add(subject, problem, hold(call(subject, problem, inputs), problem))
+            except CheckFailed as failure:
+                alarms.append(f"{subject.name}: {failure}")
+    assert not alarms, "\n".join([f"{len(alarms)} false alarms", *alarms[:10]])
