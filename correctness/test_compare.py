@@ -286,6 +286,12 @@ def once_only(ctx, grad: Tensor) -> Tensor:
     return 0 * grad if ctx.consumed else grad
 
 
+def remembers_its_gradient(ctx, grad: Tensor) -> Tensor:
+    """A backward that was done before is not done again."""
+    ctx.first = getattr(ctx, "first", grad)
+    return ctx.first
+
+
 def sees_writes_to_y() -> Forward:
     """The backward reads y again, where the caller may have written to it."""
 
@@ -345,7 +351,11 @@ BUGS = {
     "deterministic": (with_result(noisy), in_inference(with_result(noisy))),
     "new_contents": (*NULL_IMPLEMENTATIONS, with_inputs(pooled_gradients())),
     "one_input_changes": (*NULL_IMPLEMENTATIONS, remembered_result()),
-    "options_change": (*NULL_IMPLEMENTATIONS, with_inputs(remembered_activation())),
+    "options_change": (
+        *NULL_IMPLEMENTATIONS,
+        with_inputs(remembered_activation()),
+        with_inputs(lambda x, routing, e: (x, routing, replace(e, b_out=None) if e.b_in is None else e)),
+    ),
     "changing_sizes": (*NULL_IMPLEMENTATIONS, with_result(workspace(48))),
     "strides": (*NULL_IMPLEMENTATIONS, in_inference(with_inputs(dense_experts))),
     "shared_memory": (*NULL_IMPLEMENTATIONS, with_inputs(shared_is_unbiased)),
@@ -360,7 +370,7 @@ BUGS = {
         in_inference(with_inputs(lost_in_parameters)),
     ),
     "several_graphs": (latest_forward_only(), in_order_only()),
-    "backward_twice": (with_backward(once_only),),
+    "backward_twice": (with_backward(once_only), with_backward(remembers_its_gradient)),
     "non_finite_contained": (
         *NULL_IMPLEMENTATIONS,
         with_backward(lambda ctx, grad: grad + 0 * grad.sum()),
