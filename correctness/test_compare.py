@@ -491,6 +491,11 @@ def test_no_token_lies_near_a_kink(dtype: torch.dtype) -> None:
     assert dtype not in LOW_PRECISION
 
 
+def test_gates_of_low_precision_are_not_asked_for_beside_another_dtype() -> None:
+    low = [p for p in problems.SIZES if p.low_gates]
+    assert low and not any(problems.fit(p, Support(dtypes=(torch.float64,))).low_gates for p in low)
+
+
 def test_same_problem_makes_the_same_inputs_and_another_seed_others() -> None:
     def numbers(inputs: Inputs) -> list[Tensor]:
         return [*inputs.tensors.values(), inputs.routing.expert_ids, inputs.dy]
