@@ -122,25 +122,19 @@ def one_input_changes(subject: Implementation, problem: Problem) -> None:
 
 
 def options_change(subject: Implementation, problem: Problem) -> None:
-    """The same tensors under another activation, combine or bias give the result of these options."""
+    """The same tensors under another activation or combine, or without a bias, give the result of that."""
     inputs = make_inputs(problem)
     hold_calls(subject, problem, inputs)
-    alike = {"swiglu": "geglu", "geglu": "swiglu", "silu": "gelu", "gelu": "silu"}
-    other = "sum" if problem.combine == "logsumexp" else "logsumexp"
-    support = subject.support
-    changes = []
-    if alike.get(problem.activation) in support.activations:
-        changes.append({"activation": alike[problem.activation]})
-    if other in support.combines:
-        changes.append({"combine": other})
-    if support.biases == (True, False):
-        changes.append({"bias": False})
-    for change in changes:
-        changed = replace(problem, **change)
-        experts = replace(inputs.experts, activation=changed.activation)
-        if not changed.bias:
-            experts = replace(experts, b_in=None, b_out=None)
-        hold_calls(subject, changed, inputs._replace(experts=experts))
+    experts, support = inputs.experts, subject.support
+    alike = {"swiglu": "geglu", "geglu": "swiglu", "silu": "gelu", "gelu": "silu"}.get(problem.activation)
+    if alike in support.activations:
+        other = inputs._replace(experts=replace(experts, activation=alike))
+        hold_calls(subject, replace(problem, activation=alike), other)
+    if "logsumexp" in support.combines:
+        hold_calls(subject, replace(problem, combine="logsumexp"), inputs)
+    if set(support.biases) == {True, False}:
+        for without in ({"b_in": None}, {"b_out": None}, {"b_in": None, "b_out": None}):
+            hold_calls(subject, problem, inputs._replace(experts=replace(experts, **without)))
 
 
 def changing_sizes(subject: Implementation, problem: Problem) -> None:
@@ -252,10 +246,9 @@ def without_gradients(subject: Implementation, problem: Problem) -> None:
             hold({"y": y}, problem)
     # In training, weights that require gradients and a call under no_grad (evaluation) are common.
     inputs = make_inputs(problem)
-    trained = subject.support.gradients
-    named = {n: t.requires_grad_(trained) for n, t in inputs.tensors.items()}
-    x, routing, experts = compare.assemble(inputs, named)
-    experts = experts.map(lambda w: torch.nn.Parameter(w, requires_grad=trained))
+    x, routing, experts = compare.assemble(
+        inputs, {n: t.requires_grad_(subject.support.gradients) for n, t in inputs.tensors.items()}
+    )
     with torch.no_grad():
         y = subject.forward(x, routing, experts, combine=problem.combine)
     if y.requires_grad:
@@ -293,6 +286,9 @@ def inside_a_graph(subject: Implementation, problem: Problem) -> None:
         if not y.requires_grad:
             raise CheckFailed("y does not require a gradient where its inputs are results of operations")
         hold(finish(Graph(y, leaves), inputs.dy), problem)
+        if not subject.support.compiles_per_case:
+            with torch.no_grad():
+                hold({"y": subject.forward(x, routing, experts, combine=problem.combine)}, problem)
 
 
 def several_graphs(subject: Implementation, problem: Problem) -> None:
@@ -308,11 +304,12 @@ def several_graphs(subject: Implementation, problem: Problem) -> None:
 
 
 def backward_twice(subject: Implementation, problem: Problem) -> None:
-    """With retain_graph=True a second backward through the same graph is as right as the first."""
+    """With retain_graph=True a second backward through the same graph, of another dy, is right, too."""
     inputs = make_inputs(problem)
     graph = start(subject.forward, inputs, problem.combine)
-    for retain in (True, False):
-        hold(finish(graph, inputs.dy, retain_graph=retain), problem)
+    hold(finish(graph, inputs.dy, retain_graph=True), problem)
+    again = finish(graph, 2 * inputs.dy)
+    hold({name: t if name == "y" else t / 2 for name, t in again.items()}, problem)
 
 
 def results_are_the_callers(subject: Implementation, problem: Problem) -> None:

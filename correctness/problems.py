@@ -145,6 +145,8 @@ def fit(problem: Problem, support: Support) -> Problem:
     ):
         if getattr(p, name) not in declared and declared and not (p.exact and name == "combine"):
             p = replace(p, **{name: declared[0]})
+    if p.dtype != problem.dtype:
+        p = replace(p, low_gates=False)  # beside float64 their gradient is out of reach of its budget
     # What the replaced options cannot be combined with: the problem stays as it was, and is then skipped.
     impossible = (p.exact and p.output_activation == "relu" and not p.bias) or (
         p.combine == "logsumexp" and p.gates in ("signed", "cancelling")
@@ -485,7 +487,6 @@ EXACT = (
     *_BEYOND,
     *_RELEASED,
 )
-
 
 # Where y is defined and gradients are not, or cannot be held to the budget: tokens whose gates are all zero;
 # gates of zero beside outputs beyond what exp can hold; float32 gates of a float64 layer.

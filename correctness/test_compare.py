@@ -286,6 +286,12 @@ def once_only(ctx, grad: Tensor) -> Tensor:
     return 0 * grad if ctx.consumed else grad
 
 
+def remembers_its_gradient(ctx, grad: Tensor) -> Tensor:
+    """A backward that was done before is not done again."""
+    ctx.first = getattr(ctx, "first", grad)
+    return ctx.first
+
+
 def sees_writes_to_y() -> Forward:
     """The backward reads y again, where the caller may have written to it."""
 
@@ -331,11 +337,7 @@ BUGS = {
         in_the_dtype_of_the_gates,
         around_the_largest_output,
     ),
-    "without_gradients": (
-        *NULL_IMPLEMENTATIONS,
-        with_result(requires_a_gradient),
-        in_inference(with_inputs(lost_in_parameters)),
-    ),
+    "without_gradients": (*NULL_IMPLEMENTATIONS, with_result(requires_a_gradient)),
     "global_state": (
         doing(lambda: torch.rand(1)),
         doing(lambda: torch.manual_seed(0)),
@@ -349,7 +351,11 @@ BUGS = {
     "deterministic": (with_result(noisy), in_inference(with_result(noisy))),
     "new_contents": (*NULL_IMPLEMENTATIONS, with_inputs(pooled_gradients())),
     "one_input_changes": (*NULL_IMPLEMENTATIONS, remembered_result()),
-    "options_change": (*NULL_IMPLEMENTATIONS, with_inputs(remembered_activation())),
+    "options_change": (
+        *NULL_IMPLEMENTATIONS,
+        with_inputs(remembered_activation()),
+        with_inputs(lambda x, routing, e: (x, routing, replace(e, b_out=None) if e.b_in is None else e)),
+    ),
     "changing_sizes": (*NULL_IMPLEMENTATIONS, with_result(workspace(48))),
     "strides": (*NULL_IMPLEMENTATIONS, in_inference(with_inputs(dense_experts))),
     "shared_memory": (*NULL_IMPLEMENTATIONS, with_inputs(shared_is_unbiased)),
@@ -361,9 +367,10 @@ BUGS = {
     "inside_a_graph": (
         with_gates(lambda ids, gates: gates if gates.is_leaf else gates.detach()),
         with_inputs(lost_in_parameters),
+        in_inference(with_inputs(lost_in_parameters)),
     ),
     "several_graphs": (latest_forward_only(), in_order_only()),
-    "backward_twice": (with_backward(once_only),),
+    "backward_twice": (with_backward(once_only), with_backward(remembers_its_gradient)),
     "non_finite_contained": (
         *NULL_IMPLEMENTATIONS,
         with_backward(lambda ctx, grad: grad + 0 * grad.sum()),
@@ -417,17 +424,20 @@ def test_exact_problems_have_something_to_compare(problem: Problem) -> None:
         assert want.count_nonzero() > 0, name
 
 
-def test_bfloat16_sum_over_k_shows_in_exact_mode() -> None:
-    """256 + 1 - 256 is 1 in float32 and 0 in bfloat16."""
+@pytest.mark.parametrize(
+    "name, size",
+    [("integers_cancelling", 1), ("integers_cancelling_pairs", 1), ("integers_cancelling_pairs", 2)],
+)
+def test_bfloat16_sum_over_k_shows_in_exact_mode(name: str, size: int) -> None:
+    """256 + 1 - 256 is 1 in float32 and 0 in bfloat16, where single terms or the sums of pairs are added."""
 
     def low_precision_sum(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
         y = torch.zeros(len(x), experts.w_out.shape[1], dtype=x.dtype)
-        for k in range(routing.gates.shape[1]):
-            one = Routing(routing.expert_ids[:, k : k + 1], routing.gates[:, k : k + 1])
-            y = y + sorted_dispatch.forward(x, one, experts, combine=combine)
+        for ids, gates in zip(*(t.split(size, dim=1) for t in routing), strict=True):
+            y = y + sorted_dispatch.forward(x, Routing(ids, gates), experts, combine=combine)
         return y
 
-    problem = next(p for p in problems.EXACT if p.name == "integers_cancelling" and p.dtype == torch.bfloat16)
+    problem = next(p for p in problems.EXACT if p.name == name and p.dtype == torch.bfloat16)
     assert verify(sorted_dispatch.forward, problem)["y"] == 0
     assert verify(low_precision_sum, problem)["y"] > 1
 
@@ -479,6 +489,11 @@ def test_no_token_lies_near_a_kink(dtype: torch.dtype) -> None:
     inputs = make_inputs(problem)
     assert not problems.near_kink(problem, inputs, torch.arange(problem.T)).any()
     assert dtype not in LOW_PRECISION
+
+
+def test_gates_of_low_precision_are_not_asked_for_beside_another_dtype() -> None:
+    low = [p for p in problems.SIZES if p.low_gates]
+    assert low and not any(problems.fit(p, Support(dtypes=(torch.float64,))).low_gates for p in low)
 
 
 def test_same_problem_makes_the_same_inputs_and_another_seed_others() -> None:
