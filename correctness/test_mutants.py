@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from correctness.mutants import MUTANTS, Mutant, table
-from correctness.mutants.mutant import KILLED, judge, require_killed, verdicts
+from correctness.mutants.mutant import judge, require_killed, verdicts
 
 
 def test_mutant_is_killed(mutant: Mutant, pytestconfig: pytest.Config, record_property: Callable) -> None:
@@ -58,12 +58,3 @@ def test_a_mutant_killed_for_another_reason_fails() -> None:
         AssertionError, match="for another reason: .* must say 'y is wrong', it says 'the grad"
     ):
         require_killed(HARMLESS, "the gradient of x is missing")
-
-
-def test_the_committed_table_lists_the_mutants_of_this_checkout_and_all_are_killed() -> None:
-    committed = table.read()
-    assert list(zip(committed["kind"], committed["mutant"], strict=True)) == [
-        (m.kind, m.name) for m in MUTANTS
-    ]
-    assert set(committed["verdict"]) == {KILLED}
-    assert table.SUMMARY.read_text(encoding="utf-8") == table.summary(committed)
