@@ -33,8 +33,6 @@ def possible(problem: Problem) -> bool:
         return False
     if p.exact and p.output_activation == "relu" and not p.bias:
         return False
-    if p.gates == "zero_rows":
-        return False
     if p.combine == "logsumexp" and (
         p.gates in ("signed", "cancelling") or (p.gates == "one_zero" and p.K == 1)
     ):
