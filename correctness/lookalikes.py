@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from correctness.mutants import grouped
 from moe_impls.functional import accumulation_dtype, activate, combine_slots, expert_mlp
 from moe_impls.interface import GATED_ACTIVATIONS, Experts, Implementation, Routing, Support
 
@@ -486,4 +487,4 @@ LOOKALIKES = tuple(
         (tokens_as_columns, PLAIN),
         (larger_buffer, PLAIN),
     )
-)
+) + (Implementation("grouped", grouped.forward, grouped.SUPPORT),)  # what most mutants are edits of

@@ -509,8 +509,8 @@ MEMORY: tuple[Mutant, ...] = (
     _memory(
         "input_gradient_starts_from_unwritten_memory",
         """
-        - dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows.to(wide))
-        + dx = torch.empty(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows.to(wide))
+        - dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows)
+        + dx = torch.empty(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows)
         """,
         killed_by="dirty_memory",
         finding="the gradient of x",
@@ -586,8 +586,8 @@ GRADIENTS: tuple[Mutant, ...] = (
     _gradients(
         "input_gradient_of_the_last_choice_only",
         """
-        - dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows.to(wide))
-        + dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_copy_(0, token, dx_rows.to(wide))
+        - dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows)
+        + dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_copy_(0, token, dx_rows)
         """,
         killed_by="values",
         finding="the gradient of x",
@@ -596,7 +596,7 @@ GRADIENTS: tuple[Mutant, ...] = (
         "weight_gradient_without_the_gate",
         """
         - dw_out[e] += d_out[tile].T @ a
-        + dw_out[e] += d_rows[tile].to(a.dtype).T @ a
+        + dw_out[e] += d_rows[tile].T @ a
         """,
         killed_by="values",
         finding="the gradient of w_out",
@@ -605,7 +605,7 @@ GRADIENTS: tuple[Mutant, ...] = (
     _gradients(
         "bias_gradient_without_the_gate",
         """
-        - db_out[e] += d_out[tile].to(wide).sum(dim=0)
+        - db_out[e] += d_out[tile].sum(dim=0)
         + db_out[e] += d_rows[tile].sum(dim=0)
         """,
         killed_by="values",
@@ -614,8 +614,8 @@ GRADIENTS: tuple[Mutant, ...] = (
     _gradients(
         "bias_gradient_of_the_first_row_only",
         """
-        - db_in[e] += dh.to(wide).sum(dim=0)
-        + db_in[e] += dh[0].to(wide)
+        - db_in[e] += dh.sum(dim=0)
+        + db_in[e] += dh[0]
         """,
         killed_by="values",
         finding="the gradient of b_in",
@@ -634,7 +634,7 @@ GRADIENTS: tuple[Mutant, ...] = (
         "weight_gradient_from_unsorted_rows",
         """
         - dw_in[e] += dh.T @ rows[tile]
-        + dw_in[e] += dh.T @ x.repeat_interleave(gates.shape[1], 0)[tile]
+        + dw_in[e] += dh.T @ x.repeat_interleave(gates.shape[1], 0)[tile].to(wide)
         """,
         killed_by="values",
         finding="the gradient of w_in",
@@ -877,9 +877,9 @@ STATE: tuple[Mutant, ...] = (
     _state(
         "gradient_buffer_never_cleared",
         """
-        - dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows.to(wide))
+        - dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows)
         + dx = KEPT.setdefault((x.shape, wide), torch.zeros(x.shape, dtype=wide))
-        + dx.index_add_(0, token, dx_rows.to(wide))
+        + dx.index_add_(0, token, dx_rows)
         """,
         killed_by="gradients_accumulate",
         finding="the gradient of x",

@@ -105,13 +105,14 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)  # or the sums over tokens would be rounded tile by tile
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, gates, w_in, b_in, w_out, b_out, order, h, out, y = ctx.saved_tensors
         counts, activation, output_activation, combine = ctx.rest
         wide = torch.promote_types(x.dtype, torch.float32)
         token = order // gates.shape[1]
         gate = gates.flatten()[order, None].to(wide)  # [T * K, 1]
-        rows = x.index_select(0, token)
+        rows = x.index_select(0, token).to(wide)
         d_rows = dy[token].to(wide)  # [T * K, O]
         f = out.to(wide)
         if output_activation == "relu":
@@ -123,23 +124,24 @@ class _Grouped(torch.autograd.Function):
         d_gate = (d_rows * (share if combine == "logsumexp" else f)).sum(dim=1)
         d_out = gate * share * d_rows
         d_out = d_out * (out > 0) if output_activation == "relu" else d_out
-        d_out = d_out.to(x.dtype)  # [T * K, O]
+        d_out = d_out.to(x.dtype).to(wide)  # [T * K, O]
 
         dx_rows = torch.empty_like(rows)
         dw_in, dw_out = (torch.zeros_like(w, dtype=wide) for w in (w_in, w_out))
         db_in, db_out = (None if b is None else torch.zeros_like(b, dtype=wide) for b in (b_in, b_out))
         for e, tile in tiles(counts):
             a = act(h[tile], activation)
-            da = d_out[tile] @ w_out[e]
+            da = d_out[tile].to(x.dtype) @ w_out[e]
             dh = act_backward(h[tile], da, activation)
             dx_rows[tile] = dh @ w_in[e]
+            a, dh = a.to(wide), dh.to(wide)  # the weights' gradients are sums over tokens
             dw_in[e] += dh.T @ rows[tile]
             dw_out[e] += d_out[tile].T @ a
             if db_in is not None:
-                db_in[e] += dh.to(wide).sum(dim=0)
+                db_in[e] += dh.sum(dim=0)
             if db_out is not None:
-                db_out[e] += d_out[tile].to(wide).sum(dim=0)
-        dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows.to(wide))
+                db_out[e] += d_out[tile].sum(dim=0)
+        dx = torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, token, dx_rows)
         dgates = torch.empty_like(d_gate).index_copy_(0, order, d_gate).view(gates.shape)
 
         grads = (dx, None, dgates, dw_in, db_in, dw_out, db_out)
