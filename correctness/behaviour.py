@@ -18,7 +18,7 @@ import torch.utils.deterministic as torch_deterministic
 from torch import Tensor
 
 from correctness import compare
-from correctness.compare import CheckFailed, Graph, calls, finish, hold, hold_calls, run, start
+from correctness.compare import CheckFailed, Graph, calls, finish, hold, hold_calls, run, start, what
 from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
 from correctness.settings import require_unchanged
 from moe_impls.interface import Experts, Implementation, Routing
@@ -83,7 +83,7 @@ def inputs_unchanged(subject: Implementation, problem: Problem) -> None:
                     value.numel()
                     and value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
                 ):
-                    raise CheckFailed(f"{_what(result)} shares its memory with the input {name}")
+                    raise CheckFailed(f"{what(result)} shares its memory with the input {name}")
 
 
 def new_contents(subject: Implementation, problem: Problem) -> None:
@@ -101,7 +101,7 @@ def new_contents(subject: Implementation, problem: Problem) -> None:
         for name, t in before.items():
             if not torch.equal(t, copies[name]):
                 raise CheckFailed(
-                    f"{_what(name)} that an earlier call returned was overwritten by a later one"
+                    f"{what(name)} that an earlier call returned was overwritten by a later one"
                 )
 
 
@@ -150,12 +150,8 @@ def changing_sizes(subject: Implementation, problem: Problem) -> None:
     for T, name, t, copy in returned:
         if not torch.equal(t, copy):
             raise CheckFailed(
-                f"{_what(name)} that a call with {T} tokens returned was overwritten by a later one"
+                f"{what(name)} that a call with {T} tokens returned was overwritten by a later one"
             )
-
-
-def _what(name: str) -> str:
-    return "y" if name == "y" else f"the gradient of {name}"
 
 
 def _filled(shape: list[int], like: Tensor) -> Tensor:
@@ -336,7 +332,7 @@ def results_are_the_callers(subject: Implementation, problem: Problem) -> None:
                     try:
                         t.add_(torch.nan)
                     except RuntimeError as error:
-                        raise CheckFailed(f"{_what(name)} cannot be written to: {one_line(error)}") from error
+                        raise CheckFailed(f"{what(name)} cannot be written to: {one_line(error)}") from error
     hold_calls(subject, problem, inputs)
 
 
@@ -393,7 +389,7 @@ def deterministic(subject: Implementation, problem: Problem) -> None:
             for name, want in before.items():
                 if not torch.equal(again[name], want):
                     raise CheckFailed(
-                        f"{_what(name)} differs between call 1 and call {repeat + 1} on equal inputs"
+                        f"{what(name)} differs between call 1 and call {repeat + 1} on equal inputs"
                     )
 
 

@@ -258,6 +258,11 @@ def judge(found: dict[str, float], results: dict[str, Tensor], ref: Reference) -
             raise CheckFailed(describe(results, ref, name), found)
 
 
+def what(name: str) -> str:
+    """A result in words, by its name: y, or the gradient of an input."""
+    return "y" if name == "y" else f"the gradient of {name}"
+
+
 def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
     """What is wrong with one tensor: where, how much, what it looks like, how to see it again."""
     rows, budget = errors(results, ref, name), ref.budget[name]
@@ -270,7 +275,6 @@ def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
     else:
         place = f"expert {ref.oracle.kept[index[0]]}, row {index[1]}"
     bad = rows > budget
-    what = "y" if name == "y" else f"the gradient of {name}"
     oracle, problem = ref.oracle, ref.problem
     wrong = Wrong(
         name=name,
@@ -283,7 +287,7 @@ def describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
         kept=oracle.kept,
     )
     return (
-        f"{what} is wrong at {place}: error {error:.3g} of the row's scale, budget {budget:.3g} "
+        f"{what(name)} is wrong at {place}: error {error:.3g} of the row's scale, budget {budget:.3g} "
         f"({dtype_name(problem.dtype)}); {int(bad.sum())} of {bad.numel()} rows are over it"
         f"{_hint(wrong)}\n  reproduce: {problem.code()}"
     )
@@ -305,29 +309,44 @@ def hold(results: dict[str, Tensor], problem: Problem, inputs: Inputs | None = N
     Raises:
         CheckFailed: for the first tensor that is not right.
     """
-    if not problem.exact:
-        with_gradients = len(results) > 1 or "y" not in results
-        ref = reference(problem) if inputs is None else make_reference(problem, inputs, with_gradients)
-        return require(results, ref)
-    want = oracle_values(problem) if inputs is None else _exact_values(problem, inputs)
-    for name, got in results.items():
-        if not torch.equal(got, want[name]):
-            inputs = make_inputs(problem) if inputs is None else inputs
-            raise CheckFailed(_describe_exact(name, got, want[name], problem, inputs))
-    return dict.fromkeys(results, 0.0)
+    with_gradients = len(results) > 1 or "y" not in results
+    return _held_to(problem, inputs, with_gradients)(results)
 
 
 def hold_calls(subject: Implementation, problem: Problem, inputs: Inputs | None = None) -> dict[str, float]:
-    """``hold`` for all ``calls`` of a subject: the worst of them, by tensor."""
+    """``hold`` for all ``calls`` of a subject: the worst of them, by tensor.
+
+    What is right is made once, and after the calls: while they run there is nothing to copy it from.
+    """
+    found = list(calls(subject, problem, inputs))
+    require_right = _held_to(problem, inputs, subject.support.gradients)
     worst: dict[str, float] = {}
-    for results in calls(subject, problem, inputs):
-        for name, fraction in hold(results, problem, inputs).items():
+    for results in found:
+        for name, fraction in require_right(results).items():
             worst[name] = max(fraction, worst.get(name, 0.0))
     return worst
 
 
+def _held_to(
+    problem: Problem, inputs: Inputs | None, gradients: bool
+) -> Callable[[dict[str, Tensor]], dict[str, float]]:
+    """What `hold` does with results of one problem on one set of inputs."""
+    if not problem.exact:
+        ref = reference(problem) if inputs is None else make_reference(problem, inputs, gradients)
+        return lambda results: require(results, ref)
+    want = oracle_values(problem) if inputs is None else _exact_values(problem, inputs)
+
+    def require_equal(results: dict[str, Tensor]) -> dict[str, float]:
+        for name, got in results.items():
+            if not torch.equal(got, want[name]):
+                used = make_inputs(problem) if inputs is None else inputs
+                raise CheckFailed(_describe_exact(name, got, want[name], problem, used))
+        return dict.fromkeys(results, 0.0)
+
+    return require_equal
+
+
 def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem, inputs: Inputs) -> str:
-    what = name if name == "y" else f"the gradient of {name}"
     where = (got != want).nonzero()
     first = tuple(where[0].tolist())
     wrong = Wrong(
@@ -341,7 +360,7 @@ def _describe_exact(name: str, got: Tensor, want: Tensor, problem: Problem, inpu
         kept=list(range(problem.E)),
     )
     return (
-        f"{what} at {list(first)} is {got[first].item()!r}, exactly {want[first].item()!r} is right; "
+        f"{what(name)} at {list(first)} is {got[first].item()!r}, exactly {want[first].item()!r} is right; "
         f"{len(where)} of {want.numel()} entries differ{_hint(wrong)}\n  reproduce: {problem.code()}"
     )
 

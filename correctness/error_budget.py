@@ -11,17 +11,20 @@ Nothing on the page is typed by hand that one of them can say.
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
-from correctness.problems import Problem
-from moe_impls.interface import Implementation, dtype_name
+import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[1]
+from correctness.pages import markdown_table, write_atomically
+from correctness.problems import Problem
+from correctness.provenance import ROOT
+from correctness.summary import TENSORS
+from moe_impls.interface import DTYPES, Implementation, dtype_name
+
 CSV, PAGE = ROOT / "results" / "error_budget.csv", ROOT / "docs" / "error-budget.md"
 BEGIN, END = "<!-- begin: python -m correctness.error_budget -->\n", "<!-- end -->\n"
 COLUMNS = ("implementation", "dtype", "tensor", "seeds", "comparisons", "worst_fraction", "problem")
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-TENSORS = ("y", "x", "gates", "w_in", "b_in", "w_out", "b_out")
 
 
 class Worst:
@@ -41,12 +44,13 @@ class Worst:
             row["worst"] = max(row["worst"], (fraction, problem.id))
 
     def write(self, path: str | Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for key, row in self._rows.items():
-                fraction, problem = row["worst"]
-                writer.writerow([*key, len(row["seeds"]), row["comparisons"], f"{fraction:.3g}", problem])
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for key, row in self._rows.items():
+            fraction, problem = row["worst"]
+            writer.writerow([*key, len(row["seeds"]), row["comparisons"], f"{fraction:.3g}", problem])
+        write_atomically(Path(path), text.getvalue().encode())
 
 
 def read(path: str | Path = CSV) -> list[dict[str, str]]:
@@ -62,16 +66,15 @@ def tables(rows: list[dict[str, str]]) -> str:
         f"{count} implementations, {comparisons:,} tensors compared on {max(seeds)} seeds of each problem.\n"
     ]
     for column, names in (("tensor", TENSORS), ("implementation", [row["implementation"] for row in rows])):
-        lines += [f"| {column} | {' | '.join(DTYPES)} |", "|---|" + "---:|" * len(DTYPES)]
+        table = []
         for name in dict.fromkeys(names):
-            cells = []
-            for dtype in DTYPES:
-                found = [
-                    float(r["worst_fraction"]) for r in rows if r[column] == name and r["dtype"] == dtype
-                ]
-                cells.append(f"{max(found):.2f}" if found else "")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
+            of_name = [row for row in rows if row[column] == name]
+            cells = {column: name}
+            for dtype in map(dtype_name, DTYPES):
+                found = [float(row["worst_fraction"]) for row in of_name if row["dtype"] == dtype]
+                cells[dtype] = f"{max(found):.2f}" if found else ""
+            table.append(cells)
+        lines += [markdown_table(pd.DataFrame(table)), ""]
     return "\n".join(lines)
 
 
@@ -83,4 +86,4 @@ def page_with(text: str, rows: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
+    write_atomically(PAGE, page_with(PAGE.read_text(encoding="utf-8"), read()).encode())

@@ -91,9 +91,8 @@ def done_when_it_returns(subject: Implementation, problem: Problem) -> None:
     """The result is complete when it is returned: no thread that was started goes on, and nothing changes."""
     inputs = make_inputs(problem)
     with torch.no_grad():
-        subject.forward(
-            inputs.x, inputs.routing, inputs.experts, combine=problem.combine
-        )  # imports, starts pools
+        # The first call may import modules and start pools of threads.
+        subject.forward(inputs.x, inputs.routing, inputs.experts, combine=problem.combine)
         before = set(threading.enumerate())
         y = subject.forward(inputs.x, inputs.routing, inputs.experts, combine=problem.combine)
         check_output(y, inputs)

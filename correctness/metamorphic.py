@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from correctness.compare import CheckFailed, call
+from correctness.compare import CheckFailed, call, what
 from correctness.problems import Inputs, Problem, make_inputs
 from moe_impls.interface import Experts, Implementation, Routing
 
@@ -22,8 +22,7 @@ def _equal(relation: str, got: Results, want: Results) -> None:
     for name, value in want.items():
         if not torch.equal(got[name], value):
             different = (got[name] != value).flatten(1).any(dim=1).nonzero().flatten().tolist()
-            what = name if name == "y" else f"the gradient of {name}"
-            raise CheckFailed(f"{relation}, but {what} differs in rows {different[:8]}")
+            raise CheckFailed(f"{relation}, but {what(name)} differs in rows {different[:8]}")
 
 
 def _order(n: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from correctness import blame, isolation, limits, problems
 from correctness.checks import CHECKS, Case, Check, gradcheck
 from correctness.compare import CheckFailed
 from correctness.layer_checks import LayerCase, LayerCheck, resolve_layer, values
+from correctness.provenance import ROOT
 from correctness.router_checks import RouterProblem
 from correctness.router_checks import cases as router_cases
 from correctness.summary import Facts, Result, told
@@ -25,7 +26,6 @@ from moe_impls.registry import ResolveError, load_function, resolve
 
 pytest_plugins = "pytester"
 
-ROOT = Path(__file__).resolve().parents[1]
 VALUES = next(check for check in CHECKS if check.name == "values")
 
 SUBJECTS = """
