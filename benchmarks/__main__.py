@@ -1,8 +1,9 @@
-"""``python -m benchmarks report|profile``; the sweep is ``pytest benchmarks``."""
+"""``python -m benchmarks COMMAND``; the sweep is ``pytest benchmarks``."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import profile, record, report
+from benchmarks import comparison, figures, history, profile, record, report, tune, versions
 from benchmarks.workloads import MODELS, MODES, Workloads
+from correctness.compare import CheckFailed
 from correctness.problems import LOADS
 from correctness.provenance import ROOT
+from moe_impls import auto
 from moe_impls.interface import DEVICES, DTYPES, RouterSpec, check_choice, dtype_name
-from moe_impls.registry import resolve
+from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
 
 SIZES = ("T", "D", "H", "E", "K")
 RESULTS = ROOT / "results"
@@ -27,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -39,7 +42,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="report|profile", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        required=True, metavar="report|profile|tune|compare|gate|figures|history", parser_class=_Parser
+    )
 
     made = commands.add_parser("report", help="make report.md and its plots from CSV files")
     made.add_argument("folders", nargs="*", type=Path, metavar="DIR", help=(
@@ -62,7 +67,120 @@ def _parser() -> argparse.ArgumentParser:
         profiled.add_argument(f"--{size}", type=int, metavar="N", help="size; with --model only --T")
     profiled.add_argument("--out", type=Path, metavar="DIR", help="results/<machine>/profiles unless given")
     profiled.set_defaults(run=_profile)
+
+    tuned = commands.add_parser("tune", help="measure which implementation `auto` takes on this machine")
+    tuned.add_argument("--quick", action="store_true", help="a quarter of the cells")
+    tuned.add_argument("--out", type=Path, metavar="FILE", help="where auto looks, unless given")
+    tuned.set_defaults(run=_tune)
+
+    compared = commands.add_parser("compare", help="two implementations, or two versions of one, in rounds")
+    compared.add_argument("impl", nargs="*", metavar="NAME", help=(
+        "two names as for --impl elsewhere (default: index_add sorted_dispatch), or with --base one"
+    ))  # fmt: skip
+    gated = commands.add_parser("gate", help="exit status 1 if an implementation is slower than at a commit")
+    gated.add_argument("--impl", action="append", metavar="NAME", help=(
+        "only this implementation (repeatable); all that both versions have, unless given"
+    ))  # fmt: skip
+    gated.add_argument("--threshold", type=float, default=0.1, metavar="X", help=(
+        "what counts as slower: 0.1 is a tenth (the default)"
+    ))  # fmt: skip
+    for command, needed in ((compared, False), (gated, True)):
+        command.add_argument("--base", metavar="REF", required=needed, help=(
+            "a commit, or a folder with another version of moe_impls"
+        ))  # fmt: skip
+        command.add_argument("--seconds", type=float, default=comparison.SECONDS, metavar="S", help=(
+            f"for the samples of each of the two on each problem (default: {comparison.SECONDS:g})"
+        ))  # fmt: skip
+        command.add_argument("--threads", type=int, metavar="N", help="threads that torch computes with")
+        command.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
+        command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    made = commands.add_parser("figures", help="measure what the measurement is worth: 20 minutes")
+    made.add_argument("--quick", action="store_true", help="fewer trials: a minute")
+    made.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the table and page")
+    made.set_defaults(run=_figures)
+    kept = commands.add_parser("history", help="keep a summary of a run; plot them over commits")
+    kept.add_argument("what", choices=("add", "plot"))
+    kept.add_argument("csv", nargs="*", type=Path, metavar="CSV", help="of add: the files of sweeps")
+    kept.add_argument("--folder", type=Path, default=RESULTS / "history", metavar="DIR")
+    kept.set_defaults(run=_history)
+    compared.set_defaults(run=_compare)
+    gated.set_defaults(run=_gate)
     return parser
+
+
+def _figures(options: argparse.Namespace) -> int:
+    found = figures.all_figures(options.quick)
+    for path in figures.write(options.out, found, options.quick):
+        print(path)
+    return 0 if all(figure.reached for figure in found) else 1
+
+
+def _history(options: argparse.Namespace) -> int:
+    if (options.what == "add") != bool(options.csv):
+        raise ValueError("history add needs the CSV of a sweep, history plot takes none")
+    paths = [history.add(csv, options.folder) for csv in options.csv] or history.plot(options.folder)
+    for path in paths:
+        print(path)
+    return 0
+
+
+def _settle(options: argparse.Namespace) -> None:
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds is {options.seconds}; it must be above 0")
+    if options.threads is not None:
+        check_choice("--threads", options.threads, tuple(range(1, (os.cpu_count() or 1) + 1)))
+        torch.set_num_threads(options.threads)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    _settle(options)
+    names = options.impl or (["sorted_dispatch"] if options.base else ["index_add", "sorted_dispatch"])
+    wanted = 1 if options.base else 2
+    if len(names) != wanted:
+        raise ValueError(f"{len(names)} implementations are given; it must be {wanted}")
+    if options.base:
+        with versions.checked_out(options.base) as base:
+            found = list(comparison.base_and_here(base, resolve(names[0]), options.seconds))
+        title = f"{names[0]} here, relative to {options.base}"
+    else:
+        first, second = map(resolve, names)
+        found = list(comparison.implementations(first, second, options.seconds))
+        title = f"{second.name}, relative to {first.name}"
+    _tell(options, found, title)
+    return 0 if any(c.ratio for c in found) else 1
+
+
+def _gate(options: argparse.Namespace) -> int:
+    _settle(options)
+    if not 0 < options.threshold < 10:
+        raise ValueError(f"--threshold is {options.threshold}; it must be in (0, 10)")
+    with versions.checked_out(options.base) as base:
+        there = versions.names_in(base)
+        usual = [name for name in IMPLEMENTATIONS if name in there and not name.endswith(PREPARED)]
+        subjects = [resolve(name) for name in options.impl or usual]
+        subjects = [s for s in subjects if options.impl or not s.support.compiles_per_case]
+        found, slower = comparison.gate(base, subjects, options.threshold, options.seconds)
+    _tell(options, found, f"here, relative to {options.base}")
+    if not slower:
+        print(f"no implementation is slower than at {options.base} by more than {options.threshold:.0%}")
+        return 0
+    comparison.show(slower, f"slower than at {options.base} by more than {options.threshold:.0%}, twice")
+    return 1
+
+
+def _tell(options: argparse.Namespace, found: list[comparison.Compared], title: str) -> None:
+    comparison.show(found, title)
+    for path, write in ((options.csv, comparison.write_csv), (options.markdown, comparison.write_markdown)):
+        if path is not None:
+            write(path, found)
+            print(path)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    path = options.out or auto.tuned_path()
+    tune.tune(path, quick=options.quick)
+    print(path)
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

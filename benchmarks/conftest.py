@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import record, report
+from benchmarks import plan, record, report
+from benchmarks.measure import CACHES
+from benchmarks.plan import SIZES
 from benchmarks.progress import SweepProgress
 from benchmarks.sweep import Settings, measure_workload
 from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads
@@ -20,7 +23,6 @@ from correctness.provenance import ROOT
 from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 
-SIZES = ("T", "D", "H", "E", "K")
 SELF_TESTS = Path(__file__).parent / "tests"
 
 
@@ -33,7 +35,9 @@ class Sweep:
     environment: record.Environment
     settings: Settings
     out: Path
-    csv: Path | None = None
+    csv: Path | None = None  # of a sweep that is continued, or once it begins
+    rows: dict[str, dict[str, record.Row]] = field(default_factory=dict)  # that are in the file already
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     finished: int = 0  # workloads whose rows are written
     progress: SweepProgress | None = None
     closing_lines: list[str] = field(default_factory=list)
@@ -61,6 +65,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(f"--{size}", dest=size, action="append", type=int, metavar="N", help=(
             f"measure this {size} (repeatable) in place of the grid's; with --model only --T"
         ))  # fmt: skip
+    group.addoption("--cache", default="warm", metavar="NAME", help=(
+        f"{', '.join(CACHES)}: what the caches hold before each call (default: warm)"
+    ))  # fmt: skip
+    group.addoption("--threads", type=int, metavar="N", help="threads that torch computes with on the CPU")
     group.addoption("--seed", default=0, type=int, metavar="N", help="seed of inputs and routing")
     group.addoption("--seconds", type=float, metavar="S", help=(
         f"time for the samples of each cell, at the least 7 rounds; by grid: {SECONDS}"
@@ -68,14 +76,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cell-timeout", default=Settings.call_timeout_s, type=float, metavar="S", help=(
         "what any one call of an implementation may take, the first with its compilation included"
     ))  # fmt: skip
+    group.addoption("--resume", metavar="CSV", help=(
+        "continue an interrupted sweep, with its options; what its file holds is not measured again"
+    ))  # fmt: skip
     group.addoption("--out", metavar="DIR", help="folder of the CSV and the report (results/<machine>)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
+        if config.option.resume:
+            _take_options_of(Path(config.option.resume), config)
         config.stash[SWEEP] = _sweep(config)
     except (ValueError, ResolveError) as error:
         raise pytest.UsageError(str(error)) from error
+
+
+# What a sweep that is continued takes from its plan, with the defaults.
+PLANNED = {"grid": None, "impl": None, "model": None, "mode": None, "device": "cpu", "dtype": "float32",
+           "load": None, "cache": "warm", "threads": None, "seed": 0, "seconds": None,
+           "cell_timeout": Settings.call_timeout_s, **dict.fromkeys(SIZES), "keyword": ""}  # fmt: skip
+
+
+def _given(config: pytest.Config) -> dict[str, object]:
+    """The options of the sweep that are not their defaults."""
+    values = {name: getattr(config.option, name) for name in PLANNED}
+    return {name: value for name, value in values.items() if value != PLANNED[name]}
+
+
+def _take_options_of(csv: Path, config: pytest.Config) -> None:
+    if given := _given(config):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names} cannot be given with --resume, which takes the options of {csv}")
+    if config.option.out:
+        raise ValueError("--out cannot be given with --resume, whose file lies where it is")
+    if not csv.is_file():
+        raise ValueError(f"--resume: {csv} does not exist or is no file")
+    for name, value in plan.read(csv).options.items():
+        setattr(config.option, name, value)
 
 
 def _sweep(config: pytest.Config) -> Sweep:
@@ -87,6 +124,11 @@ def _sweep(config: pytest.Config) -> Sweep:
         raise ValueError("--device is cuda, but torch finds no CUDA device here")
     for mode in option.mode or ():
         check_choice("--mode", mode, MODES)
+    check_choice("--cache", option.cache, CACHES)
+    if option.threads is not None:
+        cpus = os.cpu_count() or 1
+        check_choice("--threads", option.threads, tuple(range(1, cpus + 1)))
+        torch.set_num_threads(option.threads)
     for name in ("seconds", "cell_timeout"):
         if getattr(option, name) is not None and not getattr(option, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(option, name)}; it must be above 0")
@@ -98,16 +140,29 @@ def _sweep(config: pytest.Config) -> Sweep:
         for problem in block.problems():
             made = replace(problem, device=device, dtype=getattr(torch, dtype), seed=option.seed)
             for mode in option.mode or MODES:
-                cells[_cell_id(made, mode)] = (made, mode)
+                cells[plan.cell_id(made, mode)] = (made, mode)
     name = "-".join(option.model or [grid])
-    environment = record.environment(device, record.slug(name))
+    environment = record.environment(device, record.slug(name), option.cache)
+    csv = Path(option.resume) if option.resume else None
+    if csv is not None and (before := record.read(csv)):
+        environment = _continued(csv, before[0], environment)
     return Sweep(
         cells,
         {implementation.name: implementation for implementation in implementations},
         environment,
         Settings(option.seconds or SECONDS[grid], call_timeout_s=option.cell_timeout),
-        Path(option.out or ROOT / "results" / environment.machine),
+        csv.parent if csv else Path(option.out or ROOT / "results" / environment.machine),
+        csv,
     )
+
+
+def _continued(csv: Path, first: record.Row, now: record.Environment) -> record.Environment:
+    """The environment of a sweep that goes on: the run is the same, so all else must be."""
+    for name in ("machine", "device_name", "torch_version", "threads", "git_commit"):
+        before, value = getattr(first, name), getattr(now, name)
+        if before != value:
+            raise ValueError(f"--resume: {csv} was measured with {name} {before}, this is {value}")
+    return replace(now, run_id=first.run_id)
 
 
 def _blocks(config: pytest.Config, grid: str) -> list[Workloads]:
@@ -146,12 +201,6 @@ def _blocks(config: pytest.Config, grid: str) -> list[Workloads]:
     return blocks
 
 
-def _cell_id(p: Problem, mode: str) -> str:
-    load = [] if p.load == "uniform" else [p.load]
-    sizes = [f"{size}{getattr(p, size)}" for size in SIZES]
-    return "-".join([p.name, *sizes, *load, dtype_name(p.dtype), p.device, mode])
-
-
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """The tests of the benchmark code run when asked for by path, not as part of a sweep."""
     if collection_path != SELF_TESTS:
@@ -186,9 +235,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             "-n cannot be given: workloads that are timed side by side disturb each other"
         )
     sweep = config.stash[SWEEP]
-    path = sweep.out / f"{sweep.environment.run_id}.csv"
+    path = sweep.csv or sweep.out / f"{sweep.environment.run_id}.csv"
     try:
-        record.create(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep.lock.enter_context(record.locked(path))
+        if sweep.csv is None:
+            plan.write(path, _given(config), chosen)
+            record.create(path)
+        elif record.repair(path):
+            sweep.closing_lines.append("the last line of the file was not whole; its row was measured again")
+        sweep.rows = plan.done(path)
+    except record.RecordError as error:
+        raise pytest.UsageError(str(error)) from error
     except OSError as error:
         raise pytest.UsageError(f"--out: {path} cannot be written: {error.strerror or error}") from error
     sweep.csv = path
@@ -210,10 +268,13 @@ def rows(request: pytest.FixtureRequest) -> dict[str, record.Row]:
     capture: Any = request.config.pluginmanager.get_plugin("capturemanager")  # lets progress be seen
     with capture.global_and_fixture_disabled():
         sweep.progress.begin(request.param)
-    chosen = [sweep.implementations[name] for name in names]
-    measured = measure_workload(problem, mode, chosen, sweep.environment, sweep.settings)
-    for row in measured.values():
-        record.append(sweep.csv, row)
+    measured = dict(sweep.rows.get(request.param, {}))
+    chosen = [sweep.implementations[name] for name in names if name not in measured]
+    if chosen:
+        new = measure_workload(problem, mode, chosen, sweep.environment, sweep.settings)
+        for row in new.values():
+            record.append(sweep.csv, row)
+        measured |= new
     sweep.finished += 1
     with capture.global_and_fixture_disabled():
         sweep.progress.finish(request.param, list(measured.values()))
@@ -260,8 +321,9 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config):
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     sweep = session.config.stash.get(SWEEP, None)
-    if sweep is None or sweep.csv is None:
+    if sweep is None or sweep.csv is None or not sweep.csv.exists():
         return
+    sweep.lock.close()
     if sweep.progress is not None:
         sweep.progress.close()
     planned = len(_selected(session.items))

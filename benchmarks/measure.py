@@ -1,4 +1,4 @@
-"""The only timer, the memory probe, and the limit that every time is set against.
+"""The only timer.
 
 Times are compared only with times taken in the same minute: all candidates of one problem run in rounds,
 one after the other, in alternating order, and every raw sample is kept.
@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from correctness import compare
 from correctness.problems import Inputs, Problem
@@ -31,10 +27,10 @@ Call = Callable[[], object]
 MIN_ROUNDS = 7  # samples that a median and two quantiles are taken from, at the least
 MAX_ROUNDS = 101
 WARM_UP_CALLS = 2
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # A sample is at least this long, or several calls are taken together: the clocks resolve well under a
 # thousandth of it (perf_counter some 0.1 µs, CUDA events 0.5 µs).
 MIN_SAMPLE_S = {"cpu": 1e-4, "cuda": 1e-3}
-MEMORY_RESERVE_BYTES = 512 * 2**20  # left to the rest of the machine
 
 
 class CallTimeout(BaseException):
@@ -49,8 +45,17 @@ class Timing:
     calls_per_sample: int
 
 
-def time_calls(call: Call, calls: int, device: str) -> float:
-    """Seconds a call, over ``calls`` calls; on CUDA between two events, with no synchronisation inside."""
+def time_calls(call: Call, calls: int, device: str, before: Call | None = None) -> float:
+    """Seconds a call, over ``calls`` calls; on CUDA between two events, with no synchronisation inside.
+
+    With ``before``, which is done before each call, the calls are timed one by one.
+    """
+    if before is not None:
+        total_s = 0.0
+        for _ in range(calls):
+            before()
+            total_s += time_calls(call, 1, device)
+        return total_s / calls
     if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -74,6 +79,8 @@ def interleave(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     call_timeout_s: float | None = None,
+    before: Mapping[str, Call] | None = None,
+    clock: Callable[[str, int], float] | None = None,
 ) -> dict[str, Timing | BaseException]:
     """Time all candidates in rounds; the order of a round is reversed in the next.
 
@@ -83,6 +90,8 @@ def interleave(
         seconds: time to spend on each candidate on average; the numbers of rounds bound it.
         min_rounds, max_rounds: samples taken of each candidate, at least and at most.
         call_timeout_s: what one call may take.
+        before: by the name of a candidate, what is done before each of its calls and not timed.
+        clock: of a name and a number of calls, the seconds a call, where it is not here that they are made.
 
     Returns:
         For each name its timing, or the exception that its call raised; the others go on without it.
@@ -95,7 +104,9 @@ def interleave(
     def sample(name: str, calls: int) -> float:
         try:
             with time_limit(None if call_timeout_s is None else call_timeout_s * calls):
-                return time_calls(candidates[name], calls, device)
+                if clock is not None:
+                    return clock(name, calls)
+                return time_calls(candidates[name], calls, device, (before or {}).get(name))
         except (Exception, CallTimeout) as error:
             failures[name] = error
             return 0.0
@@ -120,6 +131,29 @@ def interleave(
         if collecting:
             gc.enable()
     return {name: failures.get(name) or Timing(tuple(samples[name]), calls[name]) for name in candidates}
+
+
+CACHES = ("warm", "cold")
+FLUSH_BYTES = {"cpu": (32 * 2**20, 512 * 2**20), "cuda": (256 * 2**20, 256 * 2**20)}  # least and most
+
+
+def flusher(device: str) -> Call:
+    """A call after which the caches hold nothing of what was there: it writes more than they hold.
+
+    A last-level cache that is larger than the most that is written (of a large server, shared by its virtual
+    machines) may keep something.
+    """
+    least, most = FLUSH_BYTES["cuda" if device.startswith("cuda") else "cpu"]
+    size = min(max(least, 2 * last_level_cache_bytes()), most)
+    buffer = torch.empty(size // 4, device=device)
+    return lambda: buffer.fill_(1.0)
+
+
+def last_level_cache_bytes() -> int:
+    """The size of the largest cache of the first CPU as Linux tells it, or 0."""
+    sizes = [path.read_text().strip() for path in CPU_CACHES.glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(text[:-1]) * units[text[-1]] for text in sizes if text[-1:] in units), default=0)
 
 
 @contextlib.contextmanager
@@ -163,101 +197,8 @@ def call_of(forward: Forward, problem: Problem, inputs: Inputs, mode: str) -> Ca
     return forward_backward if gradients else forward_only
 
 
-def dense_products(problem: Problem, mode: str) -> Call:
-    """The limit: two dense matrix products on T * K rows, the same FLOPs and dtype, and one expert's weights.
-
-    With the backward, each product is followed by those of its two gradients. Nothing is routed, activated
-    or combined, and only one expert's weights are read: what remains is the arithmetic.
-    """
-    p = problem
-    generator = torch.Generator(p.device).manual_seed(p.seed)
-
-    def operands(inner: int, outer: int) -> tuple[Tensor, Tensor, Tensor]:
-        shapes = (
-            (p.T * p.K, inner),
-            (outer, inner),
-            (p.T * p.K, outer),
-        )  # rows, weight, gradient of the result
-        a, w, dy = (torch.randn(s, generator=generator, device=p.device, dtype=torch.float32) for s in shapes)
-        return a.to(p.dtype), w.to(p.dtype), dy.to(p.dtype)
-
-    pairs = (operands(p.D, p.F), operands(p.H, p.O))
-
-    def products() -> None:
-        for a, w, dy in pairs:
-            F.linear(a, w)
-            if mode == "forward_backward":
-                torch.mm(dy, w)
-                torch.mm(dy.mT, a)
-
-    return products
-
-
-def peak_memory_bytes(call: Call, device: str) -> int:
-    """The most memory that a call holds at once above what was held before it, its results included.
-
-    Exact, by the record of the allocator that tensors come from: CUDA's caching allocator, or on the CPU the
-    profiler's log of every allocation and release. Workspaces that a BLAS library takes by itself are not in
-    it.
-    """
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # of memory events
-        peak = max(peak, held)
-    return peak
-
-
-def available_memory_bytes(device: str) -> int:
-    """Memory that can still be taken: free on the GPU, or of the machine or its control group on the CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return max(0, available - MEMORY_RESERVE_BYTES)
-
-
-def needed_memory_bytes(problem: Problem, mode: str) -> int:
-    """What checking and timing any implementation takes at the least.
-
-    The inputs, a second set of them for the check after the timing (which replaces the first), and with the
-    backward a gradient for each. What an implementation holds beyond that is not foreseen here.
-    """
-    p = problem
-    weights = p.E * (p.F * p.D + p.O * p.H + (p.F + p.O if p.bias else 0))
-    tokens = p.T * (p.D + 2 * p.O) + 3 * p.T * p.K
-    widest = 4 * p.E * p.F * p.D if p.dtype.itemsize < 4 else 0  # drawn in float32, then rounded
-    sets = 3 if mode == "forward_backward" else 2
-    return p.dtype.itemsize * (weights + tokens) * sets + widest
-
-
-@contextlib.contextmanager
-def memory_limit(device: str) -> Iterator[None]:
-    """Let CPU allocations beyond the available memory fail in the block, where the kernel would kill.
-
-    Limits the address space of the process; CUDA reports exhaustion by itself and reserves addresses freely.
-    """
-    if device.startswith("cuda"):
-        yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    soft = psutil.Process().memory_info().vms + available_memory_bytes(device)
-    if before[0] != resource.RLIM_INFINITY:
-        soft = min(soft, before[0])
-    resource.setrlimit(resource.RLIMIT_AS, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+def graph_of(forward: Forward, problem: Problem, inputs: Inputs) -> Callable[[], Tensor]:
+    """The forward alone of a call with gradients: what its graph keeps is what waits for the backward."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
+    x, routing, experts = compare.assemble(inputs, leaves)
+    return lambda: forward(x, routing, experts, combine=problem.combine)

@@ -5,23 +5,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
+from correctness.pages import write_atomically
 from correctness.provenance import device_name, git_commit
 from moe_impls.interface import Routing
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATUSES = ("ok", "incorrect", "unsupported", "out_of_memory", "error", "timeout")
 
 
@@ -41,6 +45,7 @@ class Environment:
     device_name: str
     torch_version: str
     threads: int
+    cache: str  # warm | cold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,22 +84,32 @@ class Row(Environment):
     tokens_per_s: float | None = None
     flops: int
     tflop_per_s: float | None = None
+    gemm_square_tflop_per_s: float | None = None
+    gemm_experts_tflop_per_s: float | None = None
+    read_gb_per_s: float | None = None
+    copy_gb_per_s: float | None = None
+    touched_experts: int | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+    compute_limit_ms: float | None = None
+    traffic_limit_ms: float | None = None
     limit_ms: float | None = None
     efficiency: float | None = None
     compile_ms: float | None = None
     peak_memory_bytes: int | None = None
+    saved_for_backward_bytes: int | None = None
     worst_error_fraction: float | None = None
     samples_ms: tuple[float, ...] | None = None
 
 
 COLUMNS = {field.name: str(field.type) for field in dataclasses.fields(Row)}
-TIMINGS = (
-    "rounds", "calls_per_sample", "median_ms", "min_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflop_per_s",
-    "limit_ms", "efficiency", "compile_ms", "peak_memory_bytes", "worst_error_fraction", "samples_ms",
-)  # fmt: skip
+# What only rows of right results have, and all of them.
+TIMINGS = tuple(
+    name for name, kind in COLUMNS.items() if kind.endswith("| None") and name != "routing_checksum"
+)
 
 
-def environment(device: str, grid: str) -> Environment:
+def environment(device: str, grid: str, cache: str = "warm") -> Environment:
     """Capture where and with what a run is made. The machine is named by its processor, never by its host."""
     name = device_name(device)
     cores = "" if device.startswith("cuda") else f"-{os.cpu_count()}-cpus"
@@ -106,6 +121,7 @@ def environment(device: str, grid: str) -> Environment:
         device_name=name,
         torch_version=torch.__version__,
         threads=torch.get_num_threads(),
+        cache=cache,
     )
 
 
@@ -140,6 +156,36 @@ def append(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other sweeps out of a file.
+
+    Raises:
+        RecordError: another process is writing to it.
+    """
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RecordError(
+            f"{path} is being written to by another sweep (it holds {lock.lock_file})"
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def repair(path: Path) -> bool:
+    """Cut off a last line that was not written to its end; whether there was one."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        write_atomically(path, whole)
+    return len(whole) < len(content)
+
+
 def _to_text(value: object) -> str:
     if value is None:
         return ""
@@ -151,23 +197,27 @@ def _to_text(value: object) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file.
+    """The rows of a file; a last line that was not written to its end, by a sweep that was killed, is none.
 
     Raises:
         RecordError: no such file, missing or unknown columns, another schema version, a value that is not of
             its column's type, or timings that do not fit the status; with the line where it is.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            _check_header(path, header)
-            return [_parse(f"{path}, line {reader.line_num}", header, values) for values in reader]
+        text = path.read_bytes().decode()
+        reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        header = next(reader, [])
+        lines = [(f"{path}, line {reader.line_num}", values) for values in reader]
+        _check_header(path, header, lines[0][1] if lines else [])
+        return [_parse(place, header, values) for place, values in lines]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{path} cannot be read: {error}") from error
 
 
-def _check_header(path: Path, header: list[str]) -> None:
+def _check_header(path: Path, header: list[str], first: list[str]) -> None:
+    version = dict(zip(header, first, strict=False)).get("schema_version", str(SCHEMA_VERSION))
+    if version != str(SCHEMA_VERSION):
+        raise RecordError(f"{path}, line 2: schema_version is {version}; this version reads {SCHEMA_VERSION}")
     missing = [name for name in COLUMNS if name not in header]
     unknown = [name for name in header if name not in COLUMNS]
     if missing:

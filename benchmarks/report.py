@@ -24,13 +24,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks import record
+from benchmarks import plan, record, roofline
 from benchmarks.record import RecordError, slug
 from correctness.pages import markdown_table, write_atomically
 
 # What two rows must share to be times of the same thing.
-LAYER = ["device", "device_name", "threads", "torch_version", "workload", "D", "H", "O", "activation",
-         "output_activation", "combine", "bias", "dtype", "seed"]  # fmt: skip
+LAYER = ["device", "device_name", "threads", "cache", "torch_version", "workload", "D", "H", "O",
+         "activation", "output_activation", "combine", "bias", "dtype", "seed"]  # fmt: skip
 CELL = [*LAYER, "load", "T", "E", "K", "mode"]
 AXES = {"T": "tokens T", "E": "experts E", "K": "experts per token K"}
 MODE_TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -128,9 +128,7 @@ def _axis_figure(rows: pd.DataFrame, axis: str, panels: str, title: str, styles:
             top.fill_between(line[axis], line["p20_ms"], line["p80_ms"], color=colour, alpha=0.2, linewidth=0)
             bottom.plot(line[axis], line["relative"], **style)
         limit = rows[rows[panels] == value].groupby(axis)["limit_ms"].median()
-        top.plot(
-            limit.index, limit, color="0.4", linestyle="--", label="limit: dense products of the same FLOPs"
-        )
+        top.plot(limit.index, limit, color="0.4", linestyle="--", label="limit: dense products, or traffic")
         top.set_title(f"{panels} = {value}")
         bottom.set_xlabel(AXES[axis])
         for axes in (top, bottom):
@@ -174,7 +172,7 @@ def efficiency_figures(table: pd.DataFrame, styles: dict) -> dict[str, Figure]:
             axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
             axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
             axes.grid(True, color="0.9")
-        grid[0, 0].set_ylabel("efficiency, % of the dense limit")
+        grid[0, 0].set_ylabel("efficiency, % of the limit")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
         figure.suptitle(f"{dtype}, {device_name}", fontsize="medium")
@@ -240,7 +238,7 @@ def winners(table: pd.DataFrame) -> pd.DataFrame:
 
 def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]) -> str:
     ok, best = table[table["status"] == "ok"], winners(table)
-    parts = ["# Mixture-of-experts layers: measured times", _summary(table, best)]
+    parts = ["# Mixture-of-experts layers: measured times", _summary(table, best), *_incomplete(files)]
 
     parts.append("## Environment")
     columns = ["run_id", "machine", "device_name", "device", "threads", "torch_version", "git_commit"]
@@ -256,13 +254,23 @@ def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]
     parts += [_image(name) for name in figures if name.startswith("time-")] or ["No axis takes two values."]
     parts.append("## Efficiency")
     parts.append(
-        "The limit is two dense matrix products with the same FLOPs, rows and dtype (six with the backward), "
-        "on one expert's weights, timed between the implementations. Efficiency is limit / time. FLOPs are "
+        "The limit is the larger of two. Compute: two dense matrix products with the same FLOPs, rows and "
+        "dtype (six with the backward), on one expert's weights. Traffic: the bytes of tokens, results and "
+        "of the experts that this routing touches, read and written once, at the measured bandwidth. "
+        "Both are measured in the same minute. Efficiency is limit / time. FLOPs are "
         "2·T·K·(F·D + O·H), that is 6·T·K·D·H for gated experts and 4·T·K·D·H for others with O = D, three "
         "times that with the backward; router, activation and combine are not counted."
     )
     parts += [_image(name) for name in figures if name.startswith("efficiency-")]
 
+    faults = ok[ok["efficiency"] > roofline.FAULT]
+    if len(faults):
+        shown = faults[["implementation", "workload", "T", "D", "H", "E", "K", "mode", "efficiency"]]
+        parts.append(
+            f"{len(faults)} times are shorter than their limit by more than a factor of {roofline.FAULT}: a "
+            "fault of the limit's model or of its measurement, not a merit of the implementation."
+        )
+        parts.append(markdown_table(shown.map(_number)))
     parts.append("## Fastest implementation of each cell")
     parts.append("≈ marks a tie: the ranges from the 20 % to the 80 % sample of the first two overlap.")
     for (workload, mode, dtype, device), rows in best.groupby(
@@ -303,6 +311,17 @@ def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]
     )
     parts.append("Made from " + ", ".join(f"[{f.name}]({f.name})" for f in files) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _incomplete(files: list[Path]) -> list[str]:
+    """A line for each sweep that did not measure all that it was to."""
+    states = {file: plan.progress(file) for file in files}
+    return [
+        f"{file.name} is of an interrupted sweep: it holds {state[0]} of {state[1]} rows "
+        f"(`pytest benchmarks --resume {file.name}` measures the others)."
+        for file, state in states.items()
+        if state and state[0] < state[1]
+    ]
 
 
 def _summary(table: pd.DataFrame, best: pd.DataFrame) -> str:
@@ -346,6 +365,7 @@ def _cells_table(rows: pd.DataFrame) -> str:
         tokens_per_s=rows["tokens_per_s"].map(_number),
         gflop_per_s=(1e3 * rows["tflop_per_s"]).map(_number),
         peak_memory_mib=(rows["peak_memory_bytes"] / 2**20).map(_number),
+        saved_mib=(rows["saved_for_backward_bytes"] / 2**20).map(_number),
     )
     return markdown_table(shown)
 

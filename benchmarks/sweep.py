@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, memory, roofline
 from benchmarks.measure import CallTimeout, Timing
 from benchmarks.record import Environment, Row, now_utc, routing_checksum
+from benchmarks.roofline import Roofline
 from benchmarks.workloads import flops
 from correctness import compare
 from correctness.compare import CheckFailed
 from correctness.problems import Inputs, Problem, make_inputs, unsupported
-from moe_impls.interface import Implementation, dtype_name
-
-LIMIT = "limit"  # the candidate that is timed beside the implementations
+from moe_impls.interface import Forward, Implementation, dtype_name
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Settings:
 
     seconds: float = 0.25
     min_rounds: int = measure.MIN_ROUNDS
+    max_rounds: int = measure.MAX_ROUNDS
     call_timeout_s: float = 300.0
 
 
@@ -39,6 +39,7 @@ class _Cell:
     reason: str = ""
     first_call_s: float = 0.0
     peak_memory_bytes: int = 0
+    saved_for_backward_bytes: int = 0
     worst_error_fraction: float | None = None
 
     def fail(self, error: BaseException, when: str) -> None:
@@ -78,8 +79,8 @@ def measure_workload(
             reason = "gradients not declared"
         if reason is not None:
             cells[implementation.name].status, cells[implementation.name].reason = "unsupported", reason
-    needed = measure.needed_memory_bytes(problem, mode)
-    available = measure.available_memory_bytes(problem.device)
+    needed = memory.needed_memory_bytes(problem, mode)
+    available = memory.available_memory_bytes(problem.device)
     if needed > available:
         for cell in _live(cells):
             cell.status = "out_of_memory"
@@ -89,17 +90,18 @@ def measure_workload(
             )
 
     timings: dict[str, Timing] = {}
-    checksum = None
+    checksum = limits = None
     if _live(cells):
         try:
-            with measure.memory_limit(problem.device):
+            with memory.memory_limit(problem.device):
                 live = [i for i in implementations if cells[i.name].status == "ok"]
-                timings, checksum = _check_and_time(problem, mode, live, cells, settings)
+                cold = environment.cache == "cold"
+                timings, limits, checksum = _check_and_time(problem, mode, live, cells, settings, cold)
         except Exception as error:  # making the inputs or the oracle's results failed, for all alike
             for cell in _live(cells):
                 cell.fail(error, "before any measurement")
     return {
-        name: _row(problem, mode, name, cell, timings.get(name), timings.get(LIMIT), checksum, environment)
+        name: _row(problem, mode, name, cell, timings.get(name), limits, checksum, environment)
         for name, cell in cells.items()
     }
 
@@ -114,36 +116,44 @@ def _check_and_time(
     implementations: Sequence[Implementation],
     cells: dict[str, _Cell],
     settings: Settings,
-) -> tuple[dict[str, Timing], str]:
+    cold: bool,
+) -> tuple[dict[str, Timing], Roofline | None, str]:
     inputs = make_inputs(problem)
     checksum = routing_checksum(inputs.routing)
     _check_all(problem, mode, inputs, implementations, cells, settings, "check before timing")
 
-    calls = {i.name: measure.call_of(i.forward, problem, inputs, mode) for i in implementations}
+    ready = {i.name: _ready(i, inputs) for i in implementations if cells[i.name].status == "ok"}
+    calls = {name: measure.call_of(forward, problem, inputs, mode) for name, forward in ready.items()}
     for name, call in calls.items():
         if cells[name].status == "ok":
             try:
                 with measure.time_limit(settings.call_timeout_s):
-                    cells[name].peak_memory_bytes = measure.peak_memory_bytes(call, problem.device)
+                    cells[name].peak_memory_bytes = memory.peak_memory_bytes(call, problem.device)
+                    if mode == "forward_backward":
+                        graph = measure.graph_of(ready[name], problem, inputs)
+                        saved = memory.saved_for_backward_bytes(graph, problem.device)
+                        cells[name].saved_for_backward_bytes = saved
             except (Exception, CallTimeout) as error:
                 cells[name].fail(error, "measuring memory")
     candidates = {name: call for name, call in calls.items() if cells[name].status == "ok"}
     if not candidates:
-        return {}, checksum
+        return {}, None, checksum
 
+    flush = measure.flusher(problem.device) if cold else None
     outcomes = measure.interleave(
-        {LIMIT: measure.dense_products(problem, mode), **candidates},
+        candidates,
         device=problem.device,
         seconds=settings.seconds,
         min_rounds=settings.min_rounds,
+        max_rounds=settings.max_rounds,
         call_timeout_s=settings.call_timeout_s,
+        before=dict.fromkeys(candidates, flush) if flush else None,
     )
+    limits = roofline.measure_roofline(problem, mode, inputs.routing, flush)
     timings = {}
     for name, outcome in outcomes.items():
         if isinstance(outcome, Timing):
             timings[name] = outcome
-        elif name == LIMIT:
-            raise outcome
         else:
             cells[name].fail(outcome, "timing")
 
@@ -152,7 +162,15 @@ def _check_and_time(
     inputs.overwrite(make_inputs(again))
     live = [i for i in implementations if cells[i.name].status == "ok"]
     _check_all(again, mode, inputs, live, cells, settings, "check on new inputs after timing")
-    return timings, checksum
+    return timings, limits, checksum
+
+
+def _ready(implementation: Implementation, inputs: Inputs) -> Forward:
+    """What is timed: the forward, or what ``prepare`` made of these weights."""
+    if implementation.prepare is None:
+        return implementation.forward
+    f = implementation.prepare(inputs.experts)
+    return lambda x, routing, experts, *, combine: f(x, routing, combine=combine)
 
 
 def _check_all(
@@ -187,7 +205,7 @@ def _row(
     name: str,
     cell: _Cell,
     timing: Timing | None,
-    limit: Timing | None,
+    limits: Roofline | None,
     checksum: str | None,
     environment: Environment,
 ) -> Row:
@@ -217,11 +235,15 @@ def _row(
         flops=flops(p, mode),
         worst_error_fraction=cell.worst_error_fraction,
     )
-    if cell.status != "ok" or timing is None or limit is None:
+    if cell.status != "ok" or timing is None or limits is None:
         return row
     samples_ms = tuple(round(s * 1e3, 6) for s in timing.samples_s)
     median_ms = statistics.median(samples_ms)
-    limit_ms = float(f"{statistics.median(limit.samples_s) * 1e3:.6g}")
+    ingredients = {
+        name: value if isinstance(value, int) else float(f"{value:.6g}")
+        for name, value in asdict(limits).items()
+    }
+    limit_ms = float(f"{limits.limit_ms:.6g}")
     p20_ms, p80_ms = (float(q) for q in np.quantile(samples_ms, (0.2, 0.8)))
     return replace(
         row,
@@ -233,9 +255,11 @@ def _row(
         p80_ms=round(p80_ms, 6),
         tokens_per_s=float(f"{p.T / median_ms * 1e3:.6g}"),
         tflop_per_s=float(f"{row.flops / median_ms / 1e9:.6g}"),
+        **ingredients,
         limit_ms=limit_ms,
         efficiency=float(f"{limit_ms / median_ms:.6g}"),
         compile_ms=round(max(0.0, cell.first_call_s * 1e3 - median_ms), 3),
         peak_memory_bytes=cell.peak_memory_bytes,
+        saved_for_backward_bytes=cell.saved_for_backward_bytes,
         samples_ms=samples_ms,
     )

@@ -95,6 +95,16 @@ GRIDS: dict[str, tuple[Workloads, ...]] = {
         Workloads(T=(1024,), E=(32,), K=(4,), load=tuple(load for load in LOADS if load != "uniform")),
         MODELS["olmoe-1b-7b"],
     ),
+    # Few tokens: the weights that are read decide.
+    "latency": (
+        Workloads(T=(1, 2, 4, 8, 16, 32, 64), D=(1024,), H=(512,), E=(8, 64), K=(2, 8)),
+        *(replace(MODELS[name], T=(1, 4, 16, 64)) for name in ("olmoe-1b-7b", "notebook")),
+    ),
+    # Many tokens, up to what fits: cells that need more memory than there is become rows that say so.
+    "throughput": (
+        Workloads(T=(1024, 4096, 16384, 65536), D=(1024,), H=(512,), E=(8, 64), K=(2, 8)),
+        *(replace(MODELS[name], T=(1024, 4096, 16384)) for name in ("olmoe-1b-7b", "notebook")),
+    ),
     "full": (
         Workloads(T=(1, 16, 128, 1024, 4096), E=(8, 32, 128), K=(1, 2, 4, 8)),
         Workloads(
@@ -105,7 +115,7 @@ GRIDS: dict[str, tuple[Workloads, ...]] = {
 }
 
 # Seconds to spend on the samples of each cell, unless its minimum number of rounds takes longer.
-SECONDS = {"smoke": 0.05, "default": 0.25, "full": 1.0}
+SECONDS = {"smoke": 0.05, "default": 0.1, "latency": 0.5, "throughput": 0.5, "full": 1.0}
 
 
 def flops(problem: Problem, mode: str) -> int:

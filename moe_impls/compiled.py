@@ -1,61 +1,19 @@
 """``dense_mask`` through ``torch.compile``: one graph, forward and backward, for any routing and shape.
 
-Nothing in ``dense_mask`` depends on the values of the routing, so a new routing never recompiles; sizes are
-symbolic, so a new T, E or K does not either. What does compile anew (10 to 30 s on a small CPU) is another
-kind of call: other options, dtypes, gradients wanted, or a size of 0 or 1, which the compiler specialises.
+Nothing in ``dense_mask`` depends on the values of the routing, so a new routing never recompiles.
 """
 
 from __future__ import annotations
 
-import functools
-import types
-
-import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
-from torch.fx.experimental import _config as symbolic_shapes
 
 from moe_impls import dense_mask
+from moe_impls.compiling import run_compiled
 from moe_impls.interface import Experts, Routing, Support
 
 SUPPORT = Support(compiles_per_case=True)
 
-# A compiled backward may take over the buffers that it was given, and then refuses to run a second time
-# (retain_graph=True, as in gradcheck). torch reads this switch when it compiles *and* when it runs the
-# backward, so it cannot be set around a call alone.
-functorch_config.donated_buffer = False
-
-
-@functools.cache
-def _compiled(kind: tuple):
-    """A compiled copy of ``dense_mask.forward`` for one kind of call.
-
-    Each kind has a code object of its own: torch.compile counts recompilations per code object and gives up
-    at eight, which all options of one process together would exceed.
-    """
-    original = dense_mask.forward
-    copy = types.FunctionType(original.__code__.replace(), original.__globals__, original.__name__)
-    copy.__kwdefaults__ = original.__kwdefaults__
-    return torch.compile(copy, fullgraph=True, dynamic=True)
-
-
-def _kind(x: Tensor, routing: Routing, experts: Experts, combine: str) -> tuple:
-    tensors = {"x": x, "ids": routing.expert_ids, "gates": routing.gates, **experts.tensors}
-    return (
-        combine,
-        experts.activation,
-        experts.output_activation,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *((n, t.dtype, t.device, t.requires_grad, *(min(s, 2) for s in t.shape)) for n, t in tensors.items()),
-    )
-
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
-    # Each layout of memory would be compiled anew, up to a limit, beyond which torch.compile raises.
-    x, routing = x.contiguous(), Routing(*(t.contiguous() for t in routing))
-    experts = experts.map(torch.Tensor.contiguous)
-    # Two sizes that are equal by chance in the first call must not be taken for one size ever after.
-    with symbolic_shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
-        return _compiled(_kind(x, routing, experts, combine))(x, routing, experts, combine=combine)
+    return run_compiled(dense_mask.forward, x, routing, experts, combine=combine)

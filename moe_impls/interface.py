@@ -41,6 +41,14 @@ def check_choice(argument: str, value: object, valid: tuple) -> None:
         raise ValueError(f"{argument} is {value!r}; valid are {', '.join(map(str, valid))}")
 
 
+def check_positive(argument: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is an int (bool is not), ValueError unless it is at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument} is {value!r}; it must be an int")
+    if value < 1:
+        raise ValueError(f"{argument} is {value}; it must be at least 1")
+
+
 class Routing(NamedTuple):
     """Which experts each token visits, and the weight of each visit.
 
@@ -167,6 +175,8 @@ class Support:
     autocast: under torch.autocast the result keeps the dtype of x and is right to the autocast dtype.
     fullgraph: torch.compile takes it as one graph and does not compile again for a new routing.
     exports: torch.export takes it.
+    multiple_of: D, H and O must be multiples of it.
+    same_width: O must equal D.
     compiles_per_case: each new combination of dtype and options costs a compilation (torch.compile);
         the suite then takes the representative subset of options in ``correctness.problems``.
     """
@@ -184,8 +194,11 @@ class Support:
     fullgraph: bool = False
     exports: bool = False
     compiles_per_case: bool = False
+    multiple_of: int = 1
+    same_width: bool = False
 
     def __post_init__(self) -> None:
+        check_positive("multiple_of of Support", self.multiple_of)
         for name, valid in (
             ("devices", DEVICES),
             ("dtypes", DTYPES),
@@ -211,25 +224,21 @@ Prepared = Callable[..., Tensor]  # f(x, routing, *, combine="sum") -> y, withou
 class Implementation:
     """A named ``forward`` and what it declares; ``moe_impls.registry.resolve`` makes them.
 
-    prepare: optional ``prepare(experts) -> f`` for weights in another layout; valid until they change.
+    prepare: of an implementation named ``...+prepared``: ``prepare(experts) -> f`` for weights in another
+        layout. f is valid until a weight changes and then raises, or gives the new result; ``forward``
+        prepares anew in each call.
+    is_available: whether what it needs beyond torch is installed, such as a compiler.
     """
 
     name: str
     forward: Forward
     support: Support = Support()
     prepare: Callable[[Experts], Prepared] | None = None
+    is_available: Callable[[], bool] = lambda: True
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def check_positive(argument: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is an int (bool is not), ValueError unless it is at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{argument} is {value!r}; it must be an int")
-    if value < 1:
-        raise ValueError(f"{argument} is {value}; it must be at least 1")
 
 
 def _check_tensor(name: str, value: object, shape: tuple[object, ...], like: Tensor) -> None:

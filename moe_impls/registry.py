@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moe_impls.interface import Implementation, Support
+from torch import Tensor
 
-# Each name is a module of this package that exports `forward` and may export `SUPPORT` and `prepare`.
-IMPLEMENTATIONS = ("dense_mask", "sorted_dispatch", "index_add", "compiled")
+from moe_impls.interface import Experts, Implementation, Prepared, Routing, Support
+
+PREPARED = "+prepared"
+# Each name is a module of this package that exports `forward`, or with `+prepared` its `prepare`.
+IMPLEMENTATIONS = (
+    "auto",
+    "dense_mask",
+    "sorted_dispatch",
+    "index_add",
+    "compiled",
+    "grouped_mm",
+    "padded",
+    "gathered",
+    "recompute",
+    "native",
+    "packed+prepared",
+)
+
+# Other libraries' experts, by the package that each needs; not measured or checked unless asked for.
+PEERS = (
+    "transformers.eager",
+    "transformers.batched_mm",
+    "transformers.grouped_mm",
+    "einsum.capacity",
+    "notebook.log_space",
+)
 
 
 class ResolveError(ValueError):
@@ -28,28 +54,59 @@ def resolve(name: str) -> Implementation:
     """The implementation that ``name`` means.
 
     Args:
-        name: a name in IMPLEMENTATIONS, ``package.module:function`` or ``path/file.py:function``. The
-            module may hold ``SUPPORT``, a ``Support`` that says what the function can do.
+        name: one of IMPLEMENTATIONS or PEERS, ``package.module:function`` or ``path/file.py:function``. The
+            module may hold ``SUPPORT``, a ``Support`` that says what the function can do. With ``+prepared``
+            at the end the function is a ``prepare(experts)``, not a ``forward``.
 
     Raises:
         ResolveError: unknown name, missing file, failing import, no such function or a signature that
             cannot be called as ``forward(x, routing, experts, combine=...)``.
     """
+    if name in PEERS:
+        return _peer(name)
     if ":" not in name:
         if name not in IMPLEMENTATIONS:
             raise ResolveError(
-                f"unknown implementation {name!r}; valid are {', '.join(IMPLEMENTATIONS)}, "
+                f"unknown implementation {name!r}; valid are {', '.join((*IMPLEMENTATIONS, *PEERS))}, "
                 "package.module:function and path/file.py:function"
             )
-        module = importlib.import_module(f"moe_impls.{name}")
-        function = module.forward
+        module = importlib.import_module(f"moe_impls.{name.removesuffix(PREPARED)}")
+        function = module.prepare if name.endswith(PREPARED) else module.forward
     else:
-        module, function = load_function(name)
-        check_signature(name, function, 3, ("combine",))
+        module, function = load_function(name.removesuffix(PREPARED))
+        if name.endswith(PREPARED):
+            check_signature(name, function, 1, ())
+        else:
+            check_signature(name, function, 3, ("combine",))
     support = getattr(module, "SUPPORT", Support())
     if not isinstance(support, Support):
         raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
-    return Implementation(name, function, support, getattr(module, "prepare", None))
+    if name.endswith(PREPARED):
+        support = replace(support, gradients=False, second_order=False)
+        return Implementation(name, functools.partial(_prepared_anew, function), support, function)
+    available = {"is_available": module.is_available} if hasattr(module, "is_available") else {}
+    return Implementation(name, function, support, **available)
+
+
+def _peer(name: str) -> Implementation:
+    library, _, backend = name.partition(".")
+    try:
+        module = importlib.import_module(f"moe_impls.peers.{library}")
+    except ModuleNotFoundError as error:
+        raise ResolveError(f"{name} needs {error.name}: pip install 'moe-impls[peers]'") from error
+    return Implementation(name, *module.BACKENDS[backend])
+
+
+def _prepared_anew(
+    prepare: Callable[[Experts], Prepared],
+    x: Tensor,
+    routing: Routing,
+    experts: Experts,
+    *,
+    combine: str = "sum",
+) -> Tensor:
+    """A prepared implementation as a pure function: the weights are laid out for each call."""
+    return prepare(experts)(x, routing, combine=combine)
 
 
 def load_function(name: str) -> tuple[ModuleType, Any]:

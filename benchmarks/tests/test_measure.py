@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, memory, roofline
 from benchmarks.measure import CallTimeout, Timing
 from correctness.problems import Problem, make_inputs
 from moe_impls.registry import resolve
@@ -99,7 +99,7 @@ MEBIBYTE = 2**20
 )
 def test_peak_memory_of_a_call_is_what_its_tensors_add_up_to(call, expected: int) -> None:
     a = torch.ones(MEBIBYTE // 4)
-    found = measure.peak_memory_bytes(lambda: call(a), "cpu")
+    found = memory.peak_memory_bytes(lambda: call(a), "cpu")
     assert found == pytest.approx(expected * MEBIBYTE, abs=1024)
 
 
@@ -110,7 +110,7 @@ def test_memory_that_a_call_releases_but_did_not_take_does_not_count() -> None:
         held.clear()
         return torch.ones(MEBIBYTE // 4)
 
-    assert measure.peak_memory_bytes(call, "cpu") == pytest.approx(MEBIBYTE, abs=1024)
+    assert memory.peak_memory_bytes(call, "cpu") == pytest.approx(MEBIBYTE, abs=1024)
 
 
 def test_the_timed_call_is_what_its_mode_says() -> None:
@@ -131,18 +131,73 @@ def test_the_limit_does_as_many_operations_as_the_row_says(mode: str) -> None:
 
     problem = Problem("p", T=6, D=8, H=4, O=12, E=3, K=2)
     with FlopCounterMode(display=False) as counter:
-        measure.dense_products(problem, mode)()
+        roofline.dense_products(problem, mode)()
     assert counter.get_total_flops() == flops(problem, mode)
 
 
 def test_memory_needed_grows_with_the_weights_and_with_gradients() -> None:
     weights = 4 * PROBLEM.E * (PROBLEM.F * PROBLEM.D + PROBLEM.O * PROBLEM.H)
-    forward = measure.needed_memory_bytes(PROBLEM, "forward")
+    forward = memory.needed_memory_bytes(PROBLEM, "forward")
     assert forward > 2 * weights
-    assert measure.needed_memory_bytes(PROBLEM, "forward_backward") == forward * 3 // 2
+    assert memory.needed_memory_bytes(PROBLEM, "forward_backward") == forward * 3 // 2
 
 
 def test_an_allocation_beyond_the_machine_fails_instead_of_being_killed() -> None:
-    beyond = measure.available_memory_bytes("cpu") + 2**30
-    with measure.memory_limit("cpu"), pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+    beyond = memory.available_memory_bytes("cpu") + 2**30
+    with memory.memory_limit("cpu"), pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         torch.empty(beyond, dtype=torch.uint8)
+
+
+def kept(mode_call) -> int:
+    return memory.saved_for_backward_bytes(mode_call, "cpu")
+
+
+def test_what_a_graph_keeps_is_what_its_backward_reads() -> None:
+    a = torch.ones(MEBIBYTE // 4, requires_grad=True)
+    assert kept(lambda: a * 2) == pytest.approx(0, abs=1024)  # a was there before, and y is the result
+    assert kept(lambda: (a * 2).exp()) == pytest.approx(0, abs=1024)  # exp reads its result
+    assert kept(lambda: (a * 2).sin()) == pytest.approx(MEBIBYTE, abs=1024)
+    assert kept(lambda: (a * 2).sin().sin()) == pytest.approx(2 * MEBIBYTE, abs=1024)
+
+
+def test_traffic_counts_touched_experts_alone_and_with_a_backward_the_gradients_of_all() -> None:
+    p = Problem("p", T=6, D=8, H=4, O=8, E=3, K=2, activation="relu", bias=False)
+    expert = 4 * (4 * 8 + 8 * 4)
+    tokens = 4 * 6 * 8
+    choices = 6 * 2 * (8 + 4)
+    assert roofline.traffic_bytes(p, "forward", 2) == (tokens + choices + 2 * expert, tokens)
+    read, written = roofline.traffic_bytes(p, "forward_backward", 2)
+    assert read == 2 * tokens + choices + 2 * expert
+    assert written == 2 * tokens + 6 * 2 * 4 + 3 * expert
+
+
+def test_the_limit_is_the_larger_of_the_two_and_follows_from_its_ingredients() -> None:
+    inputs = make_inputs(PROBLEM)
+    found = roofline.measure_roofline(PROBLEM, "forward", inputs.routing)
+    assert found.limit_ms == max(found.compute_limit_ms, found.traffic_limit_ms) > 0
+    assert found.touched_experts == len(set(inputs.routing.expert_ids.flatten().tolist()))
+    moved_ms = found.read_bytes / found.read_gb_per_s / 1e6 + found.written_bytes / found.copy_gb_per_s / 1e6
+    assert found.traffic_limit_ms == pytest.approx(moved_ms)
+
+
+def test_a_cold_cache_is_flushed_before_each_call_and_the_flush_is_not_timed() -> None:
+    order: list[str] = []
+    outcomes = measure.interleave(
+        {"call": lambda: order.append("call")},
+        seconds=0,
+        min_rounds=3,
+        max_rounds=3,
+        before={"call": lambda: (order.append("flush"), time.sleep(0.01))},
+    )
+    assert order == ["flush", "call"] * (len(order) // 2)
+    assert max(timings(outcomes)["call"].samples_s) < 0.01
+
+
+def test_flushing_writes_more_than_the_last_level_cache_holds(tmp_path, monkeypatch) -> None:
+    for index, size in enumerate(["48K", "2048K", "30M"]):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(measure, "CPU_CACHES", tmp_path)
+    assert measure.last_level_cache_bytes() == 30 * 2**20
+    flushed = measure.flusher("cpu")()
+    assert isinstance(flushed, torch.Tensor) and flushed.nbytes == 60 * 2**20

@@ -19,14 +19,18 @@ def make_row(**changes: object) -> Row:
     values: dict = {
         "run_id": "run", "git_commit": "c0ffee", "machine": "m", "device": "cpu",
         "device_name": "CPU, 2 cores",
-        "torch_version": "2.13.0", "threads": 2, "time_utc": "2026-01-01T00:00:00Z", "implementation": "a",
+        "torch_version": "2.13.0", "threads": 2, "cache": "warm", "time_utc": "2026-01-01T00:00:00Z",
+        "implementation": "a",
         "workload": "sweep", "T": 16, "D": 8, "H": 4, "O": 8, "E": 4, "K": 2, "activation": "swiglu",
         "output_activation": "none", "combine": "sum", "bias": False, "dtype": "float32", "load": "uniform",
         "seed": 0, "routing_checksum": "0123456789ab", "mode": "forward", "status": "ok", "reason": "",
         "rounds": 2, "calls_per_sample": 1, "median_ms": 1.5, "min_ms": 1.0, "p20_ms": 1.2, "p80_ms": 1.8,
-        "tokens_per_s": 10666.7, "flops": 12288, "tflop_per_s": 8.192e-06, "limit_ms": 0.5,
-        "efficiency": 0.333333,
-        "compile_ms": 0.0, "peak_memory_bytes": 4096, "worst_error_fraction": 0.1, "samples_ms": (1.0, 2.0),
+        "tokens_per_s": 10666.7, "flops": 12288, "tflop_per_s": 8.192e-06,
+        "gemm_square_tflop_per_s": 0.1, "gemm_experts_tflop_per_s": 0.05, "read_gb_per_s": 10.0,
+        "copy_gb_per_s": 8.0, "touched_experts": 4, "read_bytes": 4096, "written_bytes": 512,
+        "compute_limit_ms": 0.5, "traffic_limit_ms": 0.25, "limit_ms": 0.5, "efficiency": 0.333333,
+        "compile_ms": 0.0, "peak_memory_bytes": 4096, "saved_for_backward_bytes": 0,
+        "worst_error_fraction": 0.1, "samples_ms": (1.0, 2.0),
     }  # fmt: skip
     values.update(changes)
     return Row(**values)
@@ -147,3 +151,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_the_dictionary_of_columns_names_every_column() -> None:
     text = (ROOT / "results" / "README.md").read_text()
     assert [name for name in COLUMNS if f"| `{name}` |" not in text] == []
+
+
+def test_a_file_of_an_earlier_schema_is_refused_by_its_version(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("schema_version,run_id\n1,old\n")
+    with pytest.raises(RecordError, match=r"r.csv, line 2: schema_version is 1; this version reads 2"):
+        record.read(path)

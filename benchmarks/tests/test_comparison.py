@@ -1,0 +1,125 @@
+"""Two implementations or versions side by side: what differs is found, what does not is not."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import comparison, versions
+from benchmarks.__main__ import main
+from benchmarks.workloads import Workloads
+from correctness.provenance import ROOT
+
+QUICK = "--seconds=0.1"
+SLEEPS = "import time\n\ndef forward(x, routing, experts, *, combine='sum'):\n    time.sleep(0.003)\n    "
+WRONG = "def forward(x, routing, experts, *, combine='sum'):\n    return 2 * "
+RIGHT = "sorted_dispatch.forward(x, routing, experts, combine=combine)\n"
+IMPORT = "from moe_impls import sorted_dispatch\n"
+
+
+@pytest.fixture(autouse=True)
+def small_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "PROBLEMS", (Workloads(T=(16,), D=(32,), H=(16,), E=(4,), K=(2,)),))
+
+
+def implementation(folder: Path, name: str, text: str) -> str:
+    path = folder / f"{name}.py"
+    path.write_text(IMPORT + text + RIGHT)
+    return f"{path}:forward"
+
+
+def version(folder: Path, sleep_s: float = 0.0) -> Path:
+    """A copy of the package, in which sorted_dispatch takes that much longer."""
+    shutil.copytree(ROOT / "moe_impls", folder / "moe_impls")
+    path = folder / "moe_impls" / "sorted_dispatch.py"
+    slowed = path.read_text().replace("    T, K =", f"    __import__('time').sleep({sleep_s})\n    T, K =")
+    path.write_text(slowed)
+    return folder
+
+
+def test_a_slower_implementation_is_found_and_the_table_says_so(tmp_path: Path, capsys) -> None:
+    slow = implementation(tmp_path, "slow", SLEEPS + "return ")
+    files = f"--csv={tmp_path / 'c.csv'}", f"--markdown={tmp_path / 'c.md'}"
+    assert main(["compare", "sorted_dispatch", slow, QUICK, *files]) == 0
+    table = pd.read_csv(tmp_path / "c.csv").to_dict(orient="records")
+    assert {row["verdict"] for row in table} == {"slower"}
+    for row in table:
+        assert 1 < row["low"] <= row["ratio"] <= row["high"] and row["ratio"] > 1.5 and row["rounds"] >= 8
+    assert (tmp_path / "c.md").read_text().count("| slower |") == len(table) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "fwd" in line) <= 80
+
+
+def test_an_implementation_can_be_compared_with_itself(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    assert main(["compare", "sorted_dispatch", "sorted_dispatch", QUICK, f"--csv={path}"]) == 0
+    table = pd.read_csv(path).to_dict(orient="records")
+    assert [row["second"] for row in table] == ["sorted_dispatch (again)"] * 2
+    assert all(0.5 < row["ratio"] < 2 for row in table)
+
+
+def test_a_wrong_implementation_has_no_ratio_but_a_reason(tmp_path: Path) -> None:
+    wrong, path = implementation(tmp_path, "wrong", WRONG), tmp_path / "c.csv"
+    assert main(["compare", "sorted_dispatch", wrong, QUICK, f"--csv={path}"]) == 1
+    table = pd.read_csv(path, keep_default_na=False).to_dict(orient="records")
+    assert all(row["ratio"] == "" and "incorrect" in row["reason"] for row in table)
+
+
+def test_another_version_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    base, path = version(tmp_path / "base", sleep_s=0.003), tmp_path / "c.csv"
+    assert main(["compare", f"--base={base}", "sorted_dispatch", QUICK, f"--csv={path}"]) == 0
+    assert set(pd.read_csv(path)["verdict"]) == {"faster"}
+
+
+def test_the_gate_fails_on_a_slowdown_and_passes_without_one(tmp_path: Path, monkeypatch, capsys) -> None:
+    base = version(tmp_path / "base")
+    monkeypatch.setattr(comparison, "ROOT", version(tmp_path / "here", sleep_s=0.003))
+    gate = ["gate", f"--base={base}", "--impl=sorted_dispatch", QUICK]
+    assert main(gate) == 1
+    assert "slower than at" in capsys.readouterr().out
+    monkeypatch.setattr(comparison, "ROOT", base)
+    assert main([*gate, "--threshold=2"]) == 0
+    assert "no implementation is slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--base=no-such-ref"], "'no-such-ref' is neither a commit of"),
+        (["compare", "--base={tmp_path}"], "holds no package moe_impls"),
+        (["compare", "dense_mask"], "1 implementations are given; it must be 2"),
+        (["compare", "--seconds=0"], "--seconds is 0.0; it must be above 0"),
+        (["compare", "--threads=0"], "--threads is 0; valid are 1"),
+        (["gate", "--base=HEAD", "--threshold=0"], "--threshold is 0.0; it must be in (0, 10)"),
+        (["gate"], "the following arguments are required: --base"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message: str, tmp_path: Path, capsys) -> None:
+    try:
+        status = main([argument.format(tmp_path=tmp_path) for argument in arguments])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_uncommitted_changes_are_refused_with_a_commit_as_base(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    (tmp_path / "file").write_text("1")
+    for arguments in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "m"]):
+        subprocess.run([*git, *arguments], check=True)
+    (tmp_path / "file").write_text("2")
+    with (
+        pytest.raises(versions.VersionError, match="needs a clean checkout; not committed: file"),
+        versions.checked_out("HEAD"),
+    ):
+        pass
+    (tmp_path / "file").write_text("1")
+    with versions.checked_out("HEAD") as tree:
+        assert (tree / "file").read_text() == "1"
+    assert not tree.exists()

@@ -1,0 +1,106 @@
+"""Each expert's rows by a small C++ kernel that reads the weights of an active expert from memory once.
+
+For few tokens the layer is bound by that reading, and products of one to a few dozen rows are what matrix
+libraries are slowest at. ``native.cpp`` is compiled by the first call for the processor at hand, in seconds,
+and kept in the user's cache directory. Sums and activations are in float32 in every dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_impls.dispatcher import sort_by_expert
+from moe_impls.functional import activate, combine_slots
+from moe_impls.interface import Experts, Routing, Support, dtype_name
+
+SUPPORT = Support(devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), gradients=False)
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno-psabi")
+
+
+def _processor() -> str:
+    """What the kernel is compiled for; a home directory may be shared by different machines."""
+    info = Path("/proc/cpuinfo")
+    first = info.read_text(encoding="utf-8").partition("\n\n")[0] if info.exists() else platform.processor()
+    return "\n".join(line for line in first.splitlines() if "MHz" not in line)
+
+
+def is_available() -> bool:
+    """Whether there is a compiler."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel, from the cache directory if it is there.
+
+    Raises:
+        RuntimeError: there is no C++ compiler, or it fails; the message holds what it says.
+    """
+    if not is_available():
+        raise RuntimeError("implementation 'native' needs a C++ compiler: install g++ or set CXX")
+    compiler = str(shutil.which(os.environ.get("CXX", "g++")))
+    text = SOURCE.read_text(encoding="utf-8")
+    key = hashlib.sha256("\0".join([text, *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_impls"
+    path = cache / f"native-{key}.so"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            # Compiled with OpenMP and linked without: its symbols are those of the runtime that torch has
+            # loaded, so that both share one set of threads.
+            object_, shared = f"{folder}/native.o", f"{folder}/native.so"
+            for command in (
+                [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", object_],
+                [compiler, "-shared", object_, "-o", shared],
+            ):
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"compiling {SOURCE.name} failed: {done.stderr.strip()[-500:]}")
+            os.replace(shared, path)
+    return ctypes.CDLL(str(path))
+
+
+def _products(
+    rows: Tensor, index: Tensor | None, begin: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """rows [N', D] float32, index [N] of those to take or None, begin [E + 1] -> [N, F] float32."""
+    E, features, D = weight.shape
+    count = len(rows) if index is None else len(index)
+    out = rows.new_empty(count, features)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    function = getattr(library(), f"products_{dtype_name(weight.dtype)}")
+    pointers = [
+        None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (rows, index, begin, weight, bias, out)
+    ]
+    sizes = [ctypes.c_int64(size) for size in (E, features, D)]
+    function(*pointers, *sizes, torch.get_num_threads())
+    return out
+
+
+@torch.no_grad()
+def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
+    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    T, K = routing.expert_ids.shape
+    E, O, _ = experts.w_out.shape
+    order, counts = sort_by_expert(routing.expert_ids, E)  # [T * K], [E]
+    begin = F.pad(counts.cumsum(0), (1, 0))
+    h = _products(x.float().contiguous(), order // K, begin, experts.w_in, experts.b_in)  # [T * K, F]
+    a = activate(h, experts.activation).contiguous()
+    out = _products(a, None, begin, experts.w_out, experts.b_out)  # [T * K, O]
+    if experts.output_activation == "relu":
+        out = F.relu(out)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(T * K))
+    return combine_slots(out[inverse].view(T, K, O), routing.gates, combine).to(x.dtype)

@@ -1,0 +1,114 @@
+"""Sorted slices with the backward written out: of all activations only h, [T * K, F], is kept for it.
+
+Gathered tokens and activations are computed again, which costs memory traffic and no matrix product. The
+experts' outputs are not needed: the gradient of a gate, dy · f, is (W_outᵀ dy) · a + dy · b_out, and that
+product is computed anyway (as in SonicMoE, arXiv:2512.14080). The product that makes an expert's weight
+gradient writes it to its place, once.
+
+For training on CPUs: the host reads the sizes of the slices, once per call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_impls.dispatcher import sort_by_expert
+from moe_impls.functional import accumulation_dtype, activate
+from moe_impls.interface import Experts, Routing, Support, check_choice
+
+SUPPORT = Support(devices=("cpu",), combines=("sum",), output_activations=("none",))
+
+
+class _Sum(torch.autograd.Function):
+    """y [T, O] from x [T, D], gates and ids [T, K] and the experts' weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        w_in: Tensor,
+        b_in: Tensor | None,
+        w_out: Tensor,
+        b_out: Tensor | None,
+        expert_ids: Tensor,
+        activation: str,
+        keep: bool,
+    ) -> Tensor:
+        order, counts = sort_by_expert(expert_ids, len(w_in))  # [T * K], [E]
+        K, sizes = expert_ids.shape[1], counts.tolist()
+        wide = accumulation_dtype(x.dtype)
+        slot_gates = gates.flatten()[order].to(wide).unsqueeze(1)  # [T * K, 1]
+        kept = x.new_empty(len(order) if keep else 0, w_in.shape[1])  # h, [T * K, F]
+        y = torch.zeros(len(x), w_out.shape[1], dtype=wide)
+        begin = 0
+        for e, size in enumerate(sizes):
+            if size == 0:
+                continue
+            part = slice(begin, begin := begin + size)
+            tokens = order[part] // K
+            h = F.linear(x[tokens], w_in[e], None if b_in is None else b_in[e])
+            if keep:
+                kept[part] = h
+            f = F.linear(activate(h, activation), w_out[e], None if b_out is None else b_out[e])
+            y.index_add_(0, tokens, slot_gates[part] * f)
+        ctx.save_for_backward(x, w_in, w_out, b_out, order, slot_gates, kept)
+        ctx.sizes, ctx.K, ctx.activation, ctx.gates_dtype = sizes, K, activation, gates.dtype
+        return y.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_out, b_out, order, slot_gates, kept = ctx.saved_tensors
+        wants_x, wants_gates, wants_w_in, wants_b_in, wants_w_out, wants_b_out, *_ = ctx.needs_input_grad
+        wide = slot_gates.dtype
+        dx = torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format)
+        d_slot_gates = torch.zeros(len(order), dtype=wide)
+        # Of experts without tokens they stay zero.
+        dw_in = torch.zeros(w_in.shape if wants_w_in else 0, dtype=w_in.dtype)
+        dw_out = torch.zeros(w_out.shape if wants_w_out else 0, dtype=w_out.dtype)
+        db_in, db_out = (torch.zeros(w.shape[:2], dtype=w.dtype) for w in (w_in, w_out))
+        begin = 0
+        for e, size in enumerate(ctx.sizes):
+            if size == 0:
+                continue
+            part = slice(begin, begin := begin + size)
+            tokens = order[part] // ctx.K
+            rows, dy_rows, gate = x[tokens], dy[tokens], slot_gates[part]
+            with torch.enable_grad():
+                h = kept[part].requires_grad_()
+                a = activate(h, ctx.activation)  # [N, H]
+            da = dy_rows @ w_out[e]  # [N, H], without the gate
+            if wants_gates:
+                d_gate = (da.to(wide) * a.detach()).sum(1)
+                if b_out is not None:
+                    d_gate += dy_rows.to(wide) @ b_out[e].to(wide)
+                d_slot_gates[part] = d_gate
+            if wants_w_out or wants_b_out:
+                df = gate * dy_rows  # [N, O]
+                if wants_w_out:
+                    torch.mm(df.to(x.dtype).mT, a.detach(), out=dw_out[e])
+                db_out[e] = df.sum(0)
+            if wants_x or wants_w_in or wants_b_in:
+                (dh,) = torch.autograd.grad(a, h, (gate * da).to(x.dtype))  # [N, F]
+                if wants_w_in:
+                    torch.mm(dh.mT, rows, out=dw_in[e])
+                db_in[e] = dh.sum(0, dtype=wide)
+                if wants_x:
+                    dx.index_add_(0, tokens, (dh @ w_in[e]).to(wide))
+        dgates = torch.empty_like(d_slot_gates).scatter_(0, order, d_slot_gates).view(-1, ctx.K)
+        found = (dx.to(x.dtype), dgates.to(ctx.gates_dtype), dw_in, db_in, dw_out, db_out, None, None, None)
+        return tuple(g if want else None for g, want in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
+    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    check_choice("combine of recompute", combine, SUPPORT.combines)
+    check_choice("output_activation of recompute", experts.output_activation, SUPPORT.output_activations)
+    weights = experts.w_in, experts.b_in, experts.w_out, experts.b_out
+    keep = torch.is_grad_enabled()
+    return _Sum.apply(x, routing.gates, *weights, routing.expert_ids, experts.activation, keep)
