@@ -29,7 +29,7 @@ REPEATS = 50
 
 
 @contextlib.contextmanager
-def _fresh_memory_is_nan() -> Iterator[None]:
+def fresh_memory_is_nan() -> Iterator[None]:
     """New tensors hold NaN until they are written to, as reused memory might."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
@@ -49,7 +49,7 @@ def _fresh_memory_is_nan() -> Iterator[None]:
 
 def dirty_memory(subject: Implementation, problem: Problem) -> None:
     """Memory that nothing wrote to is never read, nor left in a result: in the first call or the second."""
-    with _fresh_memory_is_nan():
+    with fresh_memory_is_nan():
         for _ in range(2):
             hold_calls(subject, problem)
 
@@ -119,6 +119,31 @@ def one_input_changes(subject: Implementation, problem: Problem) -> None:
         hold_calls(subject, problem, inputs)
         target[[1, 2]] = target[[2, 1]]
         hold_calls(subject, problem, inputs)
+
+
+def prepared(subject: Implementation, problem: Problem) -> None:
+    """What ``prepare`` lays out serves all later tokens; once a weight has changed it raises or is right."""
+    prepare = subject.prepare
+    assert prepare is not None
+    inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
+
+    def lay_out() -> Implementation:
+        f = prepare(inputs.experts)
+        return replace(
+            subject, forward=lambda x, routing, experts, *, combine: f(x, routing, combine=combine)
+        )
+
+    ready = lay_out()
+    for number in range(3):
+        tokens = make_inputs(replace(problem, seed=problem.seed + number, T=problem.T + number // 2))
+        hold_calls(ready, problem, tokens._replace(experts=inputs.experts))
+    for name, weight in inputs.experts.tensors.items():
+        weight.copy_(other.experts.tensors[name])
+        with contextlib.suppress(RuntimeError):  # that the weights have changed
+            hold_calls(ready, problem, inputs)
+            continue
+        ready = lay_out()
+        hold_calls(ready, problem, inputs)
 
 
 def options_change(subject: Implementation, problem: Problem) -> None:

@@ -15,7 +15,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from correctness.problems import EXACT_ACTIVATIONS, GATES, LOADS, LOW_PRECISION, Problem, make_inputs
+from correctness.problems import (
+    EXACT_ACTIVATIONS,
+    GATES,
+    LOADS,
+    LOW_PRECISION,
+    Problem,
+    make_inputs,
+    resize,
+)
 from correctness.reference import act, act_derivative, hidden_and_output
 from correctness.router_checks import RouterProblem
 from correctness.shrink import LEAST_WITHOUT_BIAS, possible
@@ -23,7 +31,7 @@ from moe_impls.interface import DTYPES, GROUP_SCORES, SCORES, RouterSpec, Suppor
 
 # Sizes are below 2**n, with n from here. One size of a problem may be larger, which keeps each one fast.
 USUAL = {"T": 6, "D": 6, "H": 6, "O": 6, "E": 4, "K": 3}
-LARGEST = {"T": 10, "D": 8, "H": 8, "O": 8, "E": 7, "K": 6}
+LARGEST = {"T": 10, "D": 8, "H": 8, "O": 8, "E": 7, "K": 5}
 
 
 def _octave(n: int) -> list[int]:
@@ -78,11 +86,13 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
         size = {name: max(2, n) for name, n in size.items()}
     if p.combine == "logsumexp":  # of a single slot rounds almost nothing, which says little about a budget
         size |= {name: max(2, size[name]) for name in ("E", "K")}
-    p = replace(p, **size)
+    p = resize(replace(p, **size), support)
     if p.exact and p.output_activation == "relu" and not p.bias:
         p = replace(p, exact=False)
     if not possible(p):
         p = replace(p, D=max(p.D, LEAST_WITHOUT_BIAS), H=max(p.H, LEAST_WITHOUT_BIAS))
+    # A gate of zero may have a gradient that float16 cannot hold.
+    may_be_low = p.dtype == torch.bfloat16 or (p.dtype == torch.float16 and p.combine == "sum")
     gates = [g for g in GATES if possible(replace(p, gates=g))]
     if p.combine == "logsumexp":
         gates.remove("zero_rows")  # whose gradients are no numbers
@@ -91,7 +101,7 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
         p,
         load=_choose(draw, "load", LOADS, p.load),
         gates=_choose(draw, "gates", gates, p.gates),
-        low_gates=_choose(draw, "low_gates", (False, True)) if p.dtype in LOW_PRECISION else False,
+        low_gates=_choose(draw, "low_gates", (False, True)) if may_be_low else False,
         x_scale=_choose(draw, "x_scale", (1.0, 8.0, 8.0) if reaches_clamps else (1.0,)),
         seed=draw(st.integers(0, 999)),
     )
@@ -128,7 +138,7 @@ def _sizes(draw: st.DrawFn, rows_per_hidden: int) -> dict[str, int]:
         size |= dict.fromkeys(equal, max((size[name] for name in equal), default=0))
     size["K"] = (size["K"] - 1) % size["E"] + 1
     if _choose(draw, "K = E", [False] * 7 + [True]):
-        size["K"] = size["E"]
+        size["E"] = size["K"] = min(size["E"], 2 ** LARGEST["K"] - 1)
     if _choose(draw, "without tokens", [False] * 19 + [True]):
         size["T"] = 0
     return size

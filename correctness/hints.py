@@ -27,7 +27,7 @@ TILES = (2, 4, 8, 16, 32, 64, 128, 256)
 # A property is reported only if the wrong rows could have been any of so many sets of rows, for each of the
 # properties of one kind that are tried.
 EVIDENCE = 100
-MOST = 2**26  # elements of any temporary tensor
+MOST = 2**22  # elements of a temporary tensor; what would need more is not looked at
 A_LITTLE = 2**-6  # of a row's scale; a lost token is more in any sum of less than 4000
 
 

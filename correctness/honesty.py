@@ -17,7 +17,7 @@ import torch
 from correctness.compare import CheckFailed, call, check_output
 from correctness.problems import Problem, make_inputs
 from moe_impls.interface import Implementation
-from moe_impls.registry import IMPLEMENTATIONS
+from moe_impls.registry import IMPLEMENTATIONS, PREPARED
 
 LATER_S = 0.05  # how long a result is watched for changes after it was returned
 
@@ -57,10 +57,12 @@ def instruments_untouched(subject: Implementation, problem: Problem) -> None:
 
 def no_fallback(subject: Implementation, problem: Problem) -> None:
     """No other implementation of this project does the work after an exception in the subject's own code."""
-    own = getattr(inspect.unwrap(subject.forward), "__code__", None)
+    own = getattr(inspect.unwrap(subject.prepare or subject.forward), "__code__", None)
     if own is None:  # no Python function: what it runs has no lines to follow
         return
-    modules = {name: importlib.import_module(f"moe_impls.{name}") for name in IMPLEMENTATIONS}
+    modules = {
+        name: importlib.import_module(f"moe_impls.{name.removesuffix(PREPARED)}") for name in IMPLEMENTATIONS
+    }
     others = {
         str(module.__file__): name for name, module in modules.items() if module.__file__ != own.co_filename
     }
@@ -73,7 +75,7 @@ def no_fallback(subject: Implementation, problem: Problem) -> None:
             if event == "exception" and not issubclass(argument[0], StopIteration):
                 raised.append(f"{argument[0].__name__} in line {frame.f_lineno}")
             return trace
-        if raised and file in others and frame.f_code.co_name == "forward":
+        if raised and file in others and frame.f_code.co_name in ("forward", "prepare"):
             replaced.append(f"after {raised[0]} of its own code {others[file]} did the work")
         return None
 

@@ -207,7 +207,8 @@ def gate_on_hidden(x: Tensor, routing: Routing, experts: Experts, *, combine: st
     K = routing.gates.shape[1]
     order, counts = sorted_slots(routing, experts)
     rows, gates = sorted_rows(x, order, K), wide(routing.gates).flatten()[order].unsqueeze(1)
-    y = torch.zeros(len(x), experts.w_out.shape[1], dtype=gates.dtype, device=x.device)
+    dtype = torch.promote_types(x.dtype, gates.dtype)
+    y = torch.zeros(len(x), experts.w_out.shape[1], dtype=dtype, device=x.device)
     parts = zip(
         rows.split(counts), gates.split(counts), (order // K).split(counts), experts.unbind(), strict=True
     )
@@ -456,18 +457,19 @@ def larger_buffer(x: Tensor, routing: Routing, experts: Experts, *, combine: str
     return buffer[window]
 
 
-PLAIN = Support(second_order=True, autocast=True)
-BY_HAND = replace(PLAIN, second_order=False)  # a derivative that autograd does not see through
-# An accumulating index_put adds in the order in which threads arrive.
-ANY_ORDER = replace(PLAIN, deterministic=False)
+PLAIN = Support(autocast=True)
+# Declared where the graph of the backward is of its own kind: it is slow to check.
+TWICE = replace(PLAIN, second_order=True)
 # No shape depends on the routing.
-ONE_GRAPH = replace(PLAIN, fullgraph=True, exports=True)
+ONE_GRAPH = replace(TWICE, fullgraph=True, exports=True)
+# An accumulating index_put adds in the order in which threads arrive.
+ANY_ORDER = replace(TWICE, deterministic=False)
 
 LOOKALIKES = tuple(
     Implementation(forward.__name__, forward, support)
     for forward, support in (
         (reversed_order, PLAIN),
-        (last_choice_first, BY_HAND),
+        (last_choice_first, PLAIN),
         (smallest_gates_first, PLAIN),
         (split_products, PLAIN),
         (token_chunks, PLAIN),
@@ -476,15 +478,15 @@ LOOKALIKES = tuple(
         (float64_inside, PLAIN),
         (other_formulas, PLAIN),
         (gate_on_hidden, PLAIN),
-        (gathered_weights, PLAIN),
+        (gathered_weights, TWICE),
         (one_hot_einsum, ONE_GRAPH),
-        (sparse_matrices, PLAIN),
-        (padded_batch, PLAIN),
+        (sparse_matrices, TWICE),
+        (padded_batch, TWICE),
         (accumulated_slots, ANY_ORDER),
-        (checkpointed, PLAIN),
-        (recomputed, BY_HAND),
-        (handwritten_backward, BY_HAND),
-        (tokens_as_columns, PLAIN),
-        (larger_buffer, PLAIN),
+        (checkpointed, TWICE),
+        (recomputed, PLAIN),
+        (handwritten_backward, PLAIN),
+        (tokens_as_columns, TWICE),
+        (larger_buffer, TWICE),
     )
 ) + (Implementation("grouped", grouped.forward, grouped.SUPPORT),)  # what most mutants are edits of

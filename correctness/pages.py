@@ -37,3 +37,17 @@ def _is_number(value: object) -> bool:
     except ValueError:
         return False
     return True
+
+
+def with_block(text: str, command: str, content: str) -> str:
+    """A page whose part between ``<!-- begin: command -->`` and the next ``<!-- end -->`` is ``content``.
+
+    Raises:
+        ValueError: the page has no such lines, or has them twice.
+    """
+    begin, end = f"<!-- begin: {command} -->\n", "<!-- end -->\n"
+    if text.count(begin) != 1 or end not in text.partition(begin)[2]:
+        raise ValueError(f"the page must hold the lines {begin.strip()!r} and then {end.strip()!r} once")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content.strip()}\n\n{end}{after}"

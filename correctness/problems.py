@@ -75,7 +75,8 @@ class Problem:
     load: how tokens spread over experts, a key of LOADS. gates: their values, a key of GATES.
     low_gates: gates in the lower of the two dtypes that they may have, float32 and that of x.
     exact: integers and powers of two instead of random reals, for EXACT_ACTIVATIONS with combine "sum".
-    x_scale: the standard deviation of x (of random reals), to reach clamps and large outputs.
+    x_scale: the standard deviation of x, to reach clamps and large outputs; in exact problems the largest odd
+        number in it, to use up the bits of a dtype.
     """
 
     name: str
@@ -154,6 +155,14 @@ def fit(problem: Problem, support: Support) -> Problem:
     return problem if impossible else p
 
 
+def resize(problem: Problem, support: Support) -> Problem:
+    """The problem with D, H and O that ``support`` declares: rounded up, and O as large as D."""
+    D, H, O = (
+        -(-size // support.multiple_of) * support.multiple_of for size in (problem.D, problem.H, problem.O)
+    )
+    return replace(problem, D=D, H=H, O=D if support.same_width else O)
+
+
 def unsupported(support: Support, problem: Problem) -> str | None:
     """Why an implementation does not take this problem, from its declaration alone; None if it does."""
     claims = (
@@ -167,6 +176,9 @@ def unsupported(support: Support, problem: Problem) -> str | None:
     for what, value, claimed in claims:
         if value not in claimed:
             return f"{what} {dtype_name(value) if isinstance(value, torch.dtype) else value} not declared"
+    if resize(problem, support) != problem:
+        limits = [f"multiples of {support.multiple_of}"] + ["O = D"] * support.same_width
+        return f"sizes not declared, only {', '.join(limits)}"
     return None
 
 
@@ -359,6 +371,8 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
     halves = (-1.5, -0.5, 0.5, 1.5)
     x = sparse(p.T, p.D, nonzeros=4, values=(-1, 1))
     x[:, 0] = signs(p.T)
+    if p.x_scale > 1:
+        x[:, 0] *= 2 * torch.randint(int(p.x_scale + 1) // 2, (p.T,), generator=generator) + 1
     w_in = sparse(p.E, p.F, p.D, nonzeros=3, values=(-2, 2))
     w_in[..., 0] = signs(p.E, p.F)
     b_in = sparse(p.E, p.F, nonzeros=p.F, values=halves)
@@ -464,6 +478,7 @@ _BEYOND = tuple(
     replace(_INTEGERS, name=f"integers_{name}", **sizes)
     for name, sizes in {
         "20000_tokens": {"T": 20_011, "D": 5, "H": 4, "O": 6, "E": 5},
+        "33000_tokens": {"T": 33_001, "D": 3, "H": 3, "O": 4, "E": 16, "K": 1},  # beyond 16 bits
         "10000_rows": {"T": 10_007, "D": 4, "H": 3, "O": 5, "E": 3, "K": 1, "load": "same_experts"},
         "1000_experts": {"T": 2_311, "D": 6, "H": 5, "O": 7, "E": 1_031, "K": 3},
         "40_choices": {"T": 150, "D": 7, "H": 6, "O": 5, "E": 48, "K": 40},
@@ -481,8 +496,13 @@ _RELEASED = tuple(
         (160, 6), (160, 8), (256, 6), (256, 8), (384, 8), (512, 10),
     )
 )  # fmt: skip
+# Numbers that float16 holds and bfloat16, with three bits less, does not; at most one token for each expert.
+_FINE = replace(
+    _INTEGERS, name="integers_fine", T=8, E=60, K=1, bias=False, dtype=torch.float16, x_scale=383.0, seed=0
+)
 EXACT = (
     *(replace(p, dtype=d) for p in _EXACT for d in DTYPES),
+    _FINE,
     replace(_INTEGERS, low_gates=True, dtype=torch.float64),
     *_BEYOND,
     *_RELEASED,

@@ -33,3 +33,12 @@ def git_commit() -> str:
     if commit is None:
         return "unknown"
     return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def columns() -> dict[str, str]:
+    """The first columns of a table of results on the CPU."""
+    return {
+        "git_commit": git_commit(),
+        "torch_version": torch.__version__,
+        "device_name": device_name("cpu"),
+    }

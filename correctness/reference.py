@@ -57,10 +57,8 @@ def act_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
     """
     a = act(h, name)
     squares = a.square() + _reached(act_derivative(h, name), h_squares, a.shape[1])
-    if gate_and_value(name)[0] == "gelu":
-        gate, value = _gate_and_factor(h, name)
-        squares += _gelu_squares(gate) * (gate * value).square()
-    return squares
+    gate, factor = _gate_and_factor(h, name)
+    return squares + _step_squares(gate, name) * (gate * factor).square()
 
 
 def slope_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
@@ -77,14 +75,11 @@ def slope_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
             torch.autograd.grad(part.sum(), h, retain_graph=True)[0] if part.requires_grad else 0 * slope
             for part in slope.split(H, dim=1)  # of the gate, and of the value that it multiplies
         ]
-    h = h.detach()
-    squares = slope.detach().square()
-    squares += torch.cat([_reached(curvature.detach(), h_squares, H) for curvature in curvatures], dim=1)
-    if gate_and_value(name)[0] == "gelu":
-        gate, value = _gate_and_factor(h, name)
-        factors = torch.cat([value, gate], dim=1)[:, : h.shape[1]]
-        squares += _gelu_squares(gate).repeat(1, h.shape[1] // H) * factors.square()
-    return squares
+    gate, factor = _gate_and_factor(h.detach(), name)
+    step = _step_squares(gate, name)
+    own = torch.cat([step * factor.square(), step * gate.square()], dim=1)[:, : h.shape[1]]
+    reached = torch.cat([_reached(curvature.detach(), h_squares, H) for curvature in curvatures], dim=1)
+    return slope.detach().square() + reached + own
 
 
 def _reached(derivative: Tensor, h_squares: Tensor, H: int) -> Tensor:
@@ -92,13 +87,26 @@ def _reached(derivative: Tensor, h_squares: Tensor, H: int) -> Tensor:
     return (derivative.square() * h_squares).unflatten(1, (-1, H)).sum(dim=1)
 
 
-def _gelu_squares(gate: Tensor) -> Tensor:
-    """The squares of the terms of (1 + erf) / 2, which cancel where the gate is negative."""
-    return (1 + torch.erf(gate / math.sqrt(2)).square()) / 4
+def _step_squares(gate: Tensor, name: str) -> Tensor:
+    """The squares of the terms of (1 + t) / 2, which smooth activations multiply the gate by.
+
+    t is erf(gate / √2) for gelu and tanh(gate / 2) for silu. Where the gate is negative the terms cancel.
+    """
+    function = gate_and_value(name)[0]
+    if function == "relu":
+        return torch.zeros_like(gate)
+    if function == "gelu":
+        t = torch.erf(gate / math.sqrt(2))
+    else:
+        t = torch.tanh(gate * (1.702 if function == "swiglu_clamped" else 1) / 2)
+    return (1 + t.square()) / 4
 
 
 def _gate_and_factor(h: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The gate, [N, H], and the value that multiplies its function: 1 if there is none."""
+    """The gate, [N, H], and what multiplies its function: 1 if the activation is not gated."""
+    if name == "swiglu_clamped":
+        gate, value = h.chunk(2, dim=1)
+        return gate.clamp(max=7), value.clamp(-7, 7) + 1
     if gate_and_value(name)[1]:
         gate, value = h.chunk(2, dim=1)
         return gate, value
@@ -114,6 +122,11 @@ def hidden_and_output(x: Tensor, experts: Experts, expert: int) -> tuple[Tensor,
     if experts.b_out is not None:
         out = out + experts.b_out[expert].to(x.dtype)
     return h, out
+
+
+# Below float32's smallest normal number a share exp(f - y) has no relative precision: its error may be as
+# large as that number, which is eps times this.
+UNDERFLOW = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -200,7 +213,7 @@ def evaluate(
         y_squares = y_squares + y.square().mean(dim=1)
         # An error of size s in f or y changes the share by the factor 1 + s.
         sensitivity = 1 + f_squares + y_squares.unsqueeze(1)
-        dg_terms = share.square() * sensitivity.unsqueeze(-1)
+        dg_terms = share.square() * sensitivity.unsqueeze(-1) + UNDERFLOW**2
     values, scale = {"y": kept(y)}, {"y": y_squares}
     if dy is None:
         return Evaluation(values, _roots(scale) if scales else {}, keep)
@@ -235,6 +248,8 @@ def evaluate(
 
         h2 = hidden_squares(expert, t)
         d_out2 = d_out.square() * sensitivity[t, k].unsqueeze(-1)
+        if combine == "logsumexp":
+            d_out2 = d_out2 + (UNDERFLOW * g[t, k].unsqueeze(-1) * dy[t]).square()
         da2 = (d_out2 @ w_out.square()).repeat(1, repeats)
         dh2 = slope_squares(h, h2, experts.activation) * da2
         scale["x"].index_add_(0, t, (dh2 @ w_in.square().mean(dim=1)))

@@ -70,7 +70,8 @@ def test_every_value_problem_rejects_the_null_implementations(problem: Problem) 
 def test_every_check_rejects_what_it_is_there_for(check: Check) -> None:
     """Checks that compare reject all null implementations, and each check the mistakes that it looks for."""
     for wrong in BUGS.get(check.name, NULL_IMPLEMENTATIONS):
-        subject = Implementation(wrong.__name__, wrong, Support(second_order=True))
+        prepare = getattr(wrong, "prepare", None)
+        subject = Implementation(wrong.__name__, wrong, Support(second_order=True), prepare)
         with pytest.raises(CheckFailed):
             for case in cases([subject], [check]):
                 case.run()
@@ -104,6 +105,35 @@ def with_result(change: Callable[[Tensor, Tensor], Tensor | None]) -> Forward:
         return y if changed is None else changed
 
     return changed_result
+
+
+def with_prepare(prepare: Callable[[Experts], Forward]) -> Forward:
+    """Right, with a ``prepare`` beside it."""
+
+    def prepared_wrongly(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        return sorted_dispatch.forward(x, routing, experts, combine=combine)
+
+    vars(prepared_wrongly)["prepare"] = prepare
+    return prepared_wrongly
+
+
+def stale(experts: Experts) -> Forward:
+    """Works on a copy of the biases of long ago."""
+    copies = {name: t.clone() for name, t in experts.tensors.items() if name.startswith("b_")}
+    return lambda x, routing, *, combine: sorted_dispatch.forward(
+        x, routing, replace(experts, **copies), combine=combine
+    )
+
+
+def first_routing_only(experts: Experts) -> Forward:
+    seen: list[Routing] = []
+
+    def f(x: Tensor, routing: Routing, *, combine: str) -> Tensor:
+        seen.append(routing)
+        use = seen[0] if len(seen[0].gates) == len(x) else routing
+        return sorted_dispatch.forward(x, use, experts, combine=combine)
+
+    return f
 
 
 class _Backward(torch.autograd.Function):
@@ -351,6 +381,7 @@ BUGS = {
     "deterministic": (with_result(noisy), in_inference(with_result(noisy))),
     "new_contents": (*NULL_IMPLEMENTATIONS, with_inputs(pooled_gradients())),
     "one_input_changes": (*NULL_IMPLEMENTATIONS, remembered_result()),
+    "prepared": (with_prepare(stale), with_prepare(first_routing_only)),
     "options_change": (
         *NULL_IMPLEMENTATIONS,
         with_inputs(remembered_activation()),

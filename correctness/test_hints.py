@@ -302,7 +302,11 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("wrong", "problem", "name", "wanted"), CASES, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("wrong", "problem", "name", "wanted"),
+    CASES,
+    ids=[f"{i}-{hint[:60]}" for i, (_, _, _, hint) in enumerate(CASES)],
+)
 def test_a_pattern_gets_its_hint(wrong: Forward, problem: Problem, name: str, wanted: str) -> None:
     assert hint(wrong, problem, name) == wanted
 

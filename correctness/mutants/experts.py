@@ -771,6 +771,17 @@ PRECISION: tuple[Mutant, ...] = (
         on="float32",
     ),
     _precision(
+        "float16_product_in_bfloat16",
+        """
+        - h[tile] = rows[tile] @ w_in[e].T
+        + low = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
+        + h[tile] = (rows[tile].to(low) @ w_in[e].to(low).T).to(x.dtype)
+        """,
+        killed_by="exact",
+        finding="y at",
+        on="integers_fine",
+    ),
+    _precision(
         "result_always_float32",
         """
         - return y.to(x.dtype)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from correctness import balance_checks, checks, provenance, router_checks
 from correctness.mutants import MUTANTS
@@ -47,11 +46,7 @@ def row(mutant: Mutant, verdicts: dict[str, str | None]) -> dict[str, str]:
 
 def table(rows: list[dict[str, str]]) -> pd.DataFrame:
     """All rows, with where and with what they were made in the first columns."""
-    made = {
-        "git_commit": provenance.git_commit(),
-        "torch_version": torch.__version__,
-        "device_name": provenance.device_name("cpu"),
-    }
+    made = provenance.columns()
     return pd.DataFrame([made | row for row in rows])
 
 

@@ -1,0 +1,102 @@
+"""The implementations that compile, lay out or save: what they promise beyond a right result."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from correctness.problems import SMALL, Inputs, make_inputs
+from moe_impls import native, packed, recompute
+
+
+def small(**changes) -> Inputs:
+    return make_inputs(replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize("name", ["w_in", "b_in", "w_out", "b_out"])
+def test_packed_weights_that_changed_are_refused_by_name(name: str) -> None:
+    inputs = small()
+    f = packed.prepare(inputs.experts)
+    f(inputs.x, inputs.routing)
+    inputs.experts.tensors[name][1].zero_()
+    with pytest.raises(RuntimeError, match=rf"{name} was written to after prepare\(experts\): call prepare"):
+        f(inputs.x, inputs.routing)
+
+
+def test_recompute_keeps_one_activation_beside_its_inputs() -> None:
+    inputs = small().map(lambda t: t.requires_grad_())
+    arguments = {t.data_ptr() for t in inputs.tensors.values()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in arguments:
+            kept[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        recompute.forward(inputs.x, inputs.routing, inputs.experts)
+    slots, features = inputs.routing.gates.numel(), inputs.experts.w_in.shape[1]
+    # h; the order of the slots and their gates
+    assert sum(t.nbytes for t in kept.values()) == slots * (features * inputs.x.itemsize + 8 + 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"combine": "logsumexp"}, "combine of recompute is 'logsumexp'; valid are sum"),
+        ({"output_activation": "relu"}, "output_activation of recompute is 'relu'; valid are none"),
+    ],
+)
+def test_recompute_refuses_what_it_does_not_declare(changes: dict[str, str], message: str) -> None:
+    inputs = small(**changes)
+    with pytest.raises(ValueError, match=message):
+        recompute.forward(*inputs[:3], combine=changes.get("combine", "sum"))
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch, cache: object, compiler: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+
+
+def test_native_without_a_compiler_says_what_is_missing(monkeypatch, tmp_path) -> None:
+    without_library(monkeypatch, tmp_path, "no-such-compiler")
+    inputs = small()
+    with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler: install g\\+\\+ or set CXX"):
+        native.forward(*inputs[:3])
+
+
+def test_native_passes_on_what_the_compiler_says_and_keeps_nothing(monkeypatch, tmp_path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    without_library(monkeypatch, tmp_path / "cache", str(compiler))
+    with pytest.raises(RuntimeError, match=r"compiling native.cpp failed: no such flag"):
+        native.library()
+    assert list((tmp_path / "cache" / "moe_impls").iterdir()) == []
+
+
+def test_native_is_compiled_once(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = native.library.__wrapped__
+    library()
+    monkeypatch.setattr(subprocess, "run", None)
+    library()
+    assert len(list((tmp_path / "moe_impls").iterdir())) == 1
+
+
+def test_native_is_bit_equal_across_thread_counts() -> None:
+    inputs = small(T=300)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(native.forward(*inputs[:3]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
