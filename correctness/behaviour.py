@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,16 @@ from torch import Tensor
 
 from correctness import compare
 from correctness.compare import CheckFailed, Graph, calls, finish, hold, hold_calls, run, start, what
-from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
+from correctness.problems import LOW_PRECISION, Inputs, Problem, fit, make_inputs, resize
 from correctness.settings import require_unchanged
 from moe_impls.interface import Experts, Implementation, Routing
 from moe_impls.registry import one_line
 
 ROUTINGS = 10
 REPEATS = 50
+THREADS, ROUNDS = 3, 3
+# Each number of tokens, experts, choices and features up to these is met once, beside sizes that differ.
+MOST_TOKENS, MOST_EXPERTS, MOST_FEATURES = 67, 19, 19
 
 
 @contextlib.contextmanager
@@ -160,6 +164,23 @@ def options_change(subject: Implementation, problem: Problem) -> None:
     if set(support.biases) == {True, False}:
         for without in ({"b_in": None}, {"b_out": None}, {"b_in": None, "b_out": None}):
             hold_calls(subject, problem, inputs._replace(experts=replace(experts, **without)))
+
+
+def every_size(subject: Implementation, problem: Problem) -> None:
+    """No number of tokens, experts, choices or features is special: all small ones are right."""
+    for sized in _small_sizes(problem):
+        p = fit(resize(sized, subject.support), subject.support)
+        hold_calls(subject, p)
+
+
+def _small_sizes(problem: Problem) -> list[Problem]:
+    """Problems in which each size takes each of its small values, beside other sizes that are varied, too."""
+    found = []
+    for T in range(2, MOST_TOKENS + 1):
+        E = 1 + T % MOST_EXPERTS
+        features = {name: 1 + (T * step) % MOST_FEATURES for name, step in (("D", 3), ("H", 5), ("O", 7))}
+        found.append(replace(problem, name=f"{problem.name}_{T}", T=T, E=E, K=1 + T % E, seed=T, **features))
+    return found
 
 
 def changing_sizes(subject: Implementation, problem: Problem) -> None:
@@ -362,10 +383,35 @@ def results_are_the_callers(subject: Implementation, problem: Problem) -> None:
 
 
 def another_thread(subject: Implementation, problem: Problem) -> None:
-    """A thread that never called it before gets the right result and gradients."""
+    """Threads that never called it before get the right results and gradients: one alone, several at once.
+
+    Those that call at once have inputs of their own, of one shape, and begin each round together.
+    """
     with ThreadPoolExecutor(1) as pool:
         for results in pool.submit(lambda: list(calls(subject, problem))).result():
             hold(results, problem)
+    own = [replace(problem, seed=problem.seed + 1 + number) for number in range(THREADS)]
+    inputs = [make_inputs(p) for p in own]
+    together = threading.Barrier(THREADS)
+
+    def call_in_rounds(number: int) -> list[dict[str, Tensor]]:
+        found = []
+        for _ in range(ROUNDS):
+            together.wait()
+            found += calls(subject, own[number], inputs[number])
+        return found
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = [pool.submit(call_in_rounds, number) for number in range(THREADS)]
+        for future in waiting:
+            future.add_done_callback(lambda done: together.abort() if done.exception() else None)
+        failures = [e for e in (future.exception() for future in waiting) if e is not None]
+        for failure in failures:
+            if not isinstance(failure, threading.BrokenBarrierError):
+                raise failure
+    for p, future in zip(own, waiting, strict=True):
+        for results in future.result():
+            hold(results, p)
 
 
 def gradients_accumulate(subject: Implementation, problem: Problem) -> None:

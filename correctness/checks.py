@@ -120,6 +120,7 @@ CHECKS = (
     Check(behaviour.one_input_changes, _BASIC),
     Check(behaviour.prepared, _BASIC, needs="prepare"),
     Check(behaviour.options_change, (replace(_ZIPF, activation="geglu"),)),
+    Check(behaviour.every_size, (replace(problems.named("integers"), name="integers_of_size"),)),
     Check(behaviour.changing_sizes, _BASIC),
     Check(behaviour.strides, _VARIED),
     Check(behaviour.offsets, _VARIED),

@@ -243,7 +243,8 @@ def one_hot_einsum(x: Tensor, routing: Routing, experts: Experts, *, combine: st
     """Every expert on every token, with zeros where the router did not choose; the combine is an einsum."""
     ids, E = routing.expert_ids, len(experts.w_in)
     chosen = F.one_hot(ids, E).any(dim=1)  # [T, E]
-    gates = torch.zeros_like(chosen, dtype=accumulation_dtype(x.dtype)).scatter(1, ids, wide(routing.gates))
+    chosen_gates = routing.gates.to(accumulation_dtype(x.dtype))
+    gates = torch.zeros_like(chosen, dtype=chosen_gates.dtype).scatter(1, ids, chosen_gates)
     weights = experts.map(wide)
     rows = torch.where(chosen.unsqueeze(-1), wide(x).unsqueeze(1), 0)  # [T, E, D]
     h = add(torch.einsum("ted,efd->tef", rows, weights.w_in), weights.b_in)

@@ -288,6 +288,18 @@ def workspace(rows: int) -> Callable[[Tensor, Tensor], Tensor | None]:
     return in_workspace
 
 
+def through_one_buffer() -> Callable[[Tensor, Tensor], Tensor]:
+    """Results of one shape pass through the same memory, which another thread may write to meanwhile."""
+    memory: dict[torch.Size, Tensor] = {}
+
+    def copied_twice(y: Tensor, x: Tensor) -> Tensor:
+        buffer = memory.setdefault(y.shape, torch.empty_like(y.detach())).copy_(y.detach())
+        time.sleep(0.001)
+        return y + (buffer - y.detach())
+
+    return copied_twice
+
+
 def latest_forward_only() -> Forward:
     """What a backward needs lies where the next forward writes, be it for inference."""
     place: list[object] = [None]
@@ -387,6 +399,12 @@ BUGS = {
         with_inputs(remembered_activation()),
         with_inputs(lambda x, routing, e: (x, routing, replace(e, b_out=None) if e.b_in is None else e)),
     ),
+    "every_size": (
+        *NULL_IMPLEMENTATIONS,
+        with_result(lambda y, x: y.flip(0) if len(y) == 53 else None),
+        with_gates(lambda ids, gates: gates.flip(0) if ids.shape[1] == 7 else gates),
+        with_result(lambda y, x: y.flip(1) if x.shape[1] == 11 else None),
+    ),
     "changing_sizes": (*NULL_IMPLEMENTATIONS, with_result(workspace(48))),
     "strides": (*NULL_IMPLEMENTATIONS, in_inference(with_inputs(dense_experts))),
     "shared_memory": (*NULL_IMPLEMENTATIONS, with_inputs(shared_is_unbiased)),
@@ -410,6 +428,7 @@ BUGS = {
     ),
     "another_thread": (
         with_result(lambda y, x: None if threading.current_thread() is threading.main_thread() else 0 * y),
+        with_result(through_one_buffer()),
     ),
     "autocast": (
         *NULL_IMPLEMENTATIONS,

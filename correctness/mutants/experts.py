@@ -469,6 +469,15 @@ TILING: tuple[Mutant, ...] = (
         finding="each token from 4096 on",
         on="thousands",
     ),
+    _tiling(
+        "rows_swapped_where_there_are_five",
+        """
+        - rows = x[token]
+        + rows = (x.flip(0) if T == 5 else x)[token]
+        """,
+        killed_by="every_size",
+        finding="y at",
+    ),
 )
 
 _memory = partial(Mutant, family="empty groups and memory never written", base="correctness.mutants.grouped")
@@ -884,6 +893,16 @@ STATE: tuple[Mutant, ...] = (
         """,
         killed_by="several_graphs",
         finding="the gradient of",
+    ),
+    _state(
+        "buffer_shared_by_threads",
+        """
+        - rows = x[token]
+        + rows = KEPT.setdefault((len(token), x.shape[1], x.dtype), x[token])
+        + rows.copy_(x[token])
+        """,
+        killed_by="another_thread",
+        finding="is wrong|at",
     ),
     _state(
         "gradient_buffer_never_cleared",
