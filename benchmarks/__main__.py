@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks import comparison, figures, history, profile, record, report, tune, versions
 from benchmarks.workloads import MODELS, MODES, Workloads
 from correctness.compare import CheckFailed
-from correctness.problems import LOADS
+from correctness.problems import LOAD_NAMES, load_named
 from correctness.provenance import ROOT
 from moe_impls import auto
 from moe_impls.interface import DEVICES, DTYPES, RouterSpec, check_choice, dtype_name
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     profiled.add_argument(
         "--dtype", default="float32", metavar="NAME", help=", ".join(map(dtype_name, DTYPES))
     )
-    profiled.add_argument("--load", default="uniform", metavar="NAME", help=", ".join(LOADS))
+    profiled.add_argument("--load", default="uniform", metavar="NAME", help=LOAD_NAMES)
     for size in SIZES:
         profiled.add_argument(f"--{size}", type=int, metavar="N", help="size; with --model only --T")
     profiled.add_argument("--out", type=Path, metavar="DIR", help="results/<machine>/profiles unless given")
@@ -196,7 +196,7 @@ def _profile(options: argparse.Namespace) -> int:
     check_choice("--device", options.device.partition(":")[0], DEVICES)
     check_choice("--dtype", options.dtype, tuple(map(dtype_name, DTYPES)))
     check_choice("--mode", options.mode, MODES)
-    check_choice("--load", options.load, tuple(LOADS))
+    load_named(options.load, "--load")
     if options.model is not None:
         check_choice("--model", options.model, tuple(MODELS))
     if options.device.startswith("cuda") and not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from benchmarks.plan import SIZES
 from benchmarks.progress import SweepProgress
 from benchmarks.sweep import Settings, measure_workload
 from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads
-from correctness.problems import LOADS, Problem
+from correctness.problems import LOAD_NAMES, Problem, load_named
 from correctness.provenance import ROOT
 from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", metavar="NAME", help=f"{', '.join(DEVICES)}")
     group.addoption("--dtype", default="float32", metavar="NAME", help=", ".join(map(dtype_name, DTYPES)))
     group.addoption("--load", action="append", metavar="NAME", help=(
-        f"how tokens spread over experts (repeatable): {', '.join(LOADS)}"
+        f"how tokens spread over experts (repeatable): {LOAD_NAMES}"
     ))  # fmt: skip
     for size in SIZES:
         group.addoption(f"--{size}", dest=size, action="append", type=int, metavar="N", help=(
@@ -187,13 +187,15 @@ def _blocks(config: pytest.Config, grid: str) -> list[Workloads]:
         )
     changes: dict[str, tuple] = dict(chosen)
     for load in option.load or ():
-        check_choice("--load", load, tuple(LOADS))
+        load_named(load, "--load")
     if option.load:
         changes["load"] = tuple(dict.fromkeys(option.load))
     # Given sizes or loads replace the axes of the grid's first block: its other blocks hold single cases.
     of_grid = GRIDS[grid]
     blocks = [MODELS[name] for name in models] or list(of_grid[:1] if changes else of_grid)
     blocks = [replace(block, **changes) for block in blocks]
+    for problem in (problem for block in blocks for problem in block.problems()):
+        load_named(problem.load)(replace(problem, T=1), torch.Generator())  # raises if it takes more experts
     if {"E", "K"} & set(chosen):
         for block in blocks:
             if max(block.K) > min(block.E):

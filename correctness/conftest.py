@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Read by OpenMP when torch is loaded: threads that wait for work sleep instead of spinning. The problems are
@@ -12,6 +13,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
 from correctness import isolation, layer_checks, shrink, summary  # noqa: E402
@@ -22,6 +24,8 @@ from correctness.limits import Limits, time_limit  # noqa: E402
 from correctness.mutants import MUTANTS, table  # noqa: E402
 from correctness.subjects import Subjects, find_subjects  # noqa: E402
 from moe_impls.registry import ResolveError  # noqa: E402
+
+MOST_WORKERS = 8  # each holds a copy of torch in memory
 
 # Hypothesis draws the same examples in every run, or with --hypothesis-profile=thorough many new ones.
 QUICK = settings(
@@ -83,8 +87,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    if config.getoption("isolate") and not isolation.is_worker(config):
+    if isolation.is_worker(config):
+        return
+    if config.getoption("isolate"):
         isolation.use_a_worker(config)
+    elif _is_whole(config) and config.pluginmanager.hasplugin("xdist"):
+        config.option.numprocesses = min(torch.get_num_threads(), MOST_WORKERS)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of each worker
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """Whether all of ``pytest correctness`` is to be run, which takes minutes, and nothing says how."""
+    options = (
+        *("impl", "router", "layer", "mutants", "seeds", "error_budget"),
+        *("keyword", "markexpr", "deselect", "lf", "failedfirst"),  # which tests
+        *("collectonly", "usepdb", "trace"),  # and how
+    )
+    folders = {Path(argument).resolve() for argument in config.args}
+    return (
+        folders == {Path(__file__).parent}
+        and not any(config.getoption(name, None) for name in options)
+        and config.getoption("numprocesses", None) is None  # -n 0 is an answer, too
+        and config.getoption("capture") != "no"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -72,7 +72,7 @@ def no_fallback(subject: Implementation, problem: Problem) -> None:
     def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
         file = frame.f_code.co_filename
         if file == own.co_filename:
-            if event == "exception" and not issubclass(argument[0], StopIteration):
+            if event == "exception" and not issubclass(argument[0], (StopIteration, GeneratorExit)):
                 raised.append(f"{argument[0].__name__} in line {frame.f_lineno}")
             return trace
         if raised and file in others and frame.f_code.co_name in ("forward", "prepare"):

@@ -8,6 +8,7 @@ summation, so results must be bit-equal.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -72,7 +73,7 @@ class Inputs(NamedTuple):
 class Problem:
     """One call. Sizes as everywhere: tokens T, features D -> H -> O, experts E, experts per token K.
 
-    load: how tokens spread over experts, a key of LOADS. gates: their values, a key of GATES.
+    load: how tokens spread over experts, a name of `load_named`. gates: their values, a key of GATES.
     low_gates: gates in the lower of the two dtypes that they may have, float32 and that of x.
     exact: integers and powers of two instead of random reals, for EXACT_ACTIVATIONS with combine "sum".
     x_scale: the standard deviation of x, to reach clamps and large outputs; in exact problems the largest odd
@@ -224,14 +225,74 @@ def _bursts(p: Problem, g: torch.Generator) -> Tensor:
     return ids.repeat_interleave(16, dim=0)[: p.T]
 
 
-LOADS: dict[str, Callable[[Problem, torch.Generator], Tensor]] = {
+def _router(p: Problem, g: torch.Generator) -> Tensor:
+    """The top K of a random linear router, where neighbouring tokens share half of their variance."""
+    features, text = 16, 64  # few features make some experts more popular than others
+    topics = torch.randn((p.T + text - 1) // text, features, generator=g, dtype=torch.float64)
+    own = torch.randn(p.T, features, generator=g, dtype=torch.float64)
+    tokens = (topics.repeat_interleave(text, dim=0)[: p.T] + own) / 2**0.5
+    return (tokens @ torch.randn(features, p.E, generator=g, dtype=torch.float64)).topk(p.K, dim=1).indices
+
+
+Load = Callable[[Problem, torch.Generator], Tensor]
+LOADS: dict[str, Load] = {
     "uniform": _uniform,
     "zipf": _zipf,
     "one_hot_expert": _one_hot_expert,
     "same_experts": _same_experts,
     "half_empty": _half_empty,
     "bursts": _bursts,
+    "router": _router,
 }
+
+
+def _zipf_of(exponent: str) -> Load:
+    """The n-th expert is visited in proportion to n to the power of minus ``exponent``."""
+    power = float(exponent)
+    if not 0 < power < 10:
+        raise ValueError
+
+    def zipf_of(p: Problem, g: torch.Generator) -> Tensor:
+        weight = torch.arange(1, p.E + 1, dtype=torch.float64) ** -power
+        return _by_weight(p, g, weight[torch.randperm(p.E, generator=g)])
+
+    return zipf_of
+
+
+def _hot_experts(number: str) -> Load:
+    """Every token visits as many of ``number`` hot experts as K allows; its other choices are uniform."""
+    hot = int(number)
+    if hot < 1:
+        raise ValueError
+
+    def hot_experts(p: Problem, g: torch.Generator) -> Tensor:
+        if hot > p.E:
+            raise ValueError(f"load is {p.load!r}; there are E = {p.E} experts")
+        weight = torch.ones(p.E, dtype=torch.float64)
+        weight[torch.randperm(p.E, generator=g)[:hot]] = 1e12
+        return _by_weight(p, g, weight)
+
+    return hot_experts
+
+
+# Loads with a number in their name, such as zipf_1.2 and hot_experts_4.
+FAMILIES: dict[str, Callable[[str], Load]] = {"zipf": _zipf_of, "hot_experts": _hot_experts}
+LOAD_NAMES = f"{', '.join(LOADS)}, zipf_<exponent below 10> and hot_experts_<number>"
+
+
+def load_named(name: str, argument: str = "load") -> Load:
+    """The load of that name.
+
+    Raises:
+        ValueError: there is none; the message names the ``argument`` and the loads that there are.
+    """
+    if name in LOADS:
+        return LOADS[name]
+    family, _, number = name.rpartition("_")
+    if family in FAMILIES:
+        with contextlib.suppress(ValueError):
+            return FAMILIES[family](number)
+    raise ValueError(f"{argument} is {name!r}; valid are {LOAD_NAMES}")
 
 
 def _softmax(p: Problem, g: torch.Generator) -> Tensor:
@@ -287,7 +348,7 @@ def make_inputs(problem: Problem) -> Inputs:
     """
     p = problem
     generator = torch.Generator().manual_seed(p.seed)
-    routing = Routing(LOADS[p.load](p, generator), GATES[p.gates](p, generator))
+    routing = Routing(load_named(p.load)(p, generator), GATES[p.gates](p, generator))
     make = _exact_numbers if p.exact else _real_numbers
     inputs = make(p, routing, generator)
     low, high = sorted((p.dtype, torch.float32), key=lambda dtype: torch.finfo(dtype).bits)
@@ -439,12 +500,29 @@ _SIZES = (
     Problem("wide", T=40, D=521, H=263, O=519, E=3, K=2),
     Problem("thousands", T=4500, D=48, H=40, O=56, E=11, K=2, load="zipf", seed=1),
 )
+# Each activation at sizes that kernels split into tiles, each time in another dtype.
+_LARGER = (
+    Problem("larger", T=150, D=40, H=36, O=44, E=12, K=3, load="zipf", gates="unnormalised"),
+    Problem("larger_still", T=1100, D=130, H=70, O=100, E=9, K=2, load="router"),
+)
+_LARGER_OPTIONS = tuple(
+    replace(
+        p,
+        activation=activation,
+        output_activation=OUTPUT_ACTIVATIONS[(i + j) % len(OUTPUT_ACTIVATIONS)],
+        combine=COMBINES[i // 2 % len(COMBINES)],
+        dtype=DTYPES[(i + j) % len(DTYPES)],
+    )
+    for i, activation in enumerate(ACTIVATIONS)
+    for j, p in enumerate(_LARGER)
+)
 _LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnormalised", low_gates=True)
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
 SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
     Problem("signed_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="signed"),
     *(replace(_LOW_GATES, gates="signed", dtype=d) for d in LOW_PRECISION),
     *(replace(_LOW_GATES, combine="logsumexp", dtype=d) for d in LOW_PRECISION),
+    *_LARGER_OPTIONS,
 )
 
 _INTEGERS = Problem("integers", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", exact=True)

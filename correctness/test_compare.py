@@ -555,7 +555,7 @@ def test_same_problem_makes_the_same_inputs_and_another_seed_others() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(numbers(first), numbers(other), strict=True))
 
 
-@pytest.mark.parametrize("load", problems.LOADS)
+@pytest.mark.parametrize("load", [*problems.LOADS, "zipf_0.5", "hot_experts_1"])
 @pytest.mark.parametrize("E, K", [(1, 1), (7, 1), (7, 3), (7, 7)])
 def test_loads_give_distinct_valid_experts(load: str, E: int, K: int) -> None:
     ids = make_inputs(replace(problems.SMALL, T=50, E=E, K=K, load=load)).routing.expert_ids
@@ -566,7 +566,7 @@ def test_loads_give_distinct_valid_experts(load: str, E: int, K: int) -> None:
 def test_loads_differ_in_how_they_spread() -> None:
     counts = {
         load: make_inputs(replace(problems.SMALL, T=4000, E=16, K=2, load=load)).routing.expert_ids.flatten()
-        for load in problems.LOADS
+        for load in [*problems.LOADS, "zipf_0.1", "zipf_2", "hot_experts_3"]
     }
     counts = {load: ids.bincount(minlength=16) for load, ids in counts.items()}
     assert counts["uniform"].min() > 0.8 * 4000 * 2 / 16
@@ -574,3 +574,27 @@ def test_loads_differ_in_how_they_spread() -> None:
     assert (counts["same_experts"] > 0).sum() == 2
     assert (counts["half_empty"] > 0).sum() == 8
     assert counts["zipf"].max() > 4 * counts["zipf"].median()
+    assert counts["zipf_0.1"].max() < 1.6 * counts["zipf_0.1"].min()
+    assert counts["zipf_2"].max() > 1.5 * counts["zipf"].max()
+    assert counts["hot_experts_3"].topk(3).values.sum() == 8000
+    assert counts["router"].max() > 2 * counts["router"].min()
+
+
+def test_tokens_of_one_text_share_experts_of_a_router() -> None:
+    """Neighbours do so more often than tokens of different texts."""
+    ids = make_inputs(replace(problems.SMALL, T=6400, E=32, K=1, load="router")).routing.expert_ids.flatten()
+    texts = ids.view(-1, 64)
+    assert (texts[:, 0] == texts[:, 1]).sum() > 1.5 * (texts[:-1, 0] == texts[1:, 0]).sum()
+
+
+@pytest.mark.parametrize(
+    "load", ["", "zip", "zipf_", "zipf_0", "zipf_nan", "zipf_10", "hot_experts_0", "hot_experts_1.5", "_2"]
+)
+def test_a_load_that_does_not_exist_is_refused_with_the_valid_ones(load: str) -> None:
+    with pytest.raises(ValueError, match=f"load is '{load}'; valid are uniform, .*hot_experts_<number>"):
+        make_inputs(replace(problems.SMALL, load=load))
+
+
+def test_more_hot_experts_than_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match="load is 'hot_experts_9'; there are E = 5 experts"):
+        make_inputs(replace(problems.SMALL, load="hot_experts_9"))

@@ -1,9 +1,8 @@
 """No check rejects a right implementation, however different it looks: see ``correctness.lookalikes``.
 
-The default run spreads all checks and their problems over the lookalikes, and draws one seed. The whole
-is
+The default run spreads all checks and their problems over the lookalikes, and draws one seed. The whole is
 
-pytest correctness/test_lookalikes.py --seeds 200 --error-budget results/error_budget.csv
+    pytest correctness/test_lookalikes.py --seeds 200 --error-budget results/error_budget.csv
 
 every problem with a rounding budget or exact numbers, on 200 seeds, by every lookalike; of the largest
 problems each seed goes to one lookalike in turn. Parts of it may be run apart and joined by

@@ -317,7 +317,7 @@ def test_a_bad_file_is_one_line_and_exit_status_4(
         ("--impl=nowhere.py:forward", "nowhere.py does not exist or is no file"),
         ("--router=nowhere.py:route", "nowhere.py does not exist or is no file"),
         ("--layer=nowhere.py:Layer", "nowhere.py does not exist or is no file"),
-        ("--impl=not_there", "unknown implementation 'not_there'; valid are dense_mask, "),
+        ("--impl=not_there", "unknown implementation 'not_there'; valid are auto, dense_mask, "),
         ("--router=not_there", "'not_there' is neither package.module:function nor path/file.py:function"),
         (
             "--layer=not_there",

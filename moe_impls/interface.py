@@ -220,6 +220,10 @@ Forward = Callable[..., Tensor]  # forward(x, routing, experts, *, combine="sum"
 Prepared = Callable[..., Tensor]  # f(x, routing, *, combine="sum") -> y, without gradients
 
 
+def _needs_nothing_more() -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A named ``forward`` and what it declares; ``moe_impls.registry.resolve`` makes them.
@@ -234,7 +238,7 @@ class Implementation:
     forward: Forward
     support: Support = Support()
     prepare: Callable[[Experts], Prepared] | None = None
-    is_available: Callable[[], bool] = lambda: True
+    is_available: Callable[[], bool] = _needs_nothing_more
 
 
 def dtype_name(dtype: torch.dtype) -> str:
