@@ -110,9 +110,15 @@ def test_missing_and_unknown_columns_are_named(tmp_path: Path) -> None:
         record.read(path)
 
 
-def test_a_torn_line_is_refused(tmp_path: Path) -> None:
+def test_a_last_line_that_was_not_written_to_its_end_is_no_row(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", make_row(), make_row())
-    path.write_text(path.read_text()[:-200])
+    path.write_text(path.read_text()[:-20])
+    assert record.read(path) == [make_row()]
+
+
+def test_a_torn_line_among_others_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv", make_row(), make_row())
+    path.write_text(path.read_text()[:-200] + "\n")
     with pytest.raises(RecordError, match="line 3"):
         record.read(path)
 

@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_the_rows_so_far_and_their_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "valid"),
     [
-        ("--grid=huge", "smoke, default, full"),
+        ("--grid=huge", "smoke, default, latency, throughput, full"),
         ("--impl=fastest", "dense_mask, sorted_dispatch, index_add, compiled"),
         ("--impl=nowhere.py:forward", "does not exist"),
         ("--model=gpt-9", "mixtral-8x7b, olmoe-1b-7b"),
