@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import comparison, figures, history, profile, record, report, tune, versions
+from benchmarks import comparison, figures, history, page, profile, record, report, tune, versions
 from benchmarks.workloads import MODELS, MODES, Workloads
 from correctness.compare import CheckFailed
 from correctness.problems import LOAD_NAMES, load_named
@@ -188,7 +188,9 @@ def _report(options: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"{RESULTS} holds no CSV file; `pytest benchmarks` makes them")
     for folder in folders:
-        print(report.write(folder))
+        print(*report.write(folder), sep="\n")
+    if not page.is_available():
+        print(page.MISSING, file=sys.stderr)
     return 0
 
 

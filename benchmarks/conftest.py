@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import plan, record, report
+from benchmarks import page, plan, record, report
 from benchmarks.measure import CACHES
 from benchmarks.plan import SIZES
 from benchmarks.progress import SweepProgress
@@ -333,7 +333,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         sweep.closing_lines.append(f"incomplete: {sweep.finished} of {planned} workloads were measured")
     sweep.closing_lines.append(f"CSV:    {_shown(sweep.csv)}")
     try:
-        sweep.closing_lines.append(f"report: {_shown(report.write(sweep.out))}")
+        sweep.closing_lines += [f"report: {_shown(path)}" for path in report.write(sweep.out)]
+        sweep.closing_lines += [] if page.is_available() else [page.MISSING]
     except (record.RecordError, OSError) as error:
         sweep.closing_lines.append(f"report: not written, {error}")
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED

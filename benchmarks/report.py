@@ -1,4 +1,4 @@
-"""From CSV files to ``report.md`` and its plots. It reads nothing but the CSVs.
+"""From CSV files to ``report.md``, its plots, and ``report.html``. It reads nothing but CSVs.
 
 Times are compared only within one run, where they were taken side by side: of each workload and mode the
 newest run that measured it is shown, alone.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks import plan, record, roofline
+from benchmarks import page, plan, profile, record, roofline
 from benchmarks.record import RecordError, slug
 from correctness.pages import markdown_table, write_atomically
 
@@ -33,19 +34,35 @@ LAYER = ["device", "device_name", "threads", "cache", "torch_version", "workload
          "activation", "output_activation", "combine", "bias", "dtype", "seed"]  # fmt: skip
 CELL = [*LAYER, "load", "T", "E", "K", "mode"]
 AXES = {"T": "tokens T", "E": "experts E", "K": "experts per token K"}
+TITLE, PAGE = "Mixture-of-experts layers: measured times", "report.html"
 MODE_TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
 
-# Okabe and Ito's palette, told apart by colour-blind readers; markers repeat the distinction.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+# Okabe and Ito's palette, told apart by colour-blind readers, with grey for its yellow, which is faint on
+# white; markers repeat the distinction.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C")
 MARKERS = "osD^vPX*"
+
+
+def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The colour and the marker of each implementation; 64 pairs before one comes again."""
+    rounds = len(COLOURS)
+    return {
+        name: (COLOURS[i % rounds], MARKERS[(i + i // rounds) % len(MARKERS)])
+        for i, name in enumerate(sorted(names))
+    }
 
 
 def csv_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.csv"))
 
 
-def write(folder: Path) -> Path:
-    """Make ``report.md`` and its PNG files in ``folder`` from the CSV files in it; returns the report's path.
+def write(folder: Path) -> list[Path]:
+    """Make ``report.md``, its PNG files and ``report.html`` from the CSV files in ``folder``.
+
+    ``report.html`` is left out where ``page.is_available()`` is false.
+
+    Returns:
+        The paths of the reports.
 
     Raises:
         RecordError: the folder is missing or holds no CSV, a file is not valid, or no row is ok.
@@ -57,19 +74,27 @@ def write(folder: Path) -> Path:
     table = newest(pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=list(record.COLUMNS)))
     if not (table["status"] == "ok").any():
         raise RecordError(f"{folder} holds no row with status ok: there is nothing to compare")
-    styles = {
-        name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-        for i, name in enumerate(sorted(table["implementation"].unique()))
-    }
+    styles = styles_of(table["implementation"].unique())
     figures = {**axis_figures(table, styles), **efficiency_figures(table, styles)}
-    stale = {path.name for path in folder.glob("*.png")} - figures.keys()
-    for name, figure in figures.items():
-        write_atomically(folder / name, _png(figure))
-    path = folder / "report.md"
-    write_atomically(path, _markdown(table, files, figures).encode())
+    made = {name: _png(figure) for name, figure in figures.items()}
+    if page.is_available():
+        made[PAGE] = page.html(
+            table,
+            CELL,
+            styles,
+            title=TITLE,
+            summary=_measured(table),
+            files=[file.name for file in files],
+            profiles=folder / "profiles",
+            stage_names=profile.STAGES,
+        ).encode()
+    made["report.md"] = _markdown(table, files, figures).encode()
+    stale = {file.name for file in (*folder.glob("*.png"), *folder.glob(PAGE))} - made.keys()
+    for name, content in made.items():
+        write_atomically(folder / name, content)
     for name in stale:
-        (folder / name).unlink()  # plots of an earlier report
-    return path
+        (folder / name).unlink()  # of an earlier report
+    return [folder / name for name in ("report.md", PAGE) if name in made]
 
 
 def newest(table: pd.DataFrame) -> pd.DataFrame:
@@ -238,7 +263,9 @@ def winners(table: pd.DataFrame) -> pd.DataFrame:
 
 def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]) -> str:
     ok, best = table[table["status"] == "ok"], winners(table)
-    parts = ["# Mixture-of-experts layers: measured times", _summary(table, best), *_incomplete(files)]
+    parts = [f"# {TITLE}", _summary(table, best), *_incomplete(files)]
+    if page.is_available():
+        parts.append(f"[{PAGE}]({PAGE}) has the same rows with filters, every detail and more plots.")
 
     parts.append("## Environment")
     columns = ["run_id", "machine", "device_name", "device", "threads", "torch_version", "git_commit"]
@@ -324,14 +351,18 @@ def _incomplete(files: list[Path]) -> list[str]:
     ]
 
 
-def _summary(table: pd.DataFrame, best: pd.DataFrame) -> str:
+def _measured(table: pd.DataFrame) -> str:
     ok = table[table["status"] == "ok"]
     worst = _number(ok["worst_error_fraction"].max())
-    lines = [
+    return (
         f"{len(ok)} of {len(table)} cells measured: {table['implementation'].nunique()} implementations, "
         f"{len(table[CELL].drop_duplicates())} workloads. Every time below is of a result that was checked "
         f"against a float64 oracle before and after; the worst error used {worst} of its budget."
-    ]
+    )
+
+
+def _summary(table: pd.DataFrame, best: pd.DataFrame) -> str:
+    lines = [_measured(table)]
     compared = best[best["next"].notna()]
     for mode, rows in compared.groupby("mode"):
         wins = rows["fastest"].value_counts()

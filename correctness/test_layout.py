@@ -20,7 +20,11 @@ MAY_IMPORT = {
     "benchmarks": {"benchmarks", "correctness", "moe_impls"},
 }
 # Distributions whose modules are not named like them.
-MODULES = {"scikit-learn": {"sklearn"}, "pytest-benchmark": {"pytest_benchmark", "cpuinfo"}}
+MODULES = {
+    "scikit-learn": {"sklearn"},
+    "pytest-benchmark": {"pytest_benchmark", "cpuinfo"},
+    "vl-convert-python": {"vl_convert"},
+}
 
 
 def declared_modules() -> tuple[set[str], set[str]]:

@@ -54,8 +54,7 @@ def test_a_cell_is_shown_from_its_newest_run_alone() -> None:
 
 def test_the_report_holds_plots_winners_environment_and_failures(tmp_path: Path) -> None:
     write(tmp_path / "r.csv", *grid(), failed_row("out_of_memory", "needs at least 90 GiB", T=64))
-    path = report.write(tmp_path)
-    text = path.read_text()
+    text = report.write(tmp_path)[0].read_text()
     images = {line.rpartition("(")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")}
     assert {i.split("-")[2] for i in images if i.startswith("time-against")} == {"T", "E", "K"}
     assert any(i.startswith("efficiency") for i in images)
@@ -100,8 +99,10 @@ def test_a_file_without_a_column_is_refused_in_one_line(tmp_path, capsys) -> Non
     refused(tmp_path, "has no column efficiency", capsys)
 
 
-def test_colours_and_markers_tell_eight_implementations_apart() -> None:
-    assert len(set(report.COLOURS)) == len(set(report.MARKERS)) == 8
+def test_colours_and_markers_tell_sixty_four_implementations_apart() -> None:
+    styles = report.styles_of(f"{i:02}" for i in range(64))
+    assert len(set(styles.values())) == 64
+    assert len({colour for colour, _ in list(styles.values())[:8]}) == 8
 
 
 def test_the_readmes_plot_and_table_are_those_of_a_committed_report() -> None:
