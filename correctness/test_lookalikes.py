@@ -26,7 +26,7 @@ from moe_impls.interface import Implementation
 
 FIRST_SEED = 1000
 NUMERIC = [problem for check in CHECKS if check.name in ("values", "exact") for problem in check.problems]
-LARGE = 2**12  # tokens and rows of weights, above which a problem takes minutes with every lookalike
+LARGE = 2**11  # tokens and rows of weights, above which a problem takes minutes with every lookalike
 SELECTION = NUMERIC[::37]  # a prime, so that every dtype, combine, activation and size class is among them
 
 
