@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from benchmarks import page, plan, record, report
+from benchmarks.isolated import Child
 from benchmarks.measure import CACHES
 from benchmarks.plan import SIZES
 from benchmarks.progress import SweepProgress
 from benchmarks.sweep import Settings, measure_workload
 from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads
+from correctness import isolation
 from correctness.problems import LOAD_NAMES, Problem, load_named
 from correctness.provenance import ROOT
 from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
@@ -35,6 +37,7 @@ class Sweep:
     environment: record.Environment
     settings: Settings
     out: Path
+    child: Child | None  # that measures; None: this process does
     csv: Path | None = None  # of a sweep that is continued, or once it begins
     rows: dict[str, dict[str, record.Row]] = field(default_factory=dict)  # that are in the file already
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -76,6 +79,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cell-timeout", default=Settings.call_timeout_s, type=float, metavar="S", help=(
         "what any one call of an implementation may take, the first with its compilation included"
     ))  # fmt: skip
+    group.addoption("--cell-memory", type=float, metavar="GIB", help=(
+        "memory that a workload may take on the CPU, its inputs included (default: what is available)"
+    ))  # fmt: skip
+    group.addoption("--isolate", action="store_true", help=(
+        "measure in a child process: what kills it, or goes on after --cell-timeout, becomes a row"
+    ))  # fmt: skip
     group.addoption("--resume", metavar="CSV", help=(
         "continue an interrupted sweep, with its options; what its file holds is not measured again"
     ))  # fmt: skip
@@ -94,7 +103,8 @@ def pytest_configure(config: pytest.Config) -> None:
 # What a sweep that is continued takes from its plan, with the defaults.
 PLANNED = {"grid": None, "impl": None, "model": None, "mode": None, "device": "cpu", "dtype": "float32",
            "load": None, "cache": "warm", "threads": None, "seed": 0, "seconds": None,
-           "cell_timeout": Settings.call_timeout_s, **dict.fromkeys(SIZES), "keyword": ""}  # fmt: skip
+           "cell_timeout": Settings.call_timeout_s, "cell_memory": None, "isolate": False,
+           **dict.fromkeys(SIZES), "keyword": ""}  # fmt: skip
 
 
 def _given(config: pytest.Config) -> dict[str, object]:
@@ -129,10 +139,15 @@ def _sweep(config: pytest.Config) -> Sweep:
         cpus = os.cpu_count() or 1
         check_choice("--threads", option.threads, tuple(range(1, cpus + 1)))
         torch.set_num_threads(option.threads)
-    for name in ("seconds", "cell_timeout"):
+    if option.cell_memory is not None and device != "cpu":
+        raise ValueError(f"--cell-memory is given and --device is {device}; it limits memory of the CPU")
+    for name in ("seconds", "cell_timeout", "cell_memory"):
         if getattr(option, name) is not None and not getattr(option, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(option, name)}; it must be above 0")
-    implementations = [resolve(name) for name in dict.fromkeys(option.impl or IMPLEMENTATIONS)]
+    names: list[str] = list(dict.fromkeys(option.impl or IMPLEMENTATIONS))
+    if option.isolate:
+        isolation.try_in_child(f"importing {', '.join(names)}", _resolve_all, names)
+    implementations = _resolve_all(names)
 
     cells: dict[str, tuple[Problem, str]] = {}
     grid = option.grid or "default"
@@ -150,10 +165,19 @@ def _sweep(config: pytest.Config) -> Sweep:
         cells,
         {implementation.name: implementation for implementation in implementations},
         environment,
-        Settings(option.seconds or SECONDS[grid], call_timeout_s=option.cell_timeout),
+        Settings(
+            option.seconds or SECONDS[grid],
+            call_timeout_s=option.cell_timeout,
+            memory_bytes=None if option.cell_memory is None else option.cell_memory * 2**30,
+        ),
         csv.parent if csv else Path(option.out or ROOT / "results" / environment.machine),
+        Child() if option.isolate else None,
         csv,
     )
+
+
+def _resolve_all(names: list[str]) -> list[Implementation]:
+    return [resolve(name) for name in names]
 
 
 def _continued(csv: Path, first: record.Row, now: record.Environment) -> record.Environment:
@@ -273,7 +297,8 @@ def rows(request: pytest.FixtureRequest) -> dict[str, record.Row]:
     measured = dict(sweep.rows.get(request.param, {}))
     chosen = [sweep.implementations[name] for name in names if name not in measured]
     if chosen:
-        new = measure_workload(problem, mode, chosen, sweep.environment, sweep.settings)
+        measure = sweep.child.measure if sweep.child else measure_workload
+        new = measure(problem, mode, chosen, sweep.environment, sweep.settings)
         for row in new.values():
             record.append(sweep.csv, row)
         measured |= new
@@ -326,6 +351,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if sweep is None or sweep.csv is None or not sweep.csv.exists():
         return
     sweep.lock.close()
+    if sweep.child:
+        sweep.child.close()
     if sweep.progress is not None:
         sweep.progress.close()
     planned = len(_selected(session.items))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from correctness.problems import Inputs, Problem
 from moe_impls.interface import Forward
 
 Call = Callable[[], object]
+Running = Callable[[str, float], None]  # of a name and seconds: whose code runs next, for how long at most
 
 MIN_ROUNDS = 7  # samples that a median and two quantiles are taken from, at the least
 MAX_ROUNDS = 101
@@ -71,6 +73,10 @@ def time_calls(call: Call, calls: int, device: str, before: Call | None = None) 
     return (time.perf_counter() - begin) / calls
 
 
+def nobody_watches(name: str, seconds: float) -> None:
+    pass
+
+
 def interleave(
     candidates: dict[str, Call],
     *,
@@ -81,6 +87,7 @@ def interleave(
     call_timeout_s: float | None = None,
     before: Mapping[str, Call] | None = None,
     clock: Callable[[str, int], float] | None = None,
+    running: Running = nobody_watches,
 ) -> dict[str, Timing | BaseException]:
     """Time all candidates in rounds; the order of a round is reversed in the next.
 
@@ -92,6 +99,7 @@ def interleave(
         call_timeout_s: what one call may take.
         before: by the name of a candidate, what is done before each of its calls and not timed.
         clock: of a name and a number of calls, the seconds a call, where it is not here that they are made.
+        running: is told before each sample whose it is and how many seconds it may take; "" is nobody's.
 
     Returns:
         For each name its timing, or the exception that its call raised; the others go on without it.
@@ -102,14 +110,18 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in candidates}
 
     def sample(name: str, calls: int) -> float:
+        limit_s = None if call_timeout_s is None else call_timeout_s * calls
+        running(name, math.inf if limit_s is None else limit_s)
         try:
-            with time_limit(None if call_timeout_s is None else call_timeout_s * calls):
+            with time_limit(limit_s):
                 if clock is not None:
                     return clock(name, calls)
                 return time_calls(candidates[name], calls, device, (before or {}).get(name))
         except (Exception, CallTimeout) as error:
             failures[name] = error
             return 0.0
+        finally:
+            running("", math.inf)
 
     call_s = {name: min(sample(name, 1) for _ in range(WARM_UP_CALLS)) for name in candidates}
     min_sample_s = MIN_SAMPLE_S["cuda" if device.startswith("cuda") else "cpu"]

@@ -87,8 +87,8 @@ def needed_memory_bytes(problem: Problem, mode: str) -> int:
 
 
 @contextlib.contextmanager
-def memory_limit(device: str) -> Iterator[None]:
-    """Let CPU allocations beyond the available memory fail in the block, where the kernel would kill.
+def memory_limit(device: str, more_bytes: float) -> Iterator[None]:
+    """Let CPU allocations of more than ``more_bytes`` fail in the block, where the kernel would kill.
 
     Limits the address space of the process; CUDA reports exhaustion by itself and reserves addresses freely.
     """
@@ -96,7 +96,7 @@ def memory_limit(device: str) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
-    soft = psutil.Process().memory_info().vms + available_memory_bytes(device)
+    soft = psutil.Process().memory_info().vms + int(more_bytes)
     if before[0] != resource.RLIM_INFINITY:
         soft = min(soft, before[0])
     resource.setrlimit(resource.RLIMIT_AS, (soft, before[1]))

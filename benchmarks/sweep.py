@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from benchmarks import measure, memory, roofline
-from benchmarks.measure import CallTimeout, Timing
+from benchmarks.measure import Call, CallTimeout, Running, Timing
 from benchmarks.record import Environment, Row, now_utc, routing_checksum
 from benchmarks.roofline import Roofline
 from benchmarks.workloads import flops
@@ -23,12 +25,13 @@ from moe_impls.interface import Forward, Implementation, dtype_name
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure: see ``measure.interleave``."""
+    """How long to measure, see ``measure.interleave``, and what it may take."""
 
     seconds: float = 0.25
     min_rounds: int = measure.MIN_ROUNDS
     max_rounds: int = measure.MAX_ROUNDS
     call_timeout_s: float = 300.0
+    memory_bytes: float | None = None  # that may be taken beyond what is held; None: what is available
 
 
 @dataclass
@@ -66,10 +69,14 @@ def measure_workload(
     implementations: Sequence[Implementation],
     environment: Environment,
     settings: Settings = Settings(),  # noqa: B008  # frozen
+    running: Running = measure.nobody_watches,
 ) -> dict[str, Row]:
     """One row for each implementation, by name, whatever happens to it.
 
     Each is checked against the oracle before it is timed and, with new contents in the same memory, after.
+
+    Args:
+        running: is told whose code will run next, and for how many seconds it may; "" is nobody's.
     """
     cells = {implementation.name: _Cell() for implementation in implementations}
     gradients = mode == "forward_backward"
@@ -81,6 +88,7 @@ def measure_workload(
             cells[implementation.name].status, cells[implementation.name].reason = "unsupported", reason
     needed = memory.needed_memory_bytes(problem, mode)
     available = memory.available_memory_bytes(problem.device)
+    available = min(available, settings.memory_bytes or available)
     if needed > available:
         for cell in _live(cells):
             cell.status = "out_of_memory"
@@ -93,10 +101,12 @@ def measure_workload(
     checksum = limits = None
     if _live(cells):
         try:
-            with memory.memory_limit(problem.device):
+            with memory.memory_limit(problem.device, available):
                 live = [i for i in implementations if cells[i.name].status == "ok"]
                 cold = environment.cache == "cold"
-                timings, limits, checksum = _check_and_time(problem, mode, live, cells, settings, cold)
+                timings, limits, checksum = _check_and_time(
+                    problem, mode, live, cells, settings, cold, running
+                )
         except Exception as error:  # making the inputs or the oracle's results failed, for all alike
             for cell in _live(cells):
                 cell.fail(error, "before any measurement")
@@ -117,24 +127,28 @@ def _check_and_time(
     cells: dict[str, _Cell],
     settings: Settings,
     cold: bool,
+    running: Running,
 ) -> tuple[dict[str, Timing], Roofline | None, str]:
     inputs = make_inputs(problem)
     checksum = routing_checksum(inputs.routing)
-    _check_all(problem, mode, inputs, implementations, cells, settings, "check before timing")
+    _check_all(problem, mode, inputs, implementations, cells, settings, "check before timing", running)
 
-    ready = {i.name: _ready(i, inputs) for i in implementations if cells[i.name].status == "ok"}
-    calls = {name: measure.call_of(forward, problem, inputs, mode) for name, forward in ready.items()}
-    for name, call in calls.items():
-        if cells[name].status == "ok":
-            try:
-                with measure.time_limit(settings.call_timeout_s):
-                    cells[name].peak_memory_bytes = memory.peak_memory_bytes(call, problem.device)
-                    if mode == "forward_backward":
-                        graph = measure.graph_of(ready[name], problem, inputs)
-                        saved = memory.saved_for_backward_bytes(graph, problem.device)
-                        cells[name].saved_for_backward_bytes = saved
-            except (Exception, CallTimeout) as error:
-                cells[name].fail(error, "measuring memory")
+    calls: dict[str, Call] = {}
+    for implementation in implementations:
+        name = implementation.name
+        if cells[name].status != "ok":
+            continue
+        try:
+            with _limited(name, settings, running):
+                forward = _ready(implementation, inputs)
+                calls[name] = measure.call_of(forward, problem, inputs, mode)
+                cells[name].peak_memory_bytes = memory.peak_memory_bytes(calls[name], problem.device)
+                if mode == "forward_backward":
+                    graph = measure.graph_of(forward, problem, inputs)
+                    saved = memory.saved_for_backward_bytes(graph, problem.device)
+                    cells[name].saved_for_backward_bytes = saved
+        except (Exception, CallTimeout) as error:
+            cells[name].fail(error, "measuring memory")
     candidates = {name: call for name, call in calls.items() if cells[name].status == "ok"}
     if not candidates:
         return {}, None, checksum
@@ -148,6 +162,7 @@ def _check_and_time(
         max_rounds=settings.max_rounds,
         call_timeout_s=settings.call_timeout_s,
         before=dict.fromkeys(candidates, flush) if flush else None,
+        running=running,
     )
     limits = roofline.measure_roofline(problem, mode, inputs.routing, flush)
     timings = {}
@@ -161,8 +176,19 @@ def _check_and_time(
     again = replace(problem, seed=problem.seed + 1)
     inputs.overwrite(make_inputs(again))
     live = [i for i in implementations if cells[i.name].status == "ok"]
-    _check_all(again, mode, inputs, live, cells, settings, "check on new inputs after timing")
+    _check_all(again, mode, inputs, live, cells, settings, "check on new inputs after timing", running)
     return timings, limits, checksum
+
+
+@contextlib.contextmanager
+def _limited(name: str, settings: Settings, running: Running) -> Iterator[None]:
+    """In the block the code of an implementation runs, no longer than it may."""
+    running(name, settings.call_timeout_s)
+    try:
+        with measure.time_limit(settings.call_timeout_s):
+            yield
+    finally:
+        running("", math.inf)
 
 
 def _ready(implementation: Implementation, inputs: Inputs) -> Forward:
@@ -181,6 +207,7 @@ def _check_all(
     cells: dict[str, _Cell],
     settings: Settings,
     when: str,
+    running: Running,
 ) -> None:
     """Compare each implementation with the oracle; the first call of all is this one, and is timed."""
     gradients = mode == "forward_backward"
@@ -188,7 +215,7 @@ def _check_all(
     for implementation in implementations:
         cell = cells[implementation.name]
         try:
-            with measure.time_limit(settings.call_timeout_s):
+            with _limited(implementation.name, settings, running):
                 begin = time.perf_counter()
                 results = compare.run(implementation.forward, inputs, problem.combine, gradients=gradients)
                 cell.first_call_s = cell.first_call_s or time.perf_counter() - begin
@@ -197,6 +224,13 @@ def _check_all(
             compare.judge(found, results, reference)
         except (Exception, CallTimeout) as error:
             cell.fail(error, when)
+
+
+def failed_row(
+    problem: Problem, mode: str, name: str, status: str, reason: str, environment: Environment
+) -> Row:
+    """The row of an implementation that could not be measured to the end."""
+    return _row(problem, mode, name, _Cell(status, reason), None, None, None, environment)
 
 
 def _row(

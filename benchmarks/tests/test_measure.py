@@ -144,7 +144,7 @@ def test_memory_needed_grows_with_the_weights_and_with_gradients() -> None:
 
 def test_an_allocation_beyond_the_machine_fails_instead_of_being_killed() -> None:
     beyond = memory.available_memory_bytes("cpu") + 2**30
-    with memory.memory_limit("cpu"), pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+    with memory.memory_limit("cpu", 2**30), pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         torch.empty(beyond, dtype=torch.uint8)
 
 

@@ -69,7 +69,11 @@ def test_a_sweep_measures_every_cell_and_says_where_at_the_very_end(run) -> None
         for mode in ("forward", "forward_backward")
     }
     (csv,) = out.glob("*.csv")
-    assert done.stdout.splitlines()[-2:] == [f"CSV:    {csv}", f"report: {out / 'report.md'}"]
+    assert done.stdout.splitlines()[-3:] == [
+        f"CSV:    {csv}",
+        f"report: {out / 'report.md'}",
+        f"report: {out / 'report.html'}",
+    ]
     assert (out / "report.md").is_file()
 
 
@@ -152,6 +156,62 @@ def test_a_fault_becomes_a_row_and_the_others_go_on(
     assert "1 failed, 1 passed" in done.stdout and (out / "report.md").is_file()
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        ("import ctypes\ndef forward(*a, **k): ctypes.string_at(0)", "error", "ended its process by SIGSEGV"),
+        ("import os\ndef forward(*a, **k): os._exit(3)", "error", "ended its process with exit status 3"),
+        (
+            "import os\ndef forward(*a, **k): os.kill(os.getpid(), 9)",
+            "out_of_memory",
+            "SIGKILL, as when memory",
+        ),
+        (
+            "import signal\n"
+            "def forward(*a, **k):\n"
+            "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
+            "    time.sleep(60)",
+            "timeout",
+            "ran on after its time limit; its process was killed",
+        ),
+        ("def forward(*a, **k): torch.ones(2**29)", "out_of_memory", "DefaultCPUAllocator"),
+    ],
+    ids=["segmentation_fault", "exit", "killed", "hangs", "memory"],
+)
+def test_isolated_what_ends_the_process_becomes_a_row_and_the_others_go_on(
+    tmp_path: Path, body: str, status: str, reason: str
+) -> None:
+    name = implementation(tmp_path, body)
+    out = tmp_path / "out"
+    limits = ("--isolate", "--cell-timeout=2", "--cell-memory=1")
+    done = sweep(
+        out, *TINY, "--mode=forward", "--impl=dense_mask", f"--impl={name}", "--impl=index_add", *limits
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    first, mine, last = rows_of(out)
+    assert (first.status, mine.status, last.status) == ("ok", status, "ok")
+    assert reason in mine.reason
+    assert first.rounds == last.rounds  # they were timed side by side
+
+
+def test_isolated_an_import_that_ends_the_process_is_a_usage_error(tmp_path: Path) -> None:
+    name = implementation(tmp_path, "import os\nos._exit(3)\ndef forward(*a, **k): return right(*a, **k)")
+    done = sweep(tmp_path / "out", *TINY, f"--impl={name}", "--isolate")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: importing {name} ended its process with exit status 3" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_isolated_sweep_writes_the_same_rows(tmp_path: Path, run) -> None:
+    done = sweep(tmp_path, *TINY, "--T=4", "--impl=sorted_dispatch", "--impl=index_add", "--isolate")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def facts(row: Row) -> tuple:
+        return row.implementation, row.T, row.mode, row.status, row.routing_checksum, row.peak_memory_bytes
+
+    assert list(map(facts, rows_of(tmp_path))) == list(map(facts, rows_of(run[0])))
+
+
 def test_what_an_implementation_does_not_declare_is_no_failure(tmp_path: Path) -> None:
     body = "SUPPORT = Support(gradients=False)\ndef forward(*a, **k): return right(*a, **k)"
     done = sweep(tmp_path / "out", *TINY, f"--impl={implementation(tmp_path, body)}")
@@ -203,6 +263,7 @@ def test_ctrl_c_leaves_the_rows_so_far_and_their_report(tmp_path: Path) -> None:
         ("--K=64", "must not exceed E"),
         ("--T=0", "at least 1"),
         ("--seconds=-1", "above 0"),
+        ("--cell-memory=0", "above 0"),
         pytest.param(
             "--device=cuda",
             "no CUDA device",
