@@ -130,6 +130,7 @@ def _check_and_time(
     running: Running,
 ) -> tuple[dict[str, Timing], Roofline | None, str]:
     inputs = make_inputs(problem)
+    gradients = mode == "forward_backward"
     checksum = routing_checksum(inputs.routing)
     _check_all(problem, mode, inputs, implementations, cells, settings, "check before timing", running)
 
@@ -140,10 +141,12 @@ def _check_and_time(
             continue
         try:
             with _limited(name, settings, running):
+                if implementation.choose is not None:
+                    cells[name].reason = f"took {_taken(implementation, problem, inputs, gradients)}"
                 forward = _ready(implementation, inputs)
                 calls[name] = measure.call_of(forward, problem, inputs, mode)
                 cells[name].peak_memory_bytes = memory.peak_memory_bytes(calls[name], problem.device)
-                if mode == "forward_backward":
+                if gradients:
                     graph = measure.graph_of(forward, problem, inputs)
                     saved = memory.saved_for_backward_bytes(graph, problem.device)
                     cells[name].saved_for_backward_bytes = saved
@@ -178,6 +181,14 @@ def _check_and_time(
     live = [i for i in implementations if cells[i.name].status == "ok"]
     _check_all(again, mode, inputs, live, cells, settings, "check on new inputs after timing", running)
     return timings, limits, checksum
+
+
+def _taken(implementation: Implementation, problem: Problem, inputs: Inputs, gradients: bool) -> str:
+    """The name of the implementation that one which leaves the work to others takes for these inputs."""
+    assert implementation.choose is not None
+    leaves = {name: t.detach().requires_grad_(gradients) for name, t in inputs.tensors.items()}
+    x, routing, experts = compare.assemble(inputs, leaves)
+    return implementation.choose(x, routing, experts, combine=problem.combine).name
 
 
 @contextlib.contextmanager

@@ -231,6 +231,7 @@ class Implementation:
     prepare: of an implementation named ``...+prepared``: ``prepare(experts) -> f`` for weights in another
         layout. f is valid until a weight changes and then raises, or gives the new result; ``forward``
         prepares anew in each call.
+    choose: of one that leaves the work to others: the one that it takes for the arguments of ``forward``.
     is_available: whether what it needs beyond torch is installed, such as a compiler.
     """
 
@@ -238,6 +239,7 @@ class Implementation:
     forward: Forward
     support: Support = Support()
     prepare: Callable[[Experts], Prepared] | None = None
+    choose: Callable[..., Implementation] | None = None
     is_available: Callable[[], bool] = _needs_nothing_more
 
 

@@ -38,7 +38,7 @@ class MoE(nn.Module):
         noisy_gating: add learned noise to the logits while training.
         k: experts per token, K.
         implementation: what computes the experts: a name that `moe_impls.registry.resolve` takes, or an
-            `Implementation`.
+            `Implementation`. "auto" takes the one that was measured to be fastest for the call.
         combine: sum | logsumexp.
         activation: of the hidden layer, one of `moe_impls.interface.ACTIVATIONS`.
         output_activation: relu | none, applied to each expert's output.
@@ -54,6 +54,7 @@ class MoE(nn.Module):
             K, so with ``noisy_gating=False`` w_gate starts as the weight of an ``nn.Linear``.
         w_in, b_in, w_out, b_out: the experts' stacked weights, as in `Experts`. Each expert starts like two
             ``nn.Linear`` layers: uniform within ± 1 / sqrt(inputs).
+        last_implementation: the name of what computed the latest call, None before the first.
 
     Raises:
         TypeError, ValueError: an argument is not valid, or the implementation does not declare it.
@@ -71,7 +72,7 @@ class MoE(nn.Module):
         noisy_gating: bool = True,
         k: int = 4,
         *,
-        implementation: str | Implementation = "sorted_dispatch",
+        implementation: str | Implementation = "auto",
         combine: str = "sum",
         activation: str = "relu",
         output_activation: str = "relu",
@@ -110,6 +111,7 @@ class MoE(nn.Module):
         self.generator = generator
         self.implementation = implementation
         self._resolved = self._resolve()
+        self.last_implementation: str | None = None
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -197,7 +199,11 @@ class MoE(nn.Module):
         self._check_input(x)
         tokens = x.reshape(-1, self.input_size)  # [T, D]
         routing, load = self.gate(tokens)
-        y = self._resolved.forward(tokens, routing, self.experts, combine=self.combine)  # [T, O]
+        experts, taken = self.experts, self._resolved
+        if taken.choose is not None:
+            taken = taken.choose(tokens, routing, experts, combine=self.combine)
+        self.last_implementation = taken.name
+        y = taken.forward(tokens, routing, experts, combine=self.combine)  # [T, O]
         loss = auxiliary_loss(importance(routing, self.num_experts), load, loss_coef)
         return y.reshape(*x.shape[:-1], self.output_size), loss
 

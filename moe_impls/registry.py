@@ -84,8 +84,8 @@ def resolve(name: str) -> Implementation:
     if name.endswith(PREPARED):
         support = replace(support, gradients=False, second_order=False)
         return Implementation(name, functools.partial(_prepared_anew, function), support, function)
-    available = {"is_available": module.is_available} if hasattr(module, "is_available") else {}
-    return Implementation(name, function, support, **available)
+    optional = {n: getattr(module, n) for n in ("choose", "is_available") if hasattr(module, n)}
+    return Implementation(name, function, support, **optional)
 
 
 def _peer(name: str) -> Implementation:

@@ -1,0 +1,67 @@
+"""``tune`` measures a table that ``auto`` reads, whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tune
+from benchmarks.__main__ import main
+from correctness.problems import Problem
+from moe_impls import auto
+from moe_impls.interface import Implementation
+from moe_impls.registry import resolve
+
+PROBLEM = Problem("tune", T=8, D=16, H=8, O=16, E=4, K=2)
+
+
+def test_a_cell_lists_who_takes_the_call_from_the_fastest_to_the_slowest(monkeypatch) -> None:
+    monkeypatch.setattr(tune, "SECONDS", 0.01)
+    monkeypatch.setattr(tune, "HOPELESS", 1e3)
+    subjects = [resolve(name) for name in ("dense_mask", "sorted_dispatch", "native")]
+    forward, backward = (
+        tune.measure_cell(PROBLEM, mode, subjects) for mode in ("forward", "forward_backward")
+    )
+    assert set(forward.fastest) == {"dense_mask", "sorted_dispatch", "native"}
+    assert set(backward.fastest) == {"dense_mask", "sorted_dispatch"}  # native has no gradients
+    assert (backward.gradients, backward.gated, backward.T, backward.E) == (True, True, 8, 4)
+
+
+def test_the_table_is_one_that_auto_reads(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(tune, "SECONDS", 0.01)
+    monkeypatch.setattr(tune, "cells", lambda quick: iter([(PROBLEM, "forward")]))
+    path = tmp_path / "auto.json"
+    assert main(["tune", "--out", str(path)]) == 0
+    (cell,) = auto.read(path)
+    assert cell.T == 8 and cell.fastest
+    assert str(path) in capsys.readouterr().out
+
+
+def test_an_interrupted_tuning_leaves_the_old_table(monkeypatch, tmp_path: Path) -> None:
+    def interrupt(*arguments: object) -> auto.Cell:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "auto.json"
+    path.write_text("old")
+    monkeypatch.setattr(tune, "measure_cell", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(path, quick=True)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_auto_is_no_candidate_and_neither_is_what_compiles_or_has_to_be_prepared() -> None:
+    names = {subject.name for subject in tune.candidates()}
+    assert {"sorted_dispatch", "padded"} <= names
+    assert not names & {"auto", "compiled", "gathered", "packed+prepared"}
+
+
+def test_who_is_far_from_the_fastest_is_left_out(monkeypatch) -> None:
+    def slow(*arguments: object, combine: str) -> object:
+        time.sleep(0.05)
+        return fast.forward(*arguments, combine=combine)
+
+    fast = resolve("sorted_dispatch")
+    cell = tune.measure_cell(PROBLEM, "forward", [Implementation("slow", slow), fast])
+    assert cell.fastest == ("sorted_dispatch",)

@@ -1,0 +1,144 @@
+"""``auto`` takes what a table says, for the calls that it may, and tells what it took."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from correctness.problems import SMALL, Inputs, make_inputs
+from moe_impls import MoE, auto
+from moe_impls.auto import Cell
+from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
+
+CELL = Cell("cpu", "float32", False, True, T=32, D=12, H=10, E=5, K=2, fastest=("padded", "sorted_dispatch"))
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the table of this machine would lie, with nothing there and nothing remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _forget()
+    yield auto.tuned_path()
+    monkeypatch.undo()
+    _forget()
+
+
+def _forget() -> None:
+    auto.table.cache_clear()
+    auto._nearest.cache_clear()
+
+
+def put(path: Path, *cells: Cell) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(auto.dumps(cells), encoding="utf-8")
+
+
+def chosen(inputs: Inputs, combine: str = "sum") -> str:
+    return auto.choose(*inputs[:3], combine=combine).name
+
+
+def small(**changes) -> Inputs:
+    return make_inputs(replace(SMALL, **changes))
+
+
+def test_the_nearest_cell_of_the_same_kind_decides(tuned: Path) -> None:
+    many = replace(CELL, T=4096, fastest=("index_add",))
+    backward = replace(CELL, gradients=True, fastest=("recompute",))
+    put(tuned, many, CELL, backward, replace(CELL, dtype="bfloat16", fastest=("dense_mask",)))
+    assert chosen(small(T=20)) == "padded"
+    assert chosen(small(T=3000)) == "index_add"
+    assert chosen(small(dtype=torch.bfloat16)) == "dense_mask"
+    assert chosen(small().map(torch.Tensor.requires_grad_)) == "recompute"
+    with torch.no_grad():
+        assert chosen(small().map(torch.Tensor.requires_grad_)) == "padded"
+
+
+def test_what_does_not_take_the_call_is_passed_over(tuned: Path) -> None:
+    backward = replace(CELL, gradients=True, fastest=("native", "recompute", "index_add"))
+    put(tuned, backward)
+    inputs = small().map(torch.Tensor.requires_grad_)
+    assert chosen(inputs) == "recompute"  # native has no gradients
+    assert chosen(inputs, "logsumexp") == "index_add"  # nor recompute this combine
+
+
+def test_a_kind_of_call_that_no_cell_is_of_goes_to_the_one_that_takes_all(tuned: Path) -> None:
+    put(tuned, CELL)
+    assert chosen(small(dtype=torch.float64)) == auto.ALWAYS
+    assert chosen(small(activation="relu")) == auto.ALWAYS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"version": 99, "cells": []}',
+        '{"version": 1, "cells": [{"device": "cpu"}]}',
+        auto.dumps([replace(CELL, T=0)]),
+        auto.dumps([replace(CELL, fastest=("no_such_implementation",))]),
+        "\0\1",
+    ],
+    ids=["empty", "list", "version", "columns", "size", "name", "bytes"],
+)
+def test_a_table_that_is_none_is_ignored_with_one_warning_that_names_it(tuned: Path, content: str) -> None:
+    put(tuned)
+    tuned.write_text(content, encoding="utf-8")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert chosen(small()) == chosen(small(T=36))
+    (warning,) = told
+    assert str(warning.message).startswith(f"{tuned} is ignored, as it is no table")
+    assert auto.table() == auto.read(auto.DEFAULTS)
+
+
+def test_a_table_belongs_to_a_processor_a_number_of_threads_and_a_version_of_torch(monkeypatch) -> None:
+    paths = {auto.tuned_path()}
+    for target, name, value in (
+        (auto, "processor", lambda: "another"),
+        (torch, "get_num_threads", lambda: 77),
+        (torch, "__version__", "0.0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            paths.add(auto.tuned_path())
+    assert len(paths) == 4
+
+
+def test_the_table_that_comes_with_the_package_names_implementations_for_every_kind_of_call() -> None:
+    cells = auto.read(auto.DEFAULTS)
+    kinds = {(c.dtype, c.gradients, c.gated) for c in cells}
+    assert kinds == {(d, g, a) for d in ("float32", "bfloat16") for g in (True, False) for a in (True, False)}
+    assert {name for cell in cells for name in cell.fastest} <= set(IMPLEMENTATIONS) - {"auto"}
+
+
+def test_the_layer_takes_auto_by_default_and_tells_what_it_took(tuned: Path) -> None:
+    put(tuned, replace(CELL, gated=False, fastest=("index_add",)))
+    layer = MoE(5, 3, 6, 7, k=2)
+    assert layer.last_implementation is None
+    layer(torch.randn(4, 5))
+    assert layer.last_implementation == auto.ALWAYS  # with gradients
+    with torch.no_grad():
+        layer(torch.randn(4, 5))
+    assert layer.last_implementation == "index_add"
+
+
+@pytest.mark.parametrize("name", ["dense_mask", "padded"])
+def test_a_layer_that_was_given_a_name_takes_no_other(tuned: Path, name: str) -> None:
+    put(tuned, replace(CELL, gated=False, fastest=("index_add",)))
+    layer = MoE(5, 3, 6, 7, k=2, implementation=name)
+    with torch.no_grad():
+        layer(torch.randn(4, 5))
+    assert layer.last_implementation == name
+
+
+def test_a_peer_whose_package_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "moe_impls.peers.transformers", raising=False)
+    with pytest.raises(ResolveError, match=r"transformers.eager needs transformers.*: pip install '.*peers"):
+        resolve("transformers.eager")
