@@ -58,9 +58,9 @@ def test_auto_is_no_candidate_and_neither_is_what_compiles_or_has_to_be_prepared
 
 
 def test_who_is_far_from_the_fastest_is_left_out(monkeypatch) -> None:
-    def slow(*arguments: object, combine: str) -> object:
+    def slow(x, routing, experts, *, combine):
         time.sleep(0.05)
-        return fast.forward(*arguments, combine=combine)
+        return fast.forward(x, routing, experts, combine=combine)
 
     fast = resolve("sorted_dispatch")
     cell = tune.measure_cell(PROBLEM, "forward", [Implementation("slow", slow), fast])
