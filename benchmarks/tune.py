@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.progress import track
 
 from benchmarks import measure
-from benchmarks.measure import Timing
+from benchmarks.measure import Call, Timing
 from benchmarks.workloads import MODES, flops
 from correctness.pages import write_atomically
-from correctness.problems import Problem, make_inputs, unsupported
+from correctness.problems import Inputs, Problem, make_inputs, unsupported
 from moe_impls import auto
-from moe_impls.interface import GATED_ACTIVATIONS, Implementation, dtype_name
+from moe_impls.interface import GATED_ACTIVATIONS, Implementation, Routing, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
 
 TOKENS = (1, 4, 16, 64, 256, 1024)
@@ -31,6 +33,7 @@ LAYERS = (
 DTYPES = (torch.float32, torch.bfloat16)
 SECONDS, ROUNDS = 0.15, 5
 HOPELESS = 3.0  # times the fastest, in a first call: these are not measured further
+LEAST_LIMIT_S = 0.02  # below, a first call tells little
 MAX_FLOPS = 1e11  # of a call; beyond, cells with fewer tokens tell as much
 
 
@@ -40,25 +43,38 @@ def candidates() -> list[Implementation]:
     return [i for i in found if not i.support.compiles_per_case and i.is_available()]
 
 
-def cells(quick: bool) -> Iterator[tuple[Problem, str]]:
-    """What is measured; quick: every second number of tokens and every second layer."""
-    step = 2 if quick else 1
-    for dtype, (D, H, E, K, activation, bias), T in itertools.product(DTYPES, LAYERS[::step], TOKENS[::step]):
-        problem = Problem("tune", T, D, H, D, E, K, activation=activation, bias=bias, dtype=dtype)
-        yield from ((problem, mode) for mode in MODES if flops(problem, mode) <= MAX_FLOPS)
+def layers(quick: bool) -> list[tuple[Problem, list[tuple[int, str]]]]:
+    """What is measured: each layer with its most tokens, and the numbers of tokens and modes.
+
+    quick: every second number of tokens and every second layer.
+    """
+    step, found = 2 if quick else 1, []
+    for dtype, (D, H, E, K, activation, bias) in itertools.product(DTYPES, LAYERS[::step]):
+        whole = Problem("tune", max(TOKENS), D, H, D, E, K, activation=activation, bias=bias, dtype=dtype)
+        pairs = itertools.product(TOKENS[::step], MODES)
+        found.append((whole, [(T, m) for T, m in pairs if flops(replace(whole, T=T), m) <= MAX_FLOPS]))
+    return found
 
 
-def measure_cell(problem: Problem, mode: str, implementations: list[Implementation]) -> auto.Cell:
+def measure_cell(
+    problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
+) -> auto.Cell:
     """The implementations that take this call and come near the fastest, by the median of their times."""
     gradients = mode == "forward_backward"
-    inputs = make_inputs(problem)
     calls = {
         i.name: measure.call_of(i.forward, problem, inputs, mode)
         for i in implementations
         if unsupported(i.support, problem) is None and (i.support.gradients or not gradients)
     }
-    once = _median_s(measure.interleave(calls, seconds=0, min_rounds=1))
-    near = {name: calls[name] for name, s in once.items() if s <= HOPELESS * min(once.values())}
+    limit_s = math.inf
+    near: dict[str, Call] = {}
+    for name, call in sorted(calls.items(), key=lambda item: item[0] != auto.ALWAYS):
+        once = measure.interleave(
+            {name: call}, seconds=0, min_rounds=1, call_timeout_s=None if limit_s == math.inf else limit_s
+        )
+        for median_s in _median_s(once).values():
+            near[name] = call
+            limit_s = min(limit_s, max(HOPELESS * median_s, LEAST_LIMIT_S))
     median_s = _median_s(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
     return auto.Cell(
         device="cpu",
@@ -76,7 +92,12 @@ def _median_s(outcomes: dict[str, Timing | BaseException]) -> dict[str, float]:
 
 def tune(path: Path, *, quick: bool) -> None:
     """Measure every cell, then write the table, whole or not at all."""
-    implementations = candidates()
-    todo = list(cells(quick))
-    found = [measure_cell(p, mode, implementations) for p, mode in track(todo, "measuring")]
+    implementations, found = candidates(), []
+    for whole, pairs in track(layers(quick), "measuring"):
+        inputs = make_inputs(whole)
+        for T, mode in pairs:
+            first = inputs._replace(
+                x=inputs.x[:T], routing=Routing(*(t[:T] for t in inputs.routing)), dy=inputs.dy[:T]
+            )
+            found.append(measure_cell(replace(whole, T=T), mode, first, implementations))
     write_atomically(path, auto.dumps(found).encode())

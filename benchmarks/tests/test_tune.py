@@ -9,20 +9,21 @@ import pytest
 
 from benchmarks import tune
 from benchmarks.__main__ import main
-from correctness.problems import Problem
+from correctness.problems import Problem, make_inputs
 from moe_impls import auto
 from moe_impls.interface import Implementation
 from moe_impls.registry import resolve
 
 PROBLEM = Problem("tune", T=8, D=16, H=8, O=16, E=4, K=2)
+INPUTS = make_inputs(PROBLEM)
 
 
 def test_a_cell_lists_who_takes_the_call_from_the_fastest_to_the_slowest(monkeypatch) -> None:
     monkeypatch.setattr(tune, "SECONDS", 0.01)
-    monkeypatch.setattr(tune, "HOPELESS", 1e3)
+    monkeypatch.setattr(tune, "LEAST_LIMIT_S", 10.0)
     subjects = [resolve(name) for name in ("dense_mask", "sorted_dispatch", "native")]
     forward, backward = (
-        tune.measure_cell(PROBLEM, mode, subjects) for mode in ("forward", "forward_backward")
+        tune.measure_cell(PROBLEM, mode, INPUTS, subjects) for mode in ("forward", "forward_backward")
     )
     assert set(forward.fastest) == {"dense_mask", "sorted_dispatch", "native"}
     assert set(backward.fastest) == {"dense_mask", "sorted_dispatch"}  # native has no gradients
@@ -31,11 +32,11 @@ def test_a_cell_lists_who_takes_the_call_from_the_fastest_to_the_slowest(monkeyp
 
 def test_the_table_is_one_that_auto_reads(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(tune, "SECONDS", 0.01)
-    monkeypatch.setattr(tune, "cells", lambda quick: iter([(PROBLEM, "forward")]))
+    monkeypatch.setattr(tune, "layers", lambda quick: [(PROBLEM, [(4, "forward"), (8, "forward")])])
     path = tmp_path / "auto.json"
     assert main(["tune", "--out", str(path)]) == 0
-    (cell,) = auto.read(path)
-    assert cell.T == 8 and cell.fastest
+    cells = auto.read(path)
+    assert [cell.T for cell in cells] == [4, 8] and all(cell.fastest for cell in cells)
     assert str(path) in capsys.readouterr().out
 
 
@@ -45,6 +46,7 @@ def test_an_interrupted_tuning_leaves_the_old_table(monkeypatch, tmp_path: Path)
 
     path = tmp_path / "auto.json"
     path.write_text("old")
+    monkeypatch.setattr(tune, "layers", lambda quick: [(PROBLEM, [(8, "forward")])])
     monkeypatch.setattr(tune, "measure_cell", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tune.tune(path, quick=True)
@@ -59,9 +61,15 @@ def test_auto_is_no_candidate_and_neither_is_what_compiles_or_has_to_be_prepared
 
 def test_who_is_far_from_the_fastest_is_left_out(monkeypatch) -> None:
     def slow(x, routing, experts, *, combine):
-        time.sleep(0.05)
+        time.sleep(0.1)
         return fast.forward(x, routing, experts, combine=combine)
 
     fast = resolve("sorted_dispatch")
-    cell = tune.measure_cell(PROBLEM, "forward", [Implementation("slow", slow), fast])
+    cell = tune.measure_cell(PROBLEM, "forward", INPUTS, [Implementation("slow", slow), fast])
     assert cell.fastest == ("sorted_dispatch",)
+
+
+def test_every_kind_of_call_is_measured_quick_or_not() -> None:
+    for quick in (True, False):
+        kinds = {(p.dtype, mode, p.F > p.H) for p, pairs in tune.layers(quick) for _, mode in pairs}
+        assert len(kinds) == 2 * 2 * 2
