@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import comparison, figures, history, page, profile, record, report, tune, versions
+from benchmarks import comparison, figures, history, page, peers, profile, record, report, tune, versions
 from benchmarks.workloads import MODELS, MODES, Workloads
 from correctness.compare import CheckFailed
 from correctness.problems import LOAD_NAMES, load_named
@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(
-        required=True, metavar="report|profile|tune|compare|gate|figures|history", parser_class=_Parser
+        required=True, metavar="report|profile|tune|compare|gate|peers|figures|history", parser_class=_Parser
     )
 
     made = commands.add_parser("report", help="make report.md and its plots from CSV files")
@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, metavar="N", help="threads that torch computes with")
         command.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
         command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    beside = commands.add_parser("peers", help="ours beside other libraries': an hour, or --quick 8 minutes")
+    beside.add_argument("--quick", action="store_true", help="a subset of every regime")
+    beside.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="results/ unless given")
+    beside.set_defaults(run=_peers)
+
     made = commands.add_parser("figures", help="measure what the measurement is worth: 20 minutes")
     made.add_argument("--quick", action="store_true", help="fewer trials: a minute")
     made.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the table and page")
@@ -106,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     compared.set_defaults(run=_compare)
     gated.set_defaults(run=_gate)
     return parser
+
+
+def _peers(options: argparse.Namespace) -> int:
+    cells, growth = peers.measure_all(options.quick), peers.measure_growth(options.quick)
+    print(*peers.write(options.out, cells, growth, options.quick), sep="\n")
+    return 0
 
 
 def _figures(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -143,6 +144,29 @@ def interleave(
         if collecting:
             gc.enable()
     return {name: failures.get(name) or Timing(tuple(samples[name]), calls[name]) for name in candidates}
+
+
+HOPELESS = 3.0  # times the fastest, in a first call: what takes longer is not measured further
+LEAST_LIMIT_S = 0.02  # below, a first call tells little
+
+
+def near_the_fastest(calls: Mapping[str, Call], first: str, device: str = "cpu") -> dict[str, Call]:
+    """The calls that in a first try, ended when it takes too long, come near the fastest.
+
+    Args:
+        first: the name of the one that is tried first, from which the limit of the others comes.
+    """
+    limit_s: float | None = None
+    near: dict[str, Call] = {}
+    for name in sorted(calls, key=lambda name: name != first):
+        tried = interleave(
+            {name: calls[name]}, device=device, seconds=0, min_rounds=1, call_timeout_s=limit_s
+        )[name]
+        if isinstance(tried, Timing):
+            near[name] = calls[name]
+            median_s = statistics.median(tried.samples_s)
+            limit_s = min(limit_s or math.inf, max(HOPELESS * median_s, LEAST_LIMIT_S))
+    return near
 
 
 CACHES = ("warm", "cold")

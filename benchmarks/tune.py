@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from rich.progress import track
 
 from benchmarks import measure
-from benchmarks.measure import Call, Timing
+from benchmarks.measure import Timing
 from benchmarks.workloads import MODES, flops
 from correctness.pages import write_atomically
 from correctness.problems import Inputs, Problem, make_inputs, unsupported
@@ -32,8 +31,6 @@ LAYERS = (
 )
 DTYPES = (torch.float32, torch.bfloat16)
 SECONDS, ROUNDS = 0.15, 5
-HOPELESS = 3.0  # times the fastest, in a first call: these are not measured further
-LEAST_LIMIT_S = 0.02  # below, a first call tells little
 MAX_FLOPS = 1e11  # of a call; beyond, cells with fewer tokens tell as much
 
 
@@ -66,16 +63,9 @@ def measure_cell(
         for i in implementations
         if unsupported(i.support, problem) is None and (i.support.gradients or not gradients)
     }
-    limit_s = math.inf
-    near: dict[str, Call] = {}
-    for name, call in sorted(calls.items(), key=lambda item: item[0] != auto.ALWAYS):
-        once = measure.interleave(
-            {name: call}, seconds=0, min_rounds=1, call_timeout_s=None if limit_s == math.inf else limit_s
-        )
-        for median_s in _median_s(once).values():
-            near[name] = call
-            limit_s = min(limit_s, max(HOPELESS * median_s, LEAST_LIMIT_S))
-    median_s = _median_s(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
+    near = measure.near_the_fastest(calls, auto.ALWAYS)
+    outcomes = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS)
+    median_s = {n: statistics.median(t.samples_s) for n, t in outcomes.items() if isinstance(t, Timing)}
     return auto.Cell(
         device="cpu",
         dtype=dtype_name(problem.dtype),
@@ -84,10 +74,6 @@ def measure_cell(
         **{size: getattr(problem, size) for size in ("T", "D", "H", "E", "K")},
         fastest=tuple(sorted(median_s, key=median_s.__getitem__)),
     )
-
-
-def _median_s(outcomes: dict[str, Timing | BaseException]) -> dict[str, float]:
-    return {n: statistics.median(t.samples_s) for n, t in outcomes.items() if isinstance(t, Timing)}
 
 
 def tune(path: Path, *, quick: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tune
+from benchmarks import measure, tune
 from benchmarks.__main__ import main
 from correctness.problems import Problem, make_inputs
 from moe_impls import auto
@@ -20,7 +20,7 @@ INPUTS = make_inputs(PROBLEM)
 
 def test_a_cell_lists_who_takes_the_call_from_the_fastest_to_the_slowest(monkeypatch) -> None:
     monkeypatch.setattr(tune, "SECONDS", 0.01)
-    monkeypatch.setattr(tune, "LEAST_LIMIT_S", 10.0)
+    monkeypatch.setattr(measure, "LEAST_LIMIT_S", 10.0)
     subjects = [resolve(name) for name in ("dense_mask", "sorted_dispatch", "native")]
     forward, backward = (
         tune.measure_cell(PROBLEM, mode, INPUTS, subjects) for mode in ("forward", "forward_backward")

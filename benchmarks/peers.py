@@ -1,0 +1,364 @@
+"""``python -m benchmarks peers``: the implementations of this project beside those of other libraries.
+
+Layers of models at their widths, in three regimes. All that take a call are timed in the same rounds; the
+figures are ratios of the best peer and the best of ours, each chosen by its median.
+"""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from rich.progress import track
+
+from benchmarks import measure, ratio, roofline
+from benchmarks.measure import Call, Timing
+from correctness import provenance
+from correctness.pages import markdown_table, write_atomically
+from correctness.problems import Inputs, Problem, make_inputs, unsupported
+from moe_impls import auto
+from moe_impls.interface import Implementation, Routing, dtype_name
+from moe_impls.registry import IMPLEMENTATIONS, PEERS, resolve
+
+# T is set by the regime. Activations without biases are those of the models' experts.
+LAYERS = (
+    Problem("olmoe-1b-7b", T=1, D=2048, H=1024, O=2048, E=64, K=8, bias=False),
+    Problem("qwen3-30b-a3b, 32 experts", T=1, D=2048, H=768, O=2048, E=32, K=8, bias=False),
+    Problem("mixtral-8x7b, a quarter", T=1, D=1024, H=3584, O=1024, E=8, K=2, bias=False),
+    Problem("gpt-oss-20b, half", T=1, D=1440, H=1440, O=1440, E=32, K=4, activation="swiglu_clamped"),
+    Problem("notebook", T=1, D=512, H=1024, O=512, E=16, K=4, activation="relu"),
+)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Numbers of tokens in one mode, and of them those of a quick run."""
+
+    name: str
+    mode: str
+    tokens: tuple[int, ...]
+    quick: tuple[int, ...]
+
+
+REGIMES = (
+    Regime("few tokens", "forward", (1, 4, 16, 64, 256), (1, 64)),
+    Regime("many tokens", "forward", (1024, 4096), (1024,)),
+    Regime("training", "forward_backward", (256, 2048), (256,)),
+)
+QUICK_LAYERS = (LAYERS[1], LAYERS[4])
+# Growth with the number of experts at a fixed number of slots, and with K.
+GROWTH = Problem("growth", T=256, D=256, H=256, O=256, E=32, K=4, bias=False)
+GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
+SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One call. ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
+
+    auto_ratio: auto over the best of ours. of_products: the time of dense products of the same FLOPs over
+    that of ours. of_reading: the time of the traffic at the measured bandwidth over that of ours.
+    """
+
+    regime: str
+    layer: str
+    dtype: str
+    mode: str
+    T: int
+    D: int
+    H: int
+    E: int
+    K: int
+    ours: str
+    ours_ms: float
+    peer: str
+    peer_ms: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    verdict: str
+    auto_took: str
+    auto_ratio: float
+    of_products: float
+    of_reading: float
+    times_ms: str
+
+
+def subjects() -> tuple[list[Implementation], list[Implementation]]:
+    """Ours, without what compiles for each shape, and the peers.
+
+    Raises:
+        ResolveError: the package of a peer is missing; the message names the extra.
+    """
+    ours = [resolve(name) for name in IMPLEMENTATIONS]
+    ours = [i for i in ours if not i.support.compiles_per_case and i.is_available()]
+    return ours, [resolve(name) for name in PEERS if not name.startswith("notebook.")]
+
+
+def first_tokens(inputs: Inputs, T: int) -> Inputs:
+    """The same call with its first T tokens only."""
+    routing = Routing(*(t[:T] for t in inputs.routing))
+    return inputs._replace(x=inputs.x[:T], routing=routing, dy=inputs.dy[:T])
+
+
+def samples(
+    problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of each that takes the call and comes near the fastest, by name, in the same rounds."""
+    gradients = mode == "forward_backward"
+    calls: dict[str, Call] = {}
+    for i in implementations:
+        if unsupported(i.support, problem) is None and (i.support.gradients or not gradients):
+            forward = i.forward
+            if i.prepare is not None:
+                ready = i.prepare(inputs.experts)
+                forward = lambda x, routing, experts, *, combine, f=ready: f(x, routing, combine=combine)  # noqa: E731
+            calls[i.name] = measure.call_of(forward, problem, inputs, mode)
+    near = measure.near_the_fastest(calls, auto.ALWAYS)
+    # The best peer is compared however slow it is, and so is auto.
+    near |= {name: call for name, call in calls.items() if name == "auto"}
+    if not near.keys() & set(PEERS):
+        near |= {name: call for name, call in calls.items() if name in PEERS}
+    timings = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS)
+    return {name: t.samples_s for name, t in timings.items() if isinstance(t, Timing)}
+
+
+def measure_cell(
+    regime: Regime,
+    problem: Problem,
+    inputs: Inputs,
+    ours: Sequence[Implementation],
+    peers: Sequence[Implementation],
+) -> Cell | None:
+    """One cell; None if no peer takes the call."""
+    p, mode = problem, regime.mode
+    found = samples(p, mode, inputs, [*ours, *peers])
+    median_s = {name: statistics.median(s) for name, s in found.items()}
+    of_peers = {name: s for name, s in median_s.items() if name in PEERS}
+    of_ours = {name: s for name, s in median_s.items() if name not in PEERS and name != "auto"}
+    if not of_peers:
+        return None
+    best, peer = min(of_ours, key=of_ours.__getitem__), min(of_peers, key=of_peers.__getitem__)
+    between = ratio.compare(found[best], found[peer])
+    limits = roofline.measure_roofline(p, mode, inputs.routing)
+    ours_ms = median_s[best] * 1e3
+    leaves = {n: t.detach().requires_grad_(mode == "forward_backward") for n, t in inputs.tensors.items()}
+    experts = replace(inputs.experts, w_in=leaves["w_in"])
+    return Cell(
+        regime=regime.name,
+        layer=p.name,
+        dtype=dtype_name(p.dtype),
+        mode=mode,
+        **{size: getattr(p, size) for size in ("T", "D", "H", "E", "K")},
+        ours=best,
+        ours_ms=_rounded(ours_ms),
+        peer=peer,
+        peer_ms=_rounded(median_s[peer] * 1e3),
+        **{n: v if isinstance(v, str | int) else _rounded(v) for n, v in asdict(between).items()},
+        auto_took=auto.choose(inputs.x, inputs.routing, experts, p.combine).name,
+        auto_ratio=_rounded(ratio.compare(found[best], found["auto"]).ratio),
+        of_products=_rounded(limits.compute_limit_ms / ours_ms),
+        of_reading=_rounded(limits.traffic_limit_ms / ours_ms),
+        times_ms="; ".join(f"{n} {s * 1e3:.4g}" for n, s in sorted(median_s.items(), key=lambda i: i[1])),
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def planned(quick: bool) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
+    """Each layer and dtype with its most tokens, and the regimes and numbers of tokens it is measured at."""
+    for dtype in DTYPES:
+        for layer in QUICK_LAYERS if quick else LAYERS:
+            cells = [(r, T) for r in REGIMES for T in (r.quick if quick else r.tokens)]
+            yield replace(layer, dtype=dtype, T=max(T for _, T in cells)), cells
+
+
+def measure_all(quick: bool) -> list[Cell]:
+    """Every cell of every regime."""
+    ours, peers = subjects()
+    found = []
+    for whole, cells in track(list(planned(quick)), "layers"):
+        inputs = make_inputs(whole)
+        for regime, T in cells:
+            cell = measure_cell(regime, replace(whole, T=T), first_tokens(inputs, T), ours, peers)
+            found += [cell] if cell else []
+    return found
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The time of one implementation at one number of experts, or of experts per token."""
+
+    axis: str
+    value: int
+    mode: str
+    implementation: str
+    median_ms: float
+
+
+def measure_growth(quick: bool) -> list[Growth]:
+    """Times against E at a fixed T and K, and against K at a fixed E; the number of slots grows with K."""
+    found = []
+    names = ("sorted_dispatch", "recompute", "native", "auto")
+    implementations = [i for i in map(resolve, names) if i.is_available()]
+    for axis, values in GROWN.items():
+        for value in track(values[::2] if quick else values, f"growth with {axis}"):
+            p = replace(GROWTH, **{axis: value})
+            inputs = make_inputs(p)
+            for mode in ("forward", "forward_backward"):
+                for name, s in samples(p, mode, inputs, implementations).items():
+                    found.append(Growth(axis, value, mode, name, _rounded(statistics.median(s) * 1e3)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def by_regime(cells: pd.DataFrame) -> pd.DataFrame:
+    """The figures of each regime and dtype."""
+    lines = []
+    for (regime, dtype), rows in cells.groupby(["regime", "dtype"], sort=False):
+        worst = rows.loc[rows["ratio"].idxmin()]
+        few = rows[rows["T"] <= 4]
+        lines.append(
+            {
+                "regime": regime,
+                "dtype": dtype,
+                "cells": len(rows),
+                "best peer / ours, geometric mean": f"{ratio.geometric_mean(rows['ratio'].tolist()):.2f}",
+                "least": f"{worst['ratio']:.2f}",
+                "where": f"{worst['layer']}, T={worst['T']}",
+                "slower than the peer": int((rows["verdict"] == "faster").sum()),
+                "of dense products, median": f"{rows['of_products'].median():.2f}",
+                "of reading at T <= 4, median": f"{few['of_reading'].median():.2f}" if len(few) else "",
+                "auto within 5 %": f"{(rows['auto_ratio'] <= 1.05).mean():.0%}",
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def figure(cells: pd.DataFrame) -> bytes:
+    """The best peer's time over ours, a dot for each cell: one panel for each regime."""
+    regimes = list(dict.fromkeys(cells["regime"]))
+    drawn, axes = plt.subplots(
+        1, len(regimes), figsize=(4.2 * len(regimes), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    styles = {"float32": ("#0072B2", "o"), "bfloat16": ("#D55E00", "s")}
+    for panel, regime in zip(axes[0], regimes, strict=True):
+        rows = cells[cells["regime"] == regime]
+        tokens = sorted(rows["T"].unique())
+        for side, (dtype, (colour, marker)) in zip((-0.12, 0.12), styles.items(), strict=True):
+            of_dtype = rows[rows["dtype"] == dtype]
+            x = [tokens.index(T) + side for T in of_dtype["T"]]
+            panel.scatter(x, of_dtype["ratio"], color=colour, marker=marker, alpha=0.75, label=dtype)
+        panel.axhline(1, color="0.4", linestyle="--", linewidth=1)
+        panel.set_xticks(range(len(tokens)), [str(T) for T in tokens])
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        panel.set_xlabel("tokens T")
+        panel.set_title(regime)
+        panel.grid(True, axis="y", color="0.9")
+    axes[0, 0].set_ylabel("time of the best peer / time of ours")
+    axes[0, 0].legend(frameon=False)
+    return _png(drawn)
+
+
+def growth_figure(growth: pd.DataFrame) -> bytes:
+    """Time against E and K on linear axes, where a quadratic term would bend the line."""
+    drawn, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    colours = ("#0072B2", "#E69F00", "#009E73", "#D55E00")
+    for row, mode in zip(axes, ("forward", "forward_backward"), strict=True):
+        for panel, axis in zip(row, GROWN, strict=True):
+            rows = growth[(growth["axis"] == axis) & (growth["mode"] == mode)]
+            for colour, (name, line) in zip(colours, rows.groupby("implementation"), strict=False):
+                panel.plot(line["value"], line["median_ms"], "o-", color=colour, label=name)
+            panel.set_xlabel({"E": "experts E", "K": "experts per token K"}[axis])
+            panel.set_ylabel("median time, ms")
+            panel.set_title(mode.replace("_", " + "))
+            panel.set_ylim(bottom=0)
+            panel.grid(True, color="0.9")
+            panel.legend(frameon=False, fontsize="small")
+    return _png(drawn)
+
+
+def quadratic_share(growth: pd.DataFrame) -> pd.DataFrame:
+    """Of a parabola through the times, what the square adds at the largest value, as a share of the time."""
+    lines = []
+    for (axis, mode, name), rows in growth.groupby(["axis", "mode", "implementation"], sort=False):
+        if len(rows) >= 4:
+            square = np.polyfit(rows["value"], rows["median_ms"], 2, w=1 / rows["median_ms"])[0]
+            largest = rows.loc[rows["value"].idxmax()]
+            share = square * largest["value"] ** 2 / largest["median_ms"]
+            lines.append({"against": axis, "mode": mode, "implementation": name, "share": f"{share:.0%}"})
+    return pd.DataFrame(lines)
+
+
+def _png(drawn: Figure) -> bytes:
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    plt.close(drawn)
+    return buffer.getvalue()
+
+
+def write(folder: Path, found: list[Cell], grown: list[Growth], quick: bool) -> list[Path]:
+    """peers.csv, peers-growth.csv, their page and its plots."""
+    made = provenance.columns() | {"threads": torch.get_num_threads(), "quick": quick}
+    cells = pd.DataFrame([made | asdict(cell) for cell in found])
+    growth = pd.DataFrame([made | asdict(point) for point in grown])
+    share = quadratic_share(growth)
+    shown = ["layer", "dtype", "mode", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "auto_took",
+             "auto_ratio", "of_products", "of_reading"]  # fmt: skip
+    page = f"""# Beside other libraries
+
+Written by `python -m benchmarks peers{" --quick" * quick}` at commit {made["git_commit"][:12]} with torch
+{made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. *Ours* is the fastest
+implementation of this project in a cell, *peer* the fastest of the others: {", ".join(PEERS)}.
+Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. *of_products*: the time
+of dense products of the same FLOPs over ours. *of_reading*: the time of the least traffic at the bandwidth
+measured beside it, over ours.
+
+{markdown_table(by_regime(cells))}
+
+![The best peer's time over ours](peers.png)
+
+## Growth
+
+T={GROWTH.T} D={GROWTH.D} H={GROWTH.H}, float32; against E at K={GROWTH.K}, against K at E={GROWTH.E}.
+
+![Time against E and K](peers-growth.png)
+
+{"What the square in a parabola adds at the largest value:" if len(share) else ""}
+
+{markdown_table(share) if len(share) else ""}
+
+## Every cell
+
+{markdown_table(cells[shown])}
+"""
+    contents = {
+        "peers.csv": cells.to_csv(index=False, lineterminator="\n").encode(),
+        "peers-growth.csv": growth.to_csv(index=False, lineterminator="\n").encode(),
+        "peers.png": figure(cells),
+        "peers-growth.png": growth_figure(growth),
+        "peers.md": page.encode(),
+    }
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in contents]
