@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from correctness.problems import LOADS, Problem
 from moe_impls.interface import GATED_ACTIVATIONS, RouterSpec
@@ -46,46 +47,68 @@ class Workloads:
                 )  # fmt: skip
 
 
-# The layers of released models, from their published configurations. T is a small batch of tokens, so that
-# full-size weights can be measured on a CPU; --T takes others.
+HUB = "https://huggingface.co"
+
+
+def _model(
+    name: str, D: int, H: int, E: int, K: int, source: str, *, activation: str = "swiglu",
+    output_activation: str = "none", bias: bool = False, **router: Any,
+) -> Workloads:  # fmt: skip
+    """T is a small batch of tokens, so that full-size weights can be measured on a CPU; --T takes others."""
+    return Workloads(
+        name, T=(16,), D=(D,), H=(H,), E=(E,), K=(K,), activation=activation,
+        output_activation=output_activation, bias=bias, router=RouterSpec(top_k=K, **router),
+        source=source if "/" not in source or "://" in source else f"{HUB}/{source}",
+    )  # fmt: skip
+
+
+_SIGMOID: dict[str, Any] = {"score": "sigmoid", "renormalise": True}
+_CHOSEN: dict[str, Any] = {"score": "topk_softmax"}
+# The routed experts of released models and their routers, from the published configurations; shared experts
+# are a dense layer beside them. Left out: what has no place in the contract (gates on the experts' inputs in
+# Llama 4, sampled choices in Phi-3.5-MoE) or in a configuration (Grok-1's activation).
 _MODELS = (
-    Workloads(
-        "mixtral-8x7b", D=(4096,), H=(14336,), E=(8,), K=(2,),
-        router=RouterSpec(top_k=2, renormalise=True), source="https://huggingface.co/mistralai/Mixtral-8x7B-v0.1",
+    _model("mixtral-8x7b", 4096, 14336, 8, 2, "mistralai/Mixtral-8x7B-v0.1", renormalise=True),
+    _model("mixtral-8x22b", 6144, 16384, 8, 2, "mistralai/Mixtral-8x22B-v0.1", renormalise=True),
+    _model("olmoe-1b-7b", 2048, 1024, 64, 8, "allenai/OLMoE-1B-7B-0924"),
+    _model("qwen1.5-moe-a2.7b", 2048, 1408, 60, 4, "Qwen/Qwen1.5-MoE-A2.7B"),
+    _model("qwen2-57b-a14b", 3584, 2560, 64, 8, "Qwen/Qwen2-57B-A14B"),
+    _model("qwen3-30b-a3b", 2048, 768, 128, 8, "Qwen/Qwen3-30B-A3B", renormalise=True),
+    _model("qwen3-235b-a22b", 4096, 1536, 128, 8, "Qwen/Qwen3-235B-A22B", renormalise=True),
+    _model("qwen3-next-80b-a3b", 2048, 512, 512, 10, "Qwen/Qwen3-Next-80B-A3B-Instruct", renormalise=True),
+    _model("deepseek-v2-lite", 2048, 1408, 64, 6, "deepseek-ai/DeepSeek-V2-Lite"),
+    _model(
+        "deepseek-v2", 5120, 1536, 160, 6, "deepseek-ai/DeepSeek-V2",
+        scale=16.0, groups=8, keep_groups=3, group_score="max",
     ),
-    Workloads(
-        "olmoe-1b-7b", D=(2048,), H=(1024,), E=(64,), K=(8,),
-        router=RouterSpec(top_k=8), source="https://huggingface.co/allenai/OLMoE-1B-7B-0924",
+    _model(
+        "deepseek-v3", 7168, 2048, 256, 8, "deepseek-ai/DeepSeek-V3",
+        **_SIGMOID, scale=2.5, groups=8, keep_groups=4, group_score="top2_sum",
     ),
-    Workloads(
-        "qwen3-30b-a3b", D=(2048,), H=(768,), E=(128,), K=(8,),
-        router=RouterSpec(top_k=8, renormalise=True), source="https://huggingface.co/Qwen/Qwen3-30B-A3B",
+    _model("kimi-k2", 7168, 2048, 384, 8, "moonshotai/Kimi-K2-Instruct", **_SIGMOID, scale=2.827),
+    _model("glm-4.5-air", 4096, 1408, 128, 8, "zai-org/GLM-4.5-Air", **_SIGMOID),
+    _model(
+        "gpt-oss-20b", 2880, 2880, 32, 4, "openai/gpt-oss-20b",
+        activation="swiglu_clamped", bias=True, **_CHOSEN,
     ),
-    Workloads(
-        "deepseek-v3", D=(7168,), H=(2048,), E=(256,), K=(8,),
-        router=RouterSpec(
-            top_k=8, score="sigmoid", renormalise=True, scale=2.5, groups=8, keep_groups=4,
-            group_score="top2_sum",
-        ),
-        source="https://huggingface.co/deepseek-ai/DeepSeek-V3",
+    _model(
+        "gpt-oss-120b", 2880, 2880, 128, 4, "openai/gpt-oss-120b",
+        activation="swiglu_clamped", bias=True, **_CHOSEN,
     ),
-    Workloads(
-        "gpt-oss-20b", D=(2880,), H=(2880,), E=(32,), K=(4,), activation="swiglu_clamped", bias=True,
-        router=RouterSpec(top_k=4, score="topk_softmax"), source="https://huggingface.co/openai/gpt-oss-20b",
-    ),
+    _model("granite-3.0-1b-a400m", 1024, 512, 32, 8, "ibm-granite/granite-3.0-1b-a400m-base", **_CHOSEN),
+    _model("granite-3.0-3b-a800m", 1536, 512, 40, 8, "ibm-granite/granite-3.0-3b-a800m-base", **_CHOSEN),
+    _model("dbrx", 6144, 10752, 16, 4, "databricks/dbrx-base", renormalise=True),
     # The notebook fixes K, the ReLU experts with their ReLU output and the biases; the sizes are ours.
-    Workloads(
-        "notebook", D=(512,), H=(1024,), E=(16,), K=(4,), activation="relu", output_activation="relu",
-        bias=True,
-        router=RouterSpec(top_k=4, score="topk_softmax"), source="sizes chosen here",
+    _model(
+        "notebook", 512, 1024, 16, 4, "sizes chosen here",
+        activation="relu", output_activation="relu", bias=True, **_CHOSEN,
     ),
     # The paper goes from 4 to 131072 experts; this is its largest flat layer.
-    Workloads(
-        "shazeer-2017", D=(512,), H=(1024,), E=(256,), K=(4,), activation="relu",
-        router=RouterSpec(top_k=4, score="topk_softmax"), source="https://arxiv.org/abs/1701.06538",
+    _model(
+        "shazeer-2017", 512, 1024, 256, 4, "https://arxiv.org/abs/1701.06538", activation="relu", **_CHOSEN
     ),
 )  # fmt: skip
-MODELS = {model.name: replace(model, T=(16,)) for model in _MODELS}
+MODELS = {model.name: model for model in _MODELS}
 
 # A full product of T, E and K; the same layer in its middle under every other load; real models.
 GRIDS: dict[str, tuple[Workloads, ...]] = {
