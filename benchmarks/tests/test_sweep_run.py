@@ -255,7 +255,7 @@ def test_ctrl_c_leaves_the_rows_so_far_and_their_report(tmp_path: Path) -> None:
         ("--grid=huge", "smoke, default, latency, throughput, full"),
         ("--impl=fastest", "dense_mask, sorted_dispatch, index_add, compiled"),
         ("--impl=nowhere.py:forward", "does not exist"),
-        ("--model=gpt-9", "mixtral-8x7b, olmoe-1b-7b"),
+        ("--model=gpt-9", "mixtral-8x7b, mixtral-8x22b"),
         ("--device=tpu", "cpu, cuda"),
         ("--dtype=int8", "float64, float32, bfloat16, float16"),
         ("--load=heavy", "uniform, zipf"),
