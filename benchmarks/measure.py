@@ -207,10 +207,14 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     def stop(signum: int, frame: object) -> None:
         raise CallTimeout(f"took longer than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before, gradients = signal.signal(signal.SIGALRM, stop), torch.is_grad_enabled()
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except CallTimeout:
+        # It may have been raised where a `with torch.no_grad()` ends, before the mode was set back.
+        torch.set_grad_enabled(gradients)
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -65,7 +65,11 @@ def measure_cell(
     }
     near = measure.near_the_fastest(calls, auto.ALWAYS)
     outcomes = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS)
-    median_s = {n: statistics.median(t.samples_s) for n, t in outcomes.items() if isinstance(t, Timing)}
+    median_s = {}
+    for name, timing in outcomes.items():
+        if not isinstance(timing, Timing):
+            raise timing
+        median_s[name] = statistics.median(timing.samples_s)
     return auto.Cell(
         device="cpu",
         dtype=dtype_name(problem.dtype),

@@ -201,3 +201,13 @@ def test_flushing_writes_more_than_the_last_level_cache_holds(tmp_path, monkeypa
     assert measure.last_level_cache_bytes() == 30 * 2**20
     flushed = measure.flusher("cpu")()
     assert isinstance(flushed, torch.Tensor) and flushed.nbytes == 60 * 2**20
+
+
+def test_a_call_that_is_ended_while_gradients_are_off_leaves_them_on() -> None:
+    def off() -> None:
+        torch.set_grad_enabled(False)
+        time.sleep(10)
+
+    with pytest.raises(measure.CallTimeout), measure.time_limit(0.05):
+        off()
+    assert torch.is_grad_enabled()
