@@ -350,12 +350,12 @@ def test_an_implementation_that_declares_nothing_to_check_is_refused(
 
 
 def test_a_hang_is_ended_and_told_and_after_three_the_run_ends(pytester: pytest.Pytester, file: Path) -> None:
-    done = run_pytest(pytester, f"--impl={file}:hangs", "--timeout=0.3", "-k", "values-small")
+    done = run_pytest(pytester, f"--impl={file}:hangs", "--timeout=1", "-k", "values-small")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     assert done.parseoutcomes()["failed"] == limits.MAX_HANGS
     done.stdout.fnmatch_lines(
         [
-            f"{file}:hangs fails 'values': Timeout: longer than 0.3 s (--timeout)",
+            f"{file}:hangs fails 'values': Timeout: longer than 1 s (--timeout)",
             "  at *subjects.py:* in hangs: *",
             "  reproduce: Problem(name='small', *",
             f"*{file}:hangs hung in 3 tests: the run ends here*",
@@ -381,12 +381,12 @@ def test_a_search_for_problems_is_not_gone_on_with_after_a_timeout(
     pytester: pytest.Pytester, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "AGAIN_S", 1.0)
-    options = (f"--impl={file}:hangs", "--timeout=0.3", "-k", "values_hold")
+    options = (f"--impl={file}:hangs", "--timeout=3", "-k", "values_hold")  # the search begins by then
     done = run_pytest(pytester, *options, tests="generated")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     done.stdout.fnmatch_lines(
         [
-            f"{file}:hangs fails 'generated_values': Timeout: longer than 0.3 s (--timeout)",
+            f"{file}:hangs fails 'generated_values': Timeout: longer than 3 s (--timeout)",
             "  at *in hangs: *",
         ]
     )
