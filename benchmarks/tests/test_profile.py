@@ -90,7 +90,7 @@ def test_the_command_writes_stages_operators_and_trace(tmp_path: Path, capsys: p
     ("arguments", "valid"),
     [
         (["--impl", "fastest"], "dense_mask, sorted_dispatch, index_add, compiled"),
-        (["--impl", "index_add", "--model", "gpt-9"], "mixtral-8x7b, olmoe-1b-7b"),
+        (["--impl", "index_add", "--model", "gpt-9"], "mixtral-8x7b, mixtral-8x22b"),
         (["--impl", "index_add", "--dtype", "int8"], "float64, float32, bfloat16, float16"),
         (["--impl", "index_add", "--device", "tpu"], "cpu, cuda"),
         (["--impl", "index_add", "--mode", "sideways"], "forward, forward_backward"),
