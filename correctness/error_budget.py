@@ -77,9 +77,9 @@ def headline(rows: list[dict[str, str]]) -> str:
     judged = total("comparisons") - total("comparisons", exact)
     worst = max(float(row["worst_fraction"]) for row in rows)
     return (
-        f"{count} right implementations that look different, on {max(seeds)} seeds of each numeric problem: "
-        f"{total('false_alarms')} false alarms in {judged:,} tensors held to a budget, of which the worst "
-        f"took {worst:.2f}, and {total('comparisons', exact):,} calls that must be right to the bit"
+        f"{count} right implementations that look different, on up to {max(seeds)} seeds of each numeric "
+        f"problem: {total('false_alarms')} false alarms in {judged:,} tensors held to a budget, of which the "
+        f"worst took {worst:.2f}, and {total('comparisons', exact):,} calls that must be right to the bit"
     )
 
 
