@@ -97,11 +97,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def _is_whole(config: pytest.Config) -> bool:
-    """Whether all of ``pytest correctness`` is to be run, which takes minutes, and nothing says how."""
+    """Whether all of ``pytest correctness`` is to be run, if only on some subjects, and nothing says how."""
     options = (
-        *("impl", "router", "layer", "mutants", "seeds", "error_budget"),
+        *("mutants", "seeds", "error_budget"),  # what gathers results in one process
         *("keyword", "markexpr", "deselect", "lf", "failedfirst"),  # which tests
-        *("collectonly", "usepdb", "trace"),  # and how
+        *("collectonly", "usepdb", "trace", "maxfail"),  # and how
     )
     folders = {Path(argument).resolve() for argument in config.args}
     return (
