@@ -21,7 +21,7 @@ from rich.progress import track
 
 from benchmarks import measure, ratio
 from benchmarks.comparison import SECONDS
-from benchmarks.measure import Call, Timing
+from benchmarks.measure import Call
 from correctness import provenance
 from correctness.pages import markdown_table, write_atomically
 from correctness.problems import Problem, make_inputs
@@ -66,15 +66,10 @@ def call(name: str, sizes: tuple[int, ...]) -> Call:
 
 def compared(first: Call, second: Call) -> ratio.Ratio:
     """Two calls at the settings of `benchmarks compare`."""
-    timings = measure.interleave(
+    outcomes = measure.interleave(
         {"first": first, "second": second}, seconds=SECONDS, min_rounds=ratio.LEAST_ROUNDS
     )
-    samples = []
-    for timing in timings.values():
-        if not isinstance(timing, Timing):
-            raise timing
-        samples.append(timing.samples_s)
-    return ratio.compare(*samples)
+    return ratio.compare(*(timing.samples_s for timing in measure.all_timed(outcomes).values()))
 
 
 def later(first: Call, seconds: float) -> Call:
@@ -152,15 +147,13 @@ def repeated_sweep(sizes: list[tuple[int, ...]]) -> Figure:
 def _all_ratios(sizes: list[tuple[int, ...]]) -> Iterator[float]:
     for s in sizes:
         calls = {name: call(name, s) for name in REPEATED}
-        timings = measure.interleave(calls, seconds=2 * SECONDS, min_rounds=ratio.LEAST_ROUNDS)
-        samples = {name: t.samples_s for name, t in timings.items() if isinstance(t, Timing)}
-        for a, b in itertools.combinations(samples, 2):
-            yield ratio.compare(samples[a], samples[b]).ratio
+        outcomes = measure.interleave(calls, seconds=2 * SECONDS, min_rounds=ratio.LEAST_ROUNDS)
+        for a, b in itertools.combinations(measure.all_timed(outcomes).values(), 2):
+            yield ratio.compare(a.samples_s, b.samples_s).ratio
 
 
 def overhead() -> Figure:
-    timing = measure.interleave({"nothing": lambda: None})["nothing"]
-    assert isinstance(timing, Timing)
+    timing = measure.all_timed(measure.interleave({"nothing": lambda: None}))["nothing"]
     microseconds = statistics.median(timing.samples_s) * 1e6
     return Figure(
         "measured time of a call that does nothing, µs",

@@ -7,12 +7,7 @@ are marked.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +15,7 @@ import pandas as pd
 import ruptures
 
 from benchmarks import ratio, record
+from benchmarks.plots import png
 from benchmarks.record import RecordError
 from correctness.pages import markdown_table, write_atomically
 
@@ -120,12 +116,9 @@ def plot(folder: Path) -> list[Path]:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     grid[0, 0].legend(fontsize="small", frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
     text = f"# History\n\n{len(runs)} runs. ![efficiency of each implementation, run by run](history.png)\n\n"
     text += "Steps, dotted in the plot:\n\n" + markdown_table(pd.DataFrame(lines)) if lines else "No steps."
     paths = [folder / "history.png", folder / "history.md"]
-    write_atomically(paths[0], buffer.getvalue())
+    write_atomically(paths[0], png(figure))
     write_atomically(paths[1], f"{text}\n".encode())
     return paths

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from correctness import compare
 from correctness.problems import Inputs, Problem
-from moe_impls.interface import Forward
+from moe_impls.interface import Experts, Forward, Routing
 
 Call = Callable[[], object]
 Running = Callable[[str, float], None]  # of a name and seconds: whose code runs next, for how long at most
@@ -112,17 +112,14 @@ def interleave(
 
     def sample(name: str, calls: int) -> float:
         limit_s = None if call_timeout_s is None else call_timeout_s * calls
-        running(name, math.inf if limit_s is None else limit_s)
         try:
-            with time_limit(limit_s):
+            with limited(name, limit_s, running):
                 if clock is not None:
                     return clock(name, calls)
                 return time_calls(candidates[name], calls, device, (before or {}).get(name))
         except (Exception, CallTimeout) as error:
             failures[name] = error
             return 0.0
-        finally:
-            running("", math.inf)
 
     call_s = {name: min(sample(name, 1) for _ in range(WARM_UP_CALLS)) for name in candidates}
     min_sample_s = MIN_SAMPLE_S["cuda" if device.startswith("cuda") else "cpu"]
@@ -146,6 +143,16 @@ def interleave(
     return {name: failures.get(name) or Timing(tuple(samples[name]), calls[name]) for name in candidates}
 
 
+def all_timed(outcomes: Mapping[str, Timing | BaseException]) -> dict[str, Timing]:
+    """What `interleave` returned, where none may have failed; raises what the first did."""
+    timings = {}
+    for name, outcome in outcomes.items():
+        if not isinstance(outcome, Timing):
+            raise outcome
+        timings[name] = outcome
+    return timings
+
+
 HOPELESS = 3.0  # times the fastest, in a first call: what takes longer is not measured further
 LEAST_LIMIT_S = 0.02  # below, a first call tells little
 
@@ -155,6 +162,9 @@ def near_the_fastest(calls: Mapping[str, Call], first: str, device: str = "cpu")
 
     Args:
         first: the name of the one that is tried first, from which the limit of the others comes.
+
+    Raises:
+        Whatever a call raises.
     """
     limit_s: float | None = None
     near: dict[str, Call] = {}
@@ -162,10 +172,11 @@ def near_the_fastest(calls: Mapping[str, Call], first: str, device: str = "cpu")
         tried = interleave(
             {name: calls[name]}, device=device, seconds=0, min_rounds=1, call_timeout_s=limit_s
         )[name]
-        if isinstance(tried, Timing):
-            near[name] = calls[name]
-            median_s = statistics.median(tried.samples_s)
-            limit_s = min(limit_s or math.inf, max(HOPELESS * median_s, LEAST_LIMIT_S))
+        if isinstance(tried, CallTimeout):
+            continue
+        median_s = statistics.median(all_timed({name: tried})[name].samples_s)
+        near[name] = calls[name]
+        limit_s = min(limit_s or math.inf, max(HOPELESS * median_s, LEAST_LIMIT_S))
     return near
 
 
@@ -220,11 +231,27 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextlib.contextmanager
+def limited(name: str, seconds: float | None, running: Running) -> Iterator[None]:
+    """In the block the code of ``name`` runs, no longer than it may, and ``running`` knows."""
+    running(name, math.inf if seconds is None else seconds)
+    try:
+        with time_limit(seconds):
+            yield
+    finally:
+        running("", math.inf)
+
+
+def arguments(inputs: Inputs, *, gradients: bool) -> tuple[list[Tensor], Tensor, Routing, Experts]:
+    """New leaves of a call, that require gradients or not, and x, routing and experts made of them."""
+    leaves = {name: t.detach().requires_grad_(gradients) for name, t in inputs.tensors.items()}
+    return list(leaves.values()), *compare.assemble(inputs, leaves)
+
+
 def call_of(forward: Forward, problem: Problem, inputs: Inputs, mode: str) -> Call:
     """The call that is timed: y [T, O] alone, or y and the gradients of x, the gates and every weight."""
     gradients = mode == "forward_backward"
-    leaves = {name: t.detach().requires_grad_(gradients) for name, t in inputs.tensors.items()}
-    x, routing, experts = compare.assemble(inputs, leaves)
+    leaves, x, routing, experts = arguments(inputs, gradients=gradients)
 
     def forward_only() -> Tensor:
         with torch.no_grad():
@@ -232,13 +259,12 @@ def call_of(forward: Forward, problem: Problem, inputs: Inputs, mode: str) -> Ca
 
     def forward_backward() -> tuple[Tensor, ...]:
         y = forward(x, routing, experts, combine=problem.combine)
-        return torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+        return torch.autograd.grad(y, leaves, inputs.dy)
 
     return forward_backward if gradients else forward_only
 
 
 def graph_of(forward: Forward, problem: Problem, inputs: Inputs) -> Callable[[], Tensor]:
     """The forward alone of a call with gradients: what its graph keeps is what waits for the backward."""
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
-    x, routing, experts = compare.assemble(inputs, leaves)
+    _, x, routing, experts = arguments(inputs, gradients=True)
     return lambda: forward(x, routing, experts, combine=problem.combine)

@@ -7,30 +7,26 @@ figures are ratios of the best peer and the best of ours, each chosen by its med
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from rich.progress import track
 
 from benchmarks import measure, ratio, roofline
-from benchmarks.measure import Call, Timing
+from benchmarks.measure import Call
+from benchmarks.plots import png
+from benchmarks.sweep import taken
 from correctness import provenance
 from correctness.pages import markdown_table, write_atomically
 from correctness.problems import Inputs, Problem, make_inputs, unsupported
 from moe_impls import auto
-from moe_impls.interface import Implementation, Routing, dtype_name
+from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, resolve
 
 # T is set by the regime. Activations without biases are those of the models' experts.
@@ -110,12 +106,6 @@ def subjects() -> tuple[list[Implementation], list[Implementation]]:
     return ours, [resolve(name) for name in PEERS if not name.startswith("notebook.")]
 
 
-def first_tokens(inputs: Inputs, T: int) -> Inputs:
-    """The same call with its first T tokens only."""
-    routing = Routing(*(t[:T] for t in inputs.routing))
-    return inputs._replace(x=inputs.x[:T], routing=routing, dy=inputs.dy[:T])
-
-
 def samples(
     problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
 ) -> dict[str, tuple[float, ...]]:
@@ -124,18 +114,14 @@ def samples(
     calls: dict[str, Call] = {}
     for i in implementations:
         if unsupported(i.support, problem) is None and (i.support.gradients or not gradients):
-            forward = i.forward
-            if i.prepare is not None:
-                ready = i.prepare(inputs.experts)
-                forward = lambda x, routing, experts, *, combine, f=ready: f(x, routing, combine=combine)  # noqa: E731
-            calls[i.name] = measure.call_of(forward, problem, inputs, mode)
+            calls[i.name] = measure.call_of(i.ready(inputs.experts), problem, inputs, mode)
     near = measure.near_the_fastest(calls, auto.ALWAYS)
     # The best peer is compared however slow it is, and so is auto.
     near |= {name: call for name, call in calls.items() if name == "auto"}
     if not near.keys() & set(PEERS):
         near |= {name: call for name, call in calls.items() if name in PEERS}
-    timings = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS)
-    return {name: t.samples_s for name, t in timings.items() if isinstance(t, Timing)}
+    timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
+    return {name: timing.samples_s for name, timing in timings.items()}
 
 
 def measure_cell(
@@ -157,8 +143,6 @@ def measure_cell(
     between = ratio.compare(found[best], found[peer])
     limits = roofline.measure_roofline(p, mode, inputs.routing)
     ours_ms = median_s[best] * 1e3
-    leaves = {n: t.detach().requires_grad_(mode == "forward_backward") for n, t in inputs.tensors.items()}
-    experts = replace(inputs.experts, w_in=leaves["w_in"])
     return Cell(
         regime=regime.name,
         layer=p.name,
@@ -170,7 +154,7 @@ def measure_cell(
         peer=peer,
         peer_ms=_rounded(median_s[peer] * 1e3),
         **{n: v if isinstance(v, str | int) else _rounded(v) for n, v in asdict(between).items()},
-        auto_took=auto.choose(inputs.x, inputs.routing, experts, p.combine).name,
+        auto_took=taken(resolve("auto"), p, inputs, mode),
         auto_ratio=_rounded(ratio.compare(found[best], found["auto"]).ratio),
         of_products=_rounded(limits.compute_limit_ms / ours_ms),
         of_reading=_rounded(limits.traffic_limit_ms / ours_ms),
@@ -197,7 +181,7 @@ def measure_all(quick: bool) -> list[Cell]:
     for whole, cells in track(list(planned(quick)), "layers"):
         inputs = make_inputs(whole)
         for regime, T in cells:
-            cell = measure_cell(regime, replace(whole, T=T), first_tokens(inputs, T), ours, peers)
+            cell = measure_cell(regime, replace(whole, T=T), inputs.first(T), ours, peers)
             found += [cell] if cell else []
     return found
 
@@ -277,7 +261,7 @@ def figure(cells: pd.DataFrame) -> bytes:
         panel.grid(True, axis="y", color="0.9")
     axes[0, 0].set_ylabel("time of the best peer / time of ours")
     axes[0, 0].legend(frameon=False)
-    return _png(drawn)
+    return png(drawn)
 
 
 def growth_figure(growth: pd.DataFrame) -> bytes:
@@ -295,7 +279,7 @@ def growth_figure(growth: pd.DataFrame) -> bytes:
             panel.set_ylim(bottom=0)
             panel.grid(True, color="0.9")
             panel.legend(frameon=False, fontsize="small")
-    return _png(drawn)
+    return png(drawn)
 
 
 def quadratic_share(growth: pd.DataFrame) -> pd.DataFrame:
@@ -308,13 +292,6 @@ def quadratic_share(growth: pd.DataFrame) -> pd.DataFrame:
             share = square * largest["value"] ** 2 / largest["median_ms"]
             lines.append({"against": axis, "mode": mode, "implementation": name, "share": f"{share:.0%}"})
     return pd.DataFrame(lines)
-
-
-def _png(drawn: Figure) -> bytes:
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    plt.close(drawn)
-    return buffer.getvalue()
 
 
 def write(folder: Path, found: list[Cell], grown: list[Growth], quick: bool) -> list[Path]:

@@ -10,13 +10,8 @@ newest run that measured it is shown, alone.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterable
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import page, plan, profile, record, roofline
+from benchmarks.plots import png
 from benchmarks.record import RecordError, slug
 from correctness.pages import markdown_table, write_atomically
 
@@ -76,7 +72,7 @@ def write(folder: Path) -> list[Path]:
         raise RecordError(f"{folder} holds no row with status ok: there is nothing to compare")
     styles = styles_of(table["implementation"].unique())
     figures = {**axis_figures(table, styles), **efficiency_figures(table, styles)}
-    made = {name: _png(figure) for name, figure in figures.items()}
+    made = {name: png(figure) for name, figure in figures.items()}
     if page.is_available():
         made[PAGE] = page.html(
             table,
@@ -226,13 +222,6 @@ def _plain_number(value: float, _: object) -> str:
 def _middle(values: pd.Series) -> int:
     distinct = sorted(values.unique())
     return distinct[len(distinct) // 2]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------- markdown

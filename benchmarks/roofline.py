@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Call, Timing, interleave
+from benchmarks.measure import Call, all_timed, interleave
 from benchmarks.workloads import flops
 from correctness.problems import Problem
 from moe_impls.interface import Routing
@@ -149,9 +149,4 @@ def square_rate(dtype: torch.dtype, device: str) -> float:
 
 def _fastest(probes: dict[str, Call], device: str, before: dict[str, Call]) -> dict[str, float]:
     outcomes = interleave(probes, device=device, seconds=SECONDS, min_rounds=ROUNDS, before=before)
-    fastest = {}
-    for name, outcome in outcomes.items():
-        if not isinstance(outcome, Timing):
-            raise outcome
-        fastest[name] = min(outcome.samples_s)
-    return fastest
+    return {name: min(timing.samples_s) for name, timing in all_timed(outcomes).items()}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -20,7 +18,7 @@ from benchmarks.workloads import flops
 from correctness import compare
 from correctness.compare import CheckFailed
 from correctness.problems import Inputs, Problem, make_inputs, unsupported
-from moe_impls.interface import Forward, Implementation, dtype_name
+from moe_impls.interface import Implementation, dtype_name
 
 
 @dataclass(frozen=True)
@@ -140,10 +138,10 @@ def _check_and_time(
         if cells[name].status != "ok":
             continue
         try:
-            with _limited(name, settings, running):
+            with measure.limited(name, settings.call_timeout_s, running):
                 if implementation.choose is not None:
-                    cells[name].reason = f"took {_taken(implementation, problem, inputs, gradients)}"
-                forward = _ready(implementation, inputs)
+                    cells[name].reason = f"took {taken(implementation, problem, inputs, mode)}"
+                forward = implementation.ready(inputs.experts)
                 calls[name] = measure.call_of(forward, problem, inputs, mode)
                 cells[name].peak_memory_bytes = memory.peak_memory_bytes(calls[name], problem.device)
                 if gradients:
@@ -183,31 +181,11 @@ def _check_and_time(
     return timings, limits, checksum
 
 
-def _taken(implementation: Implementation, problem: Problem, inputs: Inputs, gradients: bool) -> str:
+def taken(implementation: Implementation, problem: Problem, inputs: Inputs, mode: str) -> str:
     """The name of the implementation that one which leaves the work to others takes for these inputs."""
     assert implementation.choose is not None
-    leaves = {name: t.detach().requires_grad_(gradients) for name, t in inputs.tensors.items()}
-    x, routing, experts = compare.assemble(inputs, leaves)
+    _, x, routing, experts = measure.arguments(inputs, gradients=mode == "forward_backward")
     return implementation.choose(x, routing, experts, combine=problem.combine).name
-
-
-@contextlib.contextmanager
-def _limited(name: str, settings: Settings, running: Running) -> Iterator[None]:
-    """In the block the code of an implementation runs, no longer than it may."""
-    running(name, settings.call_timeout_s)
-    try:
-        with measure.time_limit(settings.call_timeout_s):
-            yield
-    finally:
-        running("", math.inf)
-
-
-def _ready(implementation: Implementation, inputs: Inputs) -> Forward:
-    """What is timed: the forward, or what ``prepare`` made of these weights."""
-    if implementation.prepare is None:
-        return implementation.forward
-    f = implementation.prepare(inputs.experts)
-    return lambda x, routing, experts, *, combine: f(x, routing, combine=combine)
 
 
 def _check_all(
@@ -226,7 +204,7 @@ def _check_all(
     for implementation in implementations:
         cell = cells[implementation.name]
         try:
-            with _limited(implementation.name, settings, running):
+            with measure.limited(implementation.name, settings.call_timeout_s, running):
                 begin = time.perf_counter()
                 results = compare.run(implementation.forward, inputs, problem.combine, gradients=gradients)
                 cell.first_call_s = cell.first_call_s or time.perf_counter() - begin

@@ -12,12 +12,11 @@ import torch
 from rich.progress import track
 
 from benchmarks import measure
-from benchmarks.measure import Timing
 from benchmarks.workloads import MODES, flops
 from correctness.pages import write_atomically
 from correctness.problems import Inputs, Problem, make_inputs, unsupported
 from moe_impls import auto
-from moe_impls.interface import GATED_ACTIVATIONS, Implementation, Routing, dtype_name
+from moe_impls.interface import GATED_ACTIVATIONS, Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
 
 TOKENS = (1, 4, 16, 64, 256, 1024)
@@ -64,12 +63,8 @@ def measure_cell(
         if unsupported(i.support, problem) is None and (i.support.gradients or not gradients)
     }
     near = measure.near_the_fastest(calls, auto.ALWAYS)
-    outcomes = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS)
-    median_s = {}
-    for name, timing in outcomes.items():
-        if not isinstance(timing, Timing):
-            raise timing
-        median_s[name] = statistics.median(timing.samples_s)
+    timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
+    median_s = {name: statistics.median(timing.samples_s) for name, timing in timings.items()}
     return auto.Cell(
         device="cpu",
         dtype=dtype_name(problem.dtype),
@@ -86,8 +81,5 @@ def tune(path: Path, *, quick: bool) -> None:
     for whole, pairs in track(layers(quick), "measuring"):
         inputs = make_inputs(whole)
         for T, mode in pairs:
-            first = inputs._replace(
-                x=inputs.x[:T], routing=Routing(*(t[:T] for t in inputs.routing)), dy=inputs.dy[:T]
-            )
-            found.append(measure_cell(replace(whole, T=T), mode, first, implementations))
+            found.append(measure_cell(replace(whole, T=T), mode, inputs.first(T), implementations))
     write_atomically(path, auto.dumps(found).encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import ratio
-from benchmarks.measure import Timing, interleave
+from benchmarks.measure import Timing, all_timed, interleave
 from correctness import compare
 from correctness.problems import Problem, make_inputs
 from correctness.provenance import ROOT
@@ -136,9 +136,5 @@ def measure_versions(
             min_rounds=min(rounds, ratio.LEAST_ROUNDS),
             clock=lambda which, calls: float(versions[which].ask(f"sample {calls}")),
         )
-    first, second = outcomes.values()
-    for outcome in (first, second):
-        if not isinstance(outcome, Timing):
-            raise outcome
-    assert isinstance(first, Timing) and isinstance(second, Timing)
+    first, second = all_timed(outcomes).values()
     return first, second

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from correctness import compare
 from correctness.compare import CheckFailed, Graph, calls, finish, hold, hold_calls, run, start, what
-from correctness.problems import LOW_PRECISION, Inputs, Problem, fit, make_inputs, resize
+from correctness.problems import LOW_PRECISION, Problem, fit, make_inputs, resize
 from correctness.settings import require_unchanged
 from moe_impls.interface import Experts, Implementation, Routing
 from moe_impls.registry import one_line
@@ -127,15 +127,10 @@ def one_input_changes(subject: Implementation, problem: Problem) -> None:
 
 def prepared(subject: Implementation, problem: Problem) -> None:
     """What ``prepare`` lays out serves all later tokens; once a weight has changed it raises or is right."""
-    prepare = subject.prepare
-    assert prepare is not None
     inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
 
     def lay_out() -> Implementation:
-        f = prepare(inputs.experts)
-        return replace(
-            subject, forward=lambda x, routing, experts, *, combine: f(x, routing, combine=combine)
-        )
+        return replace(subject, forward=subject.ready(inputs.experts))
 
     ready = lay_out()
     for number in range(3):
@@ -188,7 +183,7 @@ def changing_sizes(subject: Implementation, problem: Problem) -> None:
     inputs = make_inputs(problem)
     returned = []
     for T in (problem.T, 1, problem.T // 2, 0, problem.T // 3, problem.T):
-        part = Inputs(inputs.x[:T], Routing(*(t[:T] for t in inputs.routing)), inputs.experts, inputs.dy[:T])
+        part = inputs.first(T)
         smaller = replace(problem, T=T)
         for results in calls(subject, smaller, part):
             hold(results, smaller, part)

@@ -61,6 +61,11 @@ class Inputs(NamedTuple):
             function(self.x), Routing(ids, function(gates)), self.experts.map(function), function(self.dy)
         )
 
+    def first(self, T: int) -> Inputs:
+        """The same call with its first T tokens only."""
+        routing = Routing(*(t[:T] for t in self.routing))
+        return self._replace(x=self.x[:T], routing=routing, dy=self.dy[:T])
+
     def overwrite(self, source: Inputs) -> None:
         """Copy the contents of ``source`` to the addresses of this call."""
         for name, tensor in self.tensors.items():
@@ -196,11 +201,6 @@ def _uniform(p: Problem, g: torch.Generator) -> Tensor:
     return _by_weight(p, g, torch.ones(p.E, dtype=torch.float64))
 
 
-def _zipf(p: Problem, g: torch.Generator) -> Tensor:
-    weight = 1 / torch.arange(1, p.E + 1, dtype=torch.float64)
-    return _by_weight(p, g, weight[torch.randperm(p.E, generator=g)])
-
-
 def _one_hot_expert(p: Problem, g: torch.Generator) -> Tensor:
     """Every token visits one and the same expert first; the other choices are uniform."""
     weight = torch.ones(p.E, dtype=torch.float64)
@@ -235,15 +235,6 @@ def _router(p: Problem, g: torch.Generator) -> Tensor:
 
 
 Load = Callable[[Problem, torch.Generator], Tensor]
-LOADS: dict[str, Load] = {
-    "uniform": _uniform,
-    "zipf": _zipf,
-    "one_hot_expert": _one_hot_expert,
-    "same_experts": _same_experts,
-    "half_empty": _half_empty,
-    "bursts": _bursts,
-    "router": _router,
-}
 
 
 def _zipf_of(exponent: str) -> Load:
@@ -257,6 +248,17 @@ def _zipf_of(exponent: str) -> Load:
         return _by_weight(p, g, weight[torch.randperm(p.E, generator=g)])
 
     return zipf_of
+
+
+LOADS: dict[str, Load] = {
+    "uniform": _uniform,
+    "zipf": _zipf_of("1"),
+    "one_hot_expert": _one_hot_expert,
+    "same_experts": _same_experts,
+    "half_empty": _half_empty,
+    "bursts": _bursts,
+    "router": _router,
+}
 
 
 def _hot_experts(number: str) -> Load:

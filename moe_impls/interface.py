@@ -242,6 +242,13 @@ class Implementation:
     choose: Callable[..., Implementation] | None = None
     is_available: Callable[[], bool] = _needs_nothing_more
 
+    def ready(self, experts: Experts) -> Forward:
+        """``forward``; or, with ``prepare``, what it made of these experts once, under the same signature."""
+        if self.prepare is None:
+            return self.forward
+        f = self.prepare(experts)
+        return lambda x, routing, experts, *, combine="sum": f(x, routing, combine=combine)
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -80,6 +80,6 @@ def test_the_first_tokens_of_a_call_are_a_call() -> None:
     from correctness.problems import SMALL, make_inputs
     from moe_impls.interface import check_inputs
 
-    x, routing, experts, dy = peers.first_tokens(make_inputs(SMALL), 5)
+    x, routing, experts, dy = make_inputs(SMALL).first(5)
     check_inputs(x, routing, experts)
     assert len(x) == len(dy) == 5
