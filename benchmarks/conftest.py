@@ -154,7 +154,7 @@ def _sweep(config: pytest.Config) -> Sweep:
     for block in _blocks(config, grid):
         for problem in block.problems():
             made = replace(problem, device=device, dtype=getattr(torch, dtype), seed=option.seed)
-            for mode in option.mode or MODES:
+            for mode in option.mode or block.modes:
                 cells[plan.cell_id(made, mode)] = (made, mode)
     name = "-".join(option.model or [grid])
     environment = record.environment(device, record.slug(name), option.cache)

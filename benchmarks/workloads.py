@@ -35,6 +35,7 @@ class Workloads:
     output_activation: str = "none"
     bias: bool = False
     router: RouterSpec | None = None  # of a model; None is softmax over the logits, top K
+    modes: tuple[str, ...] = MODES
     source: str = ""
 
     def problems(self) -> Iterator[Problem]:
@@ -114,9 +115,9 @@ MODELS = {model.name: model for model in _MODELS}
 GRIDS: dict[str, tuple[Workloads, ...]] = {
     "smoke": (Workloads(T=(16, 64), D=(64,), H=(32,), E=(4, 8), K=(2,)),),
     "default": (
-        Workloads(T=(16, 128, 1024), E=(8, 32, 64), K=(2, 4, 8)),
-        Workloads(T=(1024,), E=(32,), K=(4,), load=tuple(load for load in LOADS if load != "uniform")),
-        MODELS["olmoe-1b-7b"],
+        Workloads(T=(16, 128, 512), E=(8, 16, 64), K=(2, 4, 8)),
+        Workloads(T=(512,), E=(16,), K=(4,), load=tuple(load for load in LOADS if load != "uniform")),
+        replace(MODELS["olmoe-1b-7b"], modes=("forward",)),  # its gradients would take most of the time
     ),
     # Few tokens: the weights that are read decide.
     "latency": (
