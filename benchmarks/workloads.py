@@ -115,7 +115,7 @@ MODELS = {model.name: model for model in _MODELS}
 GRIDS: dict[str, tuple[Workloads, ...]] = {
     "smoke": (Workloads(T=(16, 64), D=(64,), H=(32,), E=(4, 8), K=(2,)),),
     "default": (
-        Workloads(T=(16, 128, 512), E=(8, 16, 64), K=(2, 4, 8)),
+        Workloads(T=(16, 128, 512), E=(8, 16, 32), K=(2, 4, 8)),
         Workloads(T=(512,), E=(16,), K=(4,), load=tuple(load for load in LOADS if load != "uniform")),
         replace(MODELS["olmoe-1b-7b"], modes=("forward",)),  # its gradients would take most of the time
     ),
