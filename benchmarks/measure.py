@@ -40,6 +40,11 @@ class CallTimeout(BaseException):
     """A call took longer than it may. No ``Exception``, so that a measured function does not swallow it."""
 
 
+def is_out_of_memory(error: object) -> bool:
+    # The CPU's allocator has no exception class of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @dataclass(frozen=True)
 class Timing:
     """The samples of one candidate in seconds a call, one each round, and how many calls a sample spans."""
@@ -158,13 +163,13 @@ LEAST_LIMIT_S = 0.02  # below, a first call tells little
 
 
 def near_the_fastest(calls: Mapping[str, Call], first: str, device: str = "cpu") -> dict[str, Call]:
-    """The calls that in a first try, ended when it takes too long, come near the fastest.
+    """The calls that in a first try, ended when it takes too long or too much memory, come near the fastest.
 
     Args:
         first: the name of the one that is tried first, from which the limit of the others comes.
 
     Raises:
-        Whatever a call raises.
+        Whatever else a call raises.
     """
     limit_s: float | None = None
     near: dict[str, Call] = {}
@@ -172,7 +177,7 @@ def near_the_fastest(calls: Mapping[str, Call], first: str, device: str = "cpu")
         tried = interleave(
             {name: calls[name]}, device=device, seconds=0, min_rounds=1, call_timeout_s=limit_s
         )[name]
-        if isinstance(tried, CallTimeout):
+        if isinstance(tried, CallTimeout) or is_out_of_memory(tried):
             continue
         median_s = statistics.median(all_timed({name: tried})[name].samples_s)
         near[name] = calls[name]

@@ -55,8 +55,7 @@ def status_of(error: BaseException) -> str:
         return "timeout"
     if isinstance(error, CheckFailed):
         return "incorrect"
-    # The CPU's allocator has no exception class of its own.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    if measure.is_out_of_memory(error):
         return "out_of_memory"
     return "error"
 

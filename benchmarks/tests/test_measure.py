@@ -211,3 +211,16 @@ def test_a_call_that_is_ended_while_gradients_are_off_leaves_them_on() -> None:
     with pytest.raises(measure.CallTimeout), measure.time_limit(0.05):
         off()
     assert torch.is_grad_enabled()
+
+
+def test_calls_that_take_too_long_or_too_much_memory_are_not_near_the_fastest() -> None:
+    def greedy() -> None:
+        torch.empty(2**50)
+
+    calls = {"fast": busy(0.001), "slow": busy(0.5), "greedy": greedy, "near": busy(0.0015)}
+    assert list(measure.near_the_fastest(calls, "fast")) == ["fast", "near"]
+
+
+def test_what_else_a_first_try_raises_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        measure.near_the_fastest({"fast": busy(0.001), "broken": lambda: 1 // 0}, "fast")
