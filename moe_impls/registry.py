@@ -33,6 +33,7 @@ IMPLEMENTATIONS = (
     "gathered",
     "recompute",
     "native",
+    "triton_fused",
     "packed+prepared",
 )
 

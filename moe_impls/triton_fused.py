@@ -1,0 +1,363 @@
+"""Triton: tokens are gathered inside the first product and activated in its epilogue, for CUDA.
+
+Slots are sorted by expert; every product is one kernel over tiles of one expert's rows, and the host never
+learns how many rows an expert has. The backward writes each weight gradient once. What waits for it are the
+inputs of the activation, or nothing where those are larger than the inputs of the two products: then they are
+computed again; and the experts' outputs where a combine or an output activation needs them.
+
+``moe_impls/triton_kernels.py`` holds the kernels. With TRITON_INTERPRET=1 in the environment Triton runs them on
+the CPU, slowly, for checks of their arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_impls.dispatcher import sort_by_expert
+from moe_impls.functional import combine_slots
+from moe_impls.interface import GATED_ACTIVATIONS, Experts, Routing, Support
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SUPPORT = Support(
+    devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    fullgraph=True,
+)
+LEAST_CAPABILITY = (8, 0)  # of a GPU whose tensor cores take bfloat16
+MOST_PROGRAMS = 2**31 - 1  # along the first dimension of a grid
+MOST_EXPERTS = 65535  # along the second
+
+
+def is_available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    if not is_available():
+        raise RuntimeError("implementation 'triton_fused' needs triton: pip install triton, or use 'grouped_mm'")
+    return importlib.import_module("moe_impls.triton_kernels")
+
+
+def _check(x: Tensor, E: int) -> None:
+    """Raise RuntimeError where the kernels cannot run."""
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(
+            f"implementation 'triton_fused' needs CUDA tensors and x is on {x.device}: use 'grouped_mm', or "
+            "set TRITON_INTERPRET=1 before Python starts to interpret its kernels"
+        )
+    if x.device.type == "cuda" and not torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < LEAST_CAPABILITY:
+            raise RuntimeError(
+                f"implementation 'triton_fused' needs a GPU of compute capability "
+                f"{'.'.join(map(str, LEAST_CAPABILITY))} and {x.device} has "
+                f"{'.'.join(map(str, capability))}: use 'sorted_dispatch'"
+            )
+    if x.dtype not in SUPPORT.dtypes:
+        raise TypeError(
+            f"x has dtype {x.dtype}; 'triton_fused' takes {', '.join(map(str, SUPPORT.dtypes))}: "
+            "use 'sorted_dispatch'"
+        )
+    if E > MOST_EXPERTS:
+        raise ValueError(f"E is {E}; 'triton_fused' takes at most {MOST_EXPERTS} experts")
+    _kernels()
+
+
+class _Blocks(NamedTuple):
+    """Rows, columns and depth of the tiles of a product, and how it is launched on a GPU."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def launch(self) -> dict[str, int]:
+        sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+        return sizes if INTERPRETED else sizes | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def blocks(rows_per_expert: float, dtype: torch.dtype) -> _Blocks:
+    """The tiles for so many rows of an expert on average; with few, weights are read once by narrow tiles."""
+    if INTERPRETED:
+        return _Blocks(16, 32, 32)
+    depth = 32 if dtype == torch.float32 else 64
+    if rows_per_expert <= 16:
+        return _Blocks(16, 64, 2 * depth, 4, 4)
+    if rows_per_expert <= 64 or dtype == torch.float32:
+        return _Blocks(64, 64, depth, 4, 3)
+    return _Blocks(128, 128, depth, 8, 3)
+
+
+class _Plan(NamedTuple):
+    """How slots lie by expert, and the tiles of their rows; all on the device."""
+
+    order: Tensor  # [N], slots by expert
+    token: Tensor  # [N], of each
+    ends: Tensor  # [E], where the rows of each expert end
+    tile_expert: Tensor  # [tiles], E where there is no such tile
+    tile_begin: Tensor  # [tiles], its first row
+    blocks: _Blocks
+
+    @property
+    def tiles(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tile_expert, self.tile_begin, self.ends
+
+
+def _plan(expert_ids: Tensor, E: int, dtype: torch.dtype) -> _Plan:
+    T, K = expert_ids.shape
+    N = T * K
+    sizes = blocks(N / E, dtype)
+    order, counts = sort_by_expert(expert_ids, E)
+    ends = counts.cumsum(0)
+    in_expert = (counts + sizes.m - 1) // sizes.m  # tiles
+    last_tile = in_expert.cumsum(0)
+    # Every expert may have one tile that is not full.
+    tile = torch.arange(min(N, N // sizes.m + E), device=expert_ids.device)
+    expert = torch.searchsorted(last_tile, tile, right=True)
+    safe = expert.clamp(max=E - 1)
+    begin = (ends - counts)[safe] + (tile - (last_tile - in_expert)[safe]) * sizes.m
+    return _Plan(order, order // K, ends, expert, begin, sizes)
+
+
+def _on(x: Tensor) -> Any:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else torch.cuda.device(-1)
+
+
+GROUP = 8  # tiles that read the same weights one after the other
+
+
+def _grid(plan: _Plan, columns: int) -> tuple[int]:
+    programs = len(plan.tile_expert) * -(-columns // plan.blocks.n)
+    if programs > MOST_PROGRAMS:
+        raise ValueError(
+            f"T * K of {len(plan.order)} slots and {columns} columns need {programs} programs; "
+            f"'triton_fused' takes at most {MOST_PROGRAMS}: split the tokens"
+        )
+    return (programs,)
+
+
+def _strides(bias: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if bias is None else (bias.stride(0), bias.stride(1))
+
+
+def _hidden(
+    x: Tensor, plan: _Plan, w_in: Tensor, b_in: Tensor | None, activation: str, *, keep: bool, activate: bool
+) -> tuple[Tensor, Tensor]:
+    """What is activated [N, F], empty unless kept, and the hidden features [N, H], empty unless activated."""
+    E, F, D = w_in.shape
+    gated = activation in GATED_ACTIVATIONS
+    H, N = F // 2 if gated else F, len(plan.order)
+    pre = x.new_empty(N, F) if keep else x.new_empty(0)
+    hidden = x.new_empty(N, H) if activate else x.new_empty(0)
+    _kernels().hidden_kernel[_grid(plan, H)](
+        x, plan.token, w_in, x if b_in is None else b_in, pre, hidden, *plan.tiles,
+        len(plan.tile_expert), E, D, H, *w_in.stride(), *_strides(b_in),
+        ACTIVATION=activation, GATED=gated, HAS_BIAS=b_in is not None, KEEP=keep, ACTIVATE=activate,
+        GROUP=GROUP, **plan.blocks.launch,
+    )  # fmt: skip
+    return pre, hidden
+
+
+def _product(
+    rows: Tensor, plan: _Plan, w: Tensor, bias: Tensor | None = None, *, relu: bool = False
+) -> Tensor:
+    """rows [N, depth] @ w[e] [depth, columns] + bias[e], in the order of slots: [T * K, columns]."""
+    E, depth, columns = w.shape
+    out = rows.new_empty(len(plan.order), columns)
+    _kernels().product_kernel[_grid(plan, columns)](
+        rows, w, rows if bias is None else bias, out, plan.order, *plan.tiles,
+        len(plan.tile_expert), E, depth, columns, *w.stride(), *_strides(bias),
+        HAS_BIAS=bias is not None, RELU=relu, GROUP=GROUP, **plan.blocks.launch,
+    )  # fmt: skip
+    return out
+
+
+def _weight_grads(
+    left: Tensor, left_rows: Tensor | None, gates: Tensor | None, right: Tensor, right_rows: Tensor | None,
+    plan: _Plan, *, bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """d_w [E, P, Q] and d_bias [E, P], empty without one."""
+    E, P, Q = len(plan.ends), left.shape[1], right.shape[1]
+    d_w = right.new_empty(E, P, Q)
+    d_bias = right.new_empty(E, P) if bias else right.new_empty(0)
+    sizes = plan.blocks
+    grid = (-(-P // sizes.m) * -(-Q // sizes.n), E)
+    _kernels().weight_grad_kernel[grid](
+        left, plan.order if left_rows is None else left_rows, right if gates is None else gates, plan.order,
+        right, plan.order if right_rows is None else right_rows, plan.ends, d_w, d_bias, P, Q,
+        HAS_LEFT_ROWS=left_rows is not None, HAS_RIGHT_ROWS=right_rows is not None,
+        HAS_GATES=gates is not None, HAS_BIAS=bias, **sizes.launch,
+    )  # fmt: skip
+    return d_w, d_bias
+
+
+def _keeps_pre(D: int, F: int, H: int) -> bool:
+    """Whether what is activated takes no more memory than the rows of the two products."""
+    return F <= D + H
+
+
+def _needs_outputs(output_activation: str, combine: str) -> bool:
+    """Whether the backward needs the experts' outputs."""
+    return output_activation == "relu" or combine != "sum"
+
+
+@torch.library.custom_op("moe_impls::triton_fused", mutates_args=())
+def _forward(
+    x: Tensor, expert_ids: Tensor, gates: Tensor,
+    w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
+    activation: str, output_activation: str, combine: str, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y [T, O] and, to keep for the backward, pre [N, F] and outputs [N, O], each empty unless needed."""
+    (T, D), K = x.shape, expert_ids.shape[1]
+    E, O, H = w_out.shape
+    if T == 0:
+        return x.new_empty(0, O), x.new_empty(0), x.new_empty(0)
+    x, gates = x.contiguous(), gates.contiguous()
+    with _on(x):
+        plan = _plan(expert_ids, E, x.dtype)
+        keep_pre = keep and _keeps_pre(D, w_in.shape[1], H)
+        pre, hidden = _hidden(x, plan, w_in, b_in, activation, keep=keep_pre, activate=True)
+        outputs = _product(hidden, plan, w_out.mT, b_out, relu=output_activation == "relu")
+        if combine == "sum":
+            y = x.new_empty(T, O)
+            _kernels().combine_kernel[(T, -(-O // 256))](outputs, gates, y, K, O, BLOCK=256)
+        else:
+            y = combine_slots(outputs.view(T, K, O), gates, combine)
+    if not (keep and _needs_outputs(output_activation, combine)):
+        outputs = x.new_empty(0)
+    return y, pre, outputs
+
+
+@_forward.register_fake
+def _(x, expert_ids, gates, w_in, b_in, w_out, b_out, activation, output_activation, combine, keep):
+    (T, D), N = x.shape, expert_ids.numel()
+    (_, O, H), F = w_out.shape, w_in.shape[1]
+    pre = x.new_empty(N, F) if keep and _keeps_pre(D, F, H) else x.new_empty(0)
+    outputs = x.new_empty(N, O) if keep and _needs_outputs(output_activation, combine) else x.new_empty(0)
+    return x.new_empty(T, O), pre, outputs
+
+
+def _combine_grads(dy: Tensor, outputs: Tensor, gates: Tensor, combine: str) -> tuple[Tensor, Tensor]:
+    """The gradients, in float32 and the dtype of gates, of ``combine_slots``: outputs [T, K, O], gates [T, K]."""
+    dy, values, weights = dy.float().unsqueeze(1), outputs.float(), gates.float().unsqueeze(-1)
+    if combine == "sum":
+        return dy * weights, (dy * values).sum(-1).to(gates.dtype)
+    largest = values.masked_fill(weights == 0, -torch.inf).amax(1, keepdim=True)
+    powers = (values - largest.masked_fill(largest == -torch.inf, 0)).clamp(max=80.0).exp()
+    by_total = dy / (weights * powers).sum(1, keepdim=True) * powers
+    return by_total * weights, by_total.sum(-1).to(gates.dtype)
+
+
+@torch.library.custom_op("moe_impls::triton_fused_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, expert_ids: Tensor, gates: Tensor,
+    w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, pre: Tensor, outputs: Tensor,
+    activation: str, output_activation: str, combine: str, wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of x, gates, w_in, b_in, w_out, b_out; those that are not wanted are empty."""
+    (T, D), K = x.shape, expert_ids.shape[1]
+    (E, O, H), F = w_out.shape, w_in.shape[1]
+    leaves = (x, gates, w_in, b_in, w_out, b_out)
+    grads = [x.new_empty(0) for _ in leaves]
+    if T == 0:
+        return [
+            torch.zeros_like(leaf, memory_format=torch.contiguous_format) if want and leaf is not None else empty
+            for leaf, want, empty in zip(leaves, wanted, grads, strict=True)
+        ]
+    x, gates, dy = x.contiguous(), gates.contiguous(), dy.contiguous()
+    gated = activation in GATED_ACTIVATIONS
+    with _on(x):
+        plan = _plan(expert_ids, E, x.dtype)
+        if not _keeps_pre(D, F, H):
+            pre, _ = _hidden(x, plan, w_in, b_in, activation, keep=True, activate=False)
+        if _needs_outputs(output_activation, combine):
+            d_outputs, grads[1] = _combine_grads(dy, outputs.view(T, K, O), gates, combine)
+            if output_activation == "relu":
+                d_outputs = d_outputs.masked_fill(outputs.view(T, K, O) <= 0, 0)
+            dy, rows, gates_of_rows = d_outputs.to(x.dtype).view(T * K, O), plan.order, None
+        else:
+            rows, gates_of_rows = plan.token, gates
+
+        hidden, d_pre = x.new_empty(T * K, H), x.new_empty(T * K, F)
+        parts = torch.empty(T * K, -(-H // plan.blocks.n), device=x.device)
+        _kernels().hidden_grad_kernel[_grid(plan, H)](
+            dy, rows, gates, plan.order, w_out, x if b_out is None else b_out, pre, hidden, d_pre, parts,
+            *plan.tiles, len(plan.tile_expert), E, O, H, *w_out.stride(), *_strides(b_out),
+            ACTIVATION=activation, GATED=gated, HAS_BIAS=b_out is not None,
+            HAS_GATES=gates_of_rows is not None, GROUP=GROUP, **plan.blocks.launch,
+        )  # fmt: skip
+        if gates_of_rows is not None:
+            of_slots = torch.empty(T * K, device=x.device)
+            grads[1] = of_slots.scatter_(0, plan.order, parts.sum(1)).view(T, K).to(gates.dtype)
+        if wanted[0]:
+            grads[0] = _product(d_pre, plan, w_in).view(T, K, D).sum(1)
+        if wanted[2] or wanted[3]:
+            grads[2], grads[3] = _weight_grads(
+                d_pre, None, None, x, plan.token, plan, bias=b_in is not None
+            )
+        if wanted[4] or wanted[5]:
+            grads[4], grads[5] = _weight_grads(
+                dy, rows, gates_of_rows, hidden, None, plan, bias=b_out is not None
+            )
+    return grads
+
+
+@_backward.register_fake
+def _(dy, x, expert_ids, gates, w_in, b_in, w_out, b_out, pre, outputs, activation, output_activation, combine, wanted):
+    shapes = [
+        torch.empty_like(leaf, memory_format=torch.contiguous_format)
+        if leaf is not None and want else x.new_empty(0)
+        for leaf, want in zip((x, gates, w_in, b_in, w_out, b_out), wanted, strict=True)
+    ]  # fmt: skip
+    return shapes
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, activation, output_activation, combine, _ = inputs
+    ctx.save_for_backward(*tensors, output[1], output[2])
+    ctx.options = activation, output_activation, combine
+
+
+def _gradients(ctx: Any, dy: Tensor, d_pre: Tensor, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    x_wanted, _, *rest = ctx.needs_input_grad[:7]
+    wanted = [x_wanted, *rest]
+    dx, *grads = [
+        grad if want else None
+        for grad, want in zip(_backward(dy, *ctx.saved_tensors, *ctx.options, wanted), wanted, strict=True)
+    ]
+    return dx, None, *grads, None, None, None, None
+
+
+torch.library.register_autograd("moe_impls::triton_fused", _gradients, setup_context=_setup)
+
+
+def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
+    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract.
+
+    Raises:
+        RuntimeError: no CUDA tensors and no interpreter, no Triton, or a GPU too old.
+        TypeError: a dtype that the kernels do not take.
+        ValueError: sizes beyond a limit of the kernels.
+    """
+    _check(x, len(experts.w_in))
+    weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, routing.gates, *weights)
+    )
+    y, _, _ = _forward(
+        x, *routing, *weights, experts.activation, experts.output_activation, combine, keep
+    )
+    return y
