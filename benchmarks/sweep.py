@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import torch
 
 from benchmarks import measure, memory, roofline
 from benchmarks.measure import Call, CallTimeout, Running, Timing

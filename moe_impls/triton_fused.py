@@ -5,8 +5,8 @@ learns how many rows an expert has. The backward writes each weight gradient onc
 inputs of the activation, or nothing where those are larger than the inputs of the two products: then they are
 computed again; and the experts' outputs where a combine or an output activation needs them.
 
-``moe_impls/triton_kernels.py`` holds the kernels. With TRITON_INTERPRET=1 in the environment Triton runs them on
-the CPU, slowly, for checks of their arithmetic.
+``moe_impls/triton_kernels.py`` holds the kernels. With TRITON_INTERPRET=1 in the environment Triton runs
+them on the CPU, slowly, for checks of their arithmetic.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def is_available() -> bool:
 @functools.cache
 def _kernels() -> ModuleType:
     if not is_available():
-        raise RuntimeError("implementation 'triton_fused' needs triton: pip install triton, or use 'grouped_mm'")
+        raise RuntimeError(
+            "implementation 'triton_fused' needs triton: pip install triton, or use 'grouped_mm'"
+        )
     return importlib.import_module("moe_impls.triton_kernels")
 
 
@@ -251,7 +253,7 @@ def _(x, expert_ids, gates, w_in, b_in, w_out, b_out, activation, output_activat
 
 
 def _combine_grads(dy: Tensor, outputs: Tensor, gates: Tensor, combine: str) -> tuple[Tensor, Tensor]:
-    """The gradients, in float32 and the dtype of gates, of ``combine_slots``: outputs [T, K, O], gates [T, K]."""
+    """The gradients, in float32 and the dtype of gates, of ``combine_slots``; outputs [T, K, O]."""
     dy, values, weights = dy.float().unsqueeze(1), outputs.float(), gates.float().unsqueeze(-1)
     if combine == "sum":
         return dy * weights, (dy * values).sum(-1).to(gates.dtype)
@@ -274,7 +276,9 @@ def _backward(
     grads = [x.new_empty(0) for _ in leaves]
     if T == 0:
         return [
-            torch.zeros_like(leaf, memory_format=torch.contiguous_format) if want and leaf is not None else empty
+            torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+            if want and leaf is not None
+            else empty
             for leaf, want, empty in zip(leaves, wanted, grads, strict=True)
         ]
     x, gates, dy = x.contiguous(), gates.contiguous(), dy.contiguous()
@@ -305,9 +309,7 @@ def _backward(
         if wanted[0]:
             grads[0] = _product(d_pre, plan, w_in).view(T, K, D).sum(1)
         if wanted[2] or wanted[3]:
-            grads[2], grads[3] = _weight_grads(
-                d_pre, None, None, x, plan.token, plan, bias=b_in is not None
-            )
+            grads[2], grads[3] = _weight_grads(d_pre, None, None, x, plan.token, plan, bias=b_in is not None)
         if wanted[4] or wanted[5]:
             grads[4], grads[5] = _weight_grads(
                 dy, rows, gates_of_rows, hidden, None, plan, bias=b_out is not None
@@ -316,7 +318,22 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, x, expert_ids, gates, w_in, b_in, w_out, b_out, pre, outputs, activation, output_activation, combine, wanted):
+def _(
+    dy,
+    x,
+    expert_ids,
+    gates,
+    w_in,
+    b_in,
+    w_out,
+    b_out,
+    pre,
+    outputs,
+    activation,
+    output_activation,
+    combine,
+    wanted,
+):
     shapes = [
         torch.empty_like(leaf, memory_format=torch.contiguous_format)
         if leaf is not None and want else x.new_empty(0)
@@ -357,7 +374,5 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, routing.gates, *weights)
     )
-    y, _, _ = _forward(
-        x, *routing, *weights, experts.activation, experts.output_activation, combine, keep
-    )
+    y, _, _ = _forward(x, *routing, *weights, experts.activation, experts.output_activation, combine, keep)
     return y

@@ -165,7 +165,7 @@ def product_kernel(
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[place_of[n]] = rows[n] @ w[e] + bias[e], through a relu or not; rows [N, depth], out [N, columns]."""
+    """out[place_of[n]] = rows[n] @ w[e] + bias[e], or its relu; rows [N, depth], out [N, columns]."""
     tile, block = _tile_of_program(tiles, columns, BLOCK_N, GROUP)
     e = tl.load(tile_expert + tile)
     if e == E:
@@ -238,10 +238,9 @@ def hidden_grad_kernel(
     width = 2 * H if GATED else H
     places = n[:, None] * width + h[None, :]
     gate = tl.load(pre + places, mask=mask, other=0.0).to(tl.float32)
+    up = gate
     if GATED:
         up = tl.load(pre + places + H, mask=mask, other=0.0).to(tl.float32)
-    else:
-        up = gate
     a = _activated(gate, up, ACTIVATION)
     tl.store(hidden + n[:, None] * H + h[None, :], a.to(hidden.dtype.element_ty), mask=mask)
     if HAS_GATES:
@@ -263,7 +262,7 @@ def weight_grad_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_w[e] = Σ_n left[n] rightᵀ[n] and d_bias[e] = Σ_n left[n] over the rows n of expert e, each written once.
+    """d_w[e] = Σ_n left[n] rightᵀ[n] and d_bias[e] = Σ_n left[n] over the rows n of expert e, written once.
 
     left [N, P] and right [N, Q], or gathered by their row numbers; left times the gate of its slot or not.
     An expert without rows gets zeros.
