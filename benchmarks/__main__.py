@@ -12,7 +12,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import comparison, figures, history, page, peers, profile, record, report, tune, versions
+from benchmarks import (
+    comparison,
+    cuda,
+    figures,
+    history,
+    page,
+    peers,
+    profile,
+    record,
+    report,
+    tune,
+    versions,
+)
 from benchmarks.workloads import MODELS, MODES, Workloads
 from correctness.compare import CheckFailed
 from correctness.problems import LOAD_NAMES, load_named
@@ -43,7 +55,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(
-        required=True, metavar="report|profile|tune|compare|gate|peers|figures|history", parser_class=_Parser
+        required=True,
+        metavar="report|profile|tune|compare|gate|peers|cuda|figures|history",
+        parser_class=_Parser,
     )
 
     made = commands.add_parser("report", help="make report.md and its plots from CSV files")
@@ -99,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="results/ unless given")
     beside.set_defaults(run=_peers)
 
+    on_gpu = commands.add_parser("cuda", help="verify, measure and profile on a GPU, in the time given")
+    on_gpu.add_argument("--minutes", type=float, default=10, metavar="M", help="for all of it (default: 10)")
+    on_gpu.add_argument("--out", type=Path, metavar="DIR", help=(
+        "results/<machine> unless given; one that was begun is continued"
+    ))  # fmt: skip
+    on_gpu.add_argument("--device", default="cuda", metavar="NAME", help=", ".join(DEVICES))
+    on_gpu.add_argument("--smoke", action="store_true", help="a small part of it, to try the command itself")
+    on_gpu.set_defaults(run=_cuda)
+
     made = commands.add_parser("figures", help="measure what the measurement is worth: 20 minutes")
     made.add_argument("--quick", action="store_true", help="fewer trials: a minute")
     made.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the table and page")
@@ -117,6 +140,20 @@ def _peers(options: argparse.Namespace) -> int:
     cells, growth = peers.measure_all(options.quick), peers.measure_growth(options.quick)
     print(*peers.write(options.out, cells, growth, options.quick), sep="\n")
     return 0
+
+
+def _cuda(options: argparse.Namespace) -> int:
+    check_choice("--device", options.device.partition(":")[0], DEVICES)
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes is {options.minutes}; it must be above 0")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            "--device is cuda, but torch finds no CUDA device here; --device cpu --smoke tries the command"
+        )
+    if options.device == "cpu" and not options.smoke:
+        raise ValueError("--device is cpu; valid with --smoke only: `pytest benchmarks` measures on a CPU")
+    folder = options.out or RESULTS / record.environment(options.device, "cuda").machine
+    return 0 if cuda.run(folder, options.device, options.minutes, smoke=options.smoke) else 1
 
 
 def _figures(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from correctness.compare import CheckFailed  # noqa: E402
 from correctness.limits import Limits, time_limit  # noqa: E402
 from correctness.mutants import MUTANTS, table  # noqa: E402
 from correctness.subjects import Subjects, find_subjects  # noqa: E402
-from moe_impls.registry import ResolveError  # noqa: E402
+from moe_impls.interface import DEVICES, check_choice  # noqa: E402
 
 MOST_WORKERS = 8  # each holds a copy of torch in memory
 
@@ -64,6 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--layer", metavar="FILE:CLASS", help="check only this whole layer; its file holds read(layer), too"
     )
+    group.addoption("--device", default="cpu", metavar="NAME", help="of implementations: cpu (default), cuda")
     group.addoption(
         "--mutants",
         action="store_true",
@@ -122,8 +123,8 @@ def pytest_configure(config: pytest.Config) -> None:
             what = f"importing {', '.join(names) or 'the project'}"
             isolation.try_in_child(what, find_subjects, *wanted, time_limit(config))
         if not isolated or config.option.collectonly:
-            config.stash[SUBJECTS] = find_subjects(*wanted, time_limit(config))
-    except ResolveError as error:
+            config.stash[SUBJECTS] = find_subjects(*wanted, time_limit(config), _device(config))
+    except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     config.pluginmanager.register(limits)
     if not is_worker:
@@ -134,6 +135,14 @@ def pytest_configure(config: pytest.Config) -> None:
         black_box = isolation.BlackBox(box)
         limits.output = black_box.file
         config.pluginmanager.register(black_box)
+
+
+def _device(config: pytest.Config) -> str:
+    device = config.getoption("device")
+    check_choice("--device", device.partition(":")[0], DEVICES)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device here")
+    return device
 
 
 SUBJECTS = pytest.StashKey[Subjects]()
@@ -148,7 +157,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 pytest.param(
                     case, id=case.id, marks=[pytest.mark.skip(reason=case.skip)] if case.skip else []
                 )
-                for case in cases(config.stash[SUBJECTS].implementations)
+                for case in cases(config.stash[SUBJECTS].implementations, device=config.getoption("device"))
             ],
         )
     if "subject" in metafunc.fixturenames:

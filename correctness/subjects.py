@@ -22,7 +22,11 @@ class Subjects(NamedTuple):
 
 
 def find_subjects(
-    implementations: Sequence[str] | None, router: str | None, layer: str | None, seconds: float
+    implementations: Sequence[str] | None,
+    router: str | None,
+    layer: str | None,
+    seconds: float,
+    device: str = "cpu",
 ) -> Subjects:
     """Import what these names mean, each in ``seconds`` at most (0: no limit).
 
@@ -33,7 +37,7 @@ def find_subjects(
     for name in implementations or IMPLEMENTATIONS:
         with process_kept(), limited(seconds):
             found.append(resolve(name))
-        if implementations and all(case.skip for case in cases(found[-1:])):
+        if implementations and all(case.skip for case in cases(found[-1:], device=device)):
             raise ResolveError(f"{name}: nothing that it declares in SUPPORT can be checked here")
     with process_kept(), limited(seconds):
         route = _router(router or "moe_impls.router:route")

@@ -365,7 +365,11 @@ def reference_curve() -> Tensor:
 def trained(dtype: torch.dtype) -> list[str]:
     """The implementations that declare all that `train` needs in this dtype."""
     supports = {name: resolve(name).support for name in IMPLEMENTATIONS}
-    return [name for name, support in supports.items() if support.gradients and dtype in support.dtypes]
+    return [
+        name
+        for name, support in supports.items()
+        if support.gradients and dtype in support.dtypes and "cpu" in support.devices
+    ]
 
 
 @pytest.mark.parametrize("implementation", trained(torch.float64))
