@@ -138,7 +138,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _device(config: pytest.Config) -> str:
-    device = config.getoption("device")
+    device: str = config.option.device
     check_choice("--device", device.partition(":")[0], DEVICES)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device here")
@@ -157,7 +157,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 pytest.param(
                     case, id=case.id, marks=[pytest.mark.skip(reason=case.skip)] if case.skip else []
                 )
-                for case in cases(config.stash[SUBJECTS].implementations, device=config.getoption("device"))
+                for case in cases(config.stash[SUBJECTS].implementations, device=config.option.device)
             ],
         )
     if "subject" in metafunc.fixturenames:
