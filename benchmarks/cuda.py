@@ -95,7 +95,8 @@ def steps(device: str, smoke: bool) -> list[Step]:
 
 def environment(device: str) -> dict[str, object]:
     """What the figures depend on and no row holds."""
-    found: dict[str, object] = provenance.columns() | {
+    found: dict[str, object] = {
+        **provenance.columns(),
         "device": device,
         "device_name": provenance.device_name(device),
         "cuda": torch.version.cuda,
