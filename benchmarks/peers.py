@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from rich.progress import track
 
-from benchmarks import measure, ratio, roofline
+from benchmarks import measure, memory, ratio, roofline
 from benchmarks.measure import Call
 from benchmarks.plots import png
 from benchmarks.sweep import taken
@@ -109,13 +109,17 @@ def subjects() -> tuple[list[Implementation], list[Implementation]]:
 def samples(
     problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds of each that takes the call and comes near the fastest, by name, in the same rounds."""
+    """Seconds of each that takes the call and comes near the fastest, by name, in the same rounds.
+
+    One that takes more memory than there is, in its first try, is left out.
+    """
     gradients = mode == "forward_backward"
     calls: dict[str, Call] = {}
     for i in implementations:
         if unsupported(i.support, problem) is None and (i.support.gradients or not gradients):
             calls[i.name] = measure.call_of(i.ready(inputs.experts), problem, inputs, mode)
-    near = measure.near_the_fastest(calls, auto.ALWAYS)
+    with memory.memory_limit("cpu", memory.available_memory_bytes("cpu")):
+        near = measure.near_the_fastest(calls, auto.ALWAYS)
     # The best peer is compared however slow it is, and so is auto.
     near |= {name: call for name, call in calls.items() if name == "auto"}
     if not near.keys() & set(PEERS):

@@ -93,7 +93,7 @@ class _Blocks(NamedTuple):
 def blocks(rows_per_expert: float, dtype: torch.dtype) -> _Blocks:
     """The tiles for so many rows of an expert on average; with few, weights are read once by narrow tiles."""
     if INTERPRETED:
-        return _Blocks(16, 32, 32)
+        return _Blocks(32, 64, 64)
     depth = 32 if dtype == torch.float32 else 64
     if rows_per_expert <= 16:
         return _Blocks(16, 64, 2 * depth, 4, 4)
@@ -235,7 +235,10 @@ def _forward(
         outputs = _product(hidden, plan, w_out.mT, b_out, relu=output_activation == "relu")
         if combine == "sum":
             y = x.new_empty(T, O)
-            _kernels().combine_kernel[(T, -(-O // 256))](outputs, gates, y, K, O, BLOCK=256)
+            block_t, block_o = (32, 64) if INTERPRETED else (4, 256)
+            _kernels().combine_kernel[(-(-T // block_t), -(-O // block_o))](
+                outputs, gates, y, T, K, O, BLOCK_T=block_t, BLOCK_O=block_o
+            )
         else:
             y = combine_slots(outputs.view(T, K, O), gates, combine)
     if not (keep and _needs_outputs(output_activation, combine)):

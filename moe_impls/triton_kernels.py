@@ -16,40 +16,45 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@triton.jit
+def _inlined(function):
+    """A function that kernels call. The interpreter would prepare its language anew for each such call."""
+    return function if os.environ.get("TRITON_INTERPRET") == "1" else triton.jit(function)
+
+
+@_inlined
 def _dot(a, b, total):
     if INTERPRETED:  # which would multiply the bits of bfloat16 numbers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
-@triton.jit
+@_inlined
 def _sigmoid(z):
     return 1.0 / (1.0 + tl.exp(-z))
 
 
-@triton.jit
+@_inlined
 def _normal_cdf(z):
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
-@triton.jit
+@_inlined
 def _relu(z):
     return tl.where(z <= 0, 0.0, z)  # of NaN it is NaN, unlike maximum
 
 
-@triton.jit
+@_inlined
 def _silu_slope(z):
     s = _sigmoid(z)
     return s * (1.0 + z * (1.0 - s))
 
 
-@triton.jit
+@_inlined
 def _gelu_slope(z):
     return _normal_cdf(z) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
 
 
-@triton.jit
+@_inlined
 def _activated(gate, up, ACTIVATION: tl.constexpr):
     """The hidden features; ``up`` is read only if the activation is gated."""
     if ACTIVATION == "relu":
@@ -70,7 +75,7 @@ def _activated(gate, up, ACTIVATION: tl.constexpr):
         return g * _sigmoid(1.702 * g) * (u + 1.0)
 
 
-@triton.jit
+@_inlined
 def _slopes(gate, up, ACTIVATION: tl.constexpr):
     """The derivatives of the hidden features by ``gate`` and by ``up``."""
     if ACTIVATION == "relu":
@@ -94,7 +99,7 @@ def _slopes(gate, up, ACTIVATION: tl.constexpr):
         return by_gate, by_up
 
 
-@triton.jit
+@_inlined
 def _tile_of_program(tiles, columns, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """The tile and the block of columns of this program. GROUP tiles take turns on the same weights."""
     program = tl.program_id(0)
@@ -305,12 +310,14 @@ def weight_grad_kernel(
 
 
 @triton.jit
-def combine_kernel(slots, gates, y, K, O, BLOCK: tl.constexpr):
+def combine_kernel(slots, gates, y, T, K, O, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):
     """y[t] = Σ_k gates[t, k] * slots[t, k], in the order of k; slots [T, K, O]."""
-    t = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    mask = (t < T)[:, None] & (o < O)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
     for k in range(K):
-        gate = tl.load(gates + t * K + k).to(tl.float32)
-        total += gate * tl.load(slots + (t * K + k) * O + o, mask=o < O, other=0.0).to(tl.float32)
-    tl.store(y + t * O + o, total.to(y.dtype.element_ty), mask=o < O)
+        gate = tl.load(gates + t * K + k, mask=t < T, other=0.0).to(tl.float32)
+        slot = tl.load(slots + (t * K + k)[:, None] * O + o[None, :], mask=mask, other=0.0)
+        total += gate[:, None] * slot.to(tl.float32)
+    tl.store(y + t[:, None] * O + o[None, :], total.to(y.dtype.element_ty), mask=mask)
