@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ SUPPORT = Support(
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     fullgraph=True,
+    compiles_per_case=True,
 )
 LEAST_CAPABILITY = (8, 0)  # of a GPU whose tensor cores take bfloat16
 MOST_PROGRAMS = 2**31 - 1  # along the first dimension of a grid
@@ -57,7 +59,7 @@ def _check(x: Tensor, E: int) -> None:
             f"implementation 'triton_fused' needs CUDA tensors and x is on {x.device}: use 'grouped_mm', or "
             "set TRITON_INTERPRET=1 before Python starts to interpret its kernels"
         )
-    if x.device.type == "cuda" and not torch.compiler.is_compiling():
+    if x.device.type == "cuda":
         capability = torch.cuda.get_device_capability(x.device)
         if capability < LEAST_CAPABILITY:
             raise RuntimeError(
@@ -133,9 +135,12 @@ def _plan(expert_ids: Tensor, E: int, dtype: torch.dtype) -> _Plan:
     return _Plan(order, order // K, ends, expert, begin, sizes)
 
 
+_INTERPRETER = threading.RLock()  # it replaces Triton's functions while a kernel runs
+
+
 def _on(x: Tensor) -> Any:
     """Triton launches on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.cuda.device(-1)
+    return torch.cuda.device(x.device) if x.is_cuda else _INTERPRETER
 
 
 GROUP = 8  # tiles that read the same weights one after the other
@@ -225,6 +230,7 @@ def _forward(
     """y [T, O] and, to keep for the backward, pre [N, F] and outputs [N, O], each empty unless needed."""
     (T, D), K = x.shape, expert_ids.shape[1]
     E, O, H = w_out.shape
+    _check(x, E)
     if T == 0:
         return x.new_empty(0, O), x.new_empty(0), x.new_empty(0)
     x, gates = x.contiguous(), gates.contiguous()
@@ -372,7 +378,6 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
         TypeError: a dtype that the kernels do not take.
         ValueError: sizes beyond a limit of the kernels.
     """
-    _check(x, len(experts.w_in))
     weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, routing.gates, *weights)
