@@ -16,9 +16,14 @@ from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Prepared, Routing, Support
 
+# oneDNN has products in low precision for processors with the instructions for them only.
 SUPPORT = Support(
     devices=("cpu",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    dtypes=(
+        torch.float32,
+        *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []),
+        *([torch.float16] if torch.ops.mkldnn._is_mkldnn_fp16_supported() else []),
+    ),
     gradients=False,
 )
 ROWS = 64  # of a typical product; what oneDNN chooses for 16 to 1024 rows runs equally fast at any number
