@@ -170,7 +170,8 @@ def test_the_constructor_names_what_is_wrong(options: dict, error: type[Exceptio
 def test_what_an_implementation_does_not_declare_is_refused(options: dict, message: str) -> None:
     support = Support(activations=("relu",), combines=("sum",), dtypes=(torch.float32,), biases=(True,))
     mine = Implementation("mine", resolve("sorted_dispatch").forward, support)
-    assert torch.equal(layer(implementation=mine).eval()(tokens(4))[0], layer().eval()(tokens(4))[0])
+    wanted = layer(implementation="sorted_dispatch").eval()(tokens(4))[0]
+    assert torch.equal(layer(implementation=mine).eval()(tokens(4))[0], wanted)
     with pytest.raises(ValueError, match=message):
         layer(implementation=mine, **options)
     with pytest.raises(ValueError, match="dtype of implementation mine is torch.bfloat16"):
