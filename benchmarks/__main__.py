@@ -14,7 +14,6 @@ from rich.table import Table
 
 from benchmarks import (
     comparison,
-    cuda,
     figures,
     history,
     page,
@@ -153,7 +152,7 @@ def _cuda(options: argparse.Namespace) -> int:
     if options.device == "cpu" and not options.smoke:
         raise ValueError("--device is cpu; valid with --smoke only: `pytest benchmarks` measures on a CPU")
     folder = options.out or RESULTS / record.environment(options.device, "cuda").machine
-    return 0 if cuda.run(folder, options.device, options.minutes, smoke=options.smoke) else 1
+    return 0 if on_gpu.run(folder, options.device, options.minutes, smoke=options.smoke) else 1
 
 
 def _figures(options: argparse.Namespace) -> int:

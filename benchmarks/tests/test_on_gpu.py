@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda
+from benchmarks import on_gpu
 from benchmarks.__main__ import main
-from benchmarks.cuda import Step
+from benchmarks.on_gpu import Step
 from benchmarks.record import RecordError
 from correctness.provenance import ROOT
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-@pytest.mark.parametrize("step", cuda.steps("cpu", smoke=False), ids=lambda step: step.name)
+@pytest.mark.parametrize("step", on_gpu.steps("cpu", smoke=False), ids=lambda step: step.name)
 def test_the_options_of_every_step_are_valid(step: Step, tmp_path: Path) -> None:
     last = ["--collect-only"] if step.command[0] == "pytest" else ["--help"]
     done = subprocess.run(
@@ -35,7 +35,7 @@ def test_a_small_run_verifies_measures_profiles_and_reports(
 ) -> None:
     command = ["cuda", "--device", "cpu", "--smoke", "--minutes", "10", "--out", str(tmp_path)]
     assert main(command) == 0
-    steps = json.loads((tmp_path / cuda.STEPS).read_text())
+    steps = json.loads((tmp_path / on_gpu.STEPS).read_text())
     assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(
         ("verify", "sweep", "profile"), "finished"
     )
@@ -51,23 +51,23 @@ def test_a_small_run_verifies_measures_profiles_and_reports(
 def test_a_step_whose_time_is_up_is_ended_and_done_again_and_one_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "REPORT_S", 0.0)
-    monkeypatch.setattr(cuda, "LEAST_S", 0.0)
+    monkeypatch.setattr(on_gpu, "REPORT_S", 0.0)
+    monkeypatch.setattr(on_gpu, "LEAST_S", 0.0)
     slow = Step("slow", ("timeit", "-n1", "-r1", "import time; time.sleep(60)"), 0.05)
     wrong = Step("wrong", ("timeit", "1 // 0"), 0.9)
-    monkeypatch.setattr(cuda, "steps", lambda device, smoke: [slow, wrong])
+    monkeypatch.setattr(on_gpu, "steps", lambda device, smoke: [slow, wrong])
     told: list[str] = []
-    assert not cuda.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    assert not on_gpu.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
     assert [line.partition(" after")[0] for line in told] == ["slow: stopped", "wrong: failed"]
     told.clear()
-    assert not cuda.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    assert not on_gpu.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
     assert [line.partition(" after")[0] for line in told] == ["slow: stopped", "wrong: failed before"]
 
 
 def test_a_damaged_list_of_steps_is_told(tmp_path: Path) -> None:
-    (tmp_path / cuda.STEPS).write_text("[1")
+    (tmp_path / on_gpu.STEPS).write_text("[1")
     with pytest.raises(RecordError, match="is no list of steps: .*; remove it to begin anew"):
-        cuda.run(tmp_path, "cpu", 1.0, smoke=True)
+        on_gpu.run(tmp_path, "cpu", 1.0, smoke=True)
 
 
 @pytest.mark.parametrize(
