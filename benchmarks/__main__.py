@@ -16,6 +16,7 @@ from benchmarks import (
     comparison,
     figures,
     history,
+    on_gpu,
     page,
     peers,
     profile,
@@ -112,14 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="results/ unless given")
     beside.set_defaults(run=_peers)
 
-    on_gpu = commands.add_parser("cuda", help="verify, measure and profile on a GPU, in the time given")
-    on_gpu.add_argument("--minutes", type=float, default=10, metavar="M", help="for all of it (default: 10)")
-    on_gpu.add_argument("--out", type=Path, metavar="DIR", help=(
+    gpu = commands.add_parser("cuda", help="verify, measure and profile on a GPU, in the time given")
+    gpu.add_argument("--minutes", type=float, default=10, metavar="M", help="for all of it (default: 10)")
+    gpu.add_argument("--out", type=Path, metavar="DIR", help=(
         "results/<machine> unless given; one that was begun is continued"
     ))  # fmt: skip
-    on_gpu.add_argument("--device", default="cuda", metavar="NAME", help=", ".join(DEVICES))
-    on_gpu.add_argument("--smoke", action="store_true", help="a small part of it, to try the command itself")
-    on_gpu.set_defaults(run=_cuda)
+    gpu.add_argument("--device", default="cuda", metavar="NAME", help=", ".join(DEVICES))
+    gpu.add_argument("--smoke", action="store_true", help="a small part of it, to try the command itself")
+    gpu.set_defaults(run=_cuda)
 
     made = commands.add_parser("figures", help="measure what the measurement is worth: 20 minutes")
     made.add_argument("--quick", action="store_true", help="fewer trials: a minute")
