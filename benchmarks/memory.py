@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Call
@@ -53,12 +54,25 @@ def _held(call: Callable[[], Result], device: str) -> tuple[int, int, Result]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
     assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = list(_allocations(record.profiler.kineto_results.experimental_event_tree()))
+    taken: dict[int, int] = {}  # bytes by address
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # of memory events
-        peak = max(peak, held)
+    for _, address, n_bytes in sorted(events, key=lambda event: event[0]):
+        if n_bytes > 0:
+            taken[address] = n_bytes
+            held += n_bytes
+            peak = max(peak, held)
+        else:  # of memory from before the record, of which the profiler may know from an earlier one: nothing
+            held -= taken.pop(address, 0)
     return peak, held, result
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """The time in nanoseconds, address and bytes of each allocation, and of each release with bytes < 0."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
 
 
 def available_memory_bytes(device: str) -> int:
