@@ -137,8 +137,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _peers(options: argparse.Namespace) -> int:
-    cells, growth = peers.measure_all(options.quick), peers.measure_growth(options.quick)
-    print(*peers.write(options.out, cells, growth, options.quick), sep="\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    cells = peers.measure_all(options.out, options.quick)
+    print(*peers.write(options.out, cells, peers.measure_growth(), options.quick), sep="\n")
     return 0
 
 

@@ -162,27 +162,29 @@ HOPELESS = 3.0  # times the fastest, in a first call: what takes longer is not m
 LEAST_LIMIT_S = 0.02  # below, a first call tells little
 
 
-def near_the_fastest(calls: Mapping[str, Call], first: str, device: str = "cpu") -> dict[str, Call]:
+def near_the_fastest(
+    calls: Mapping[str, Call], first: str, device: str = "cpu", hopeless: float = HOPELESS
+) -> dict[str, Call]:
     """The calls that in a first try, ended when it takes too long or too much memory, come near the fastest.
 
     Args:
         first: the name of the one that is tried first, from which the limit of the others comes.
+        hopeless: times the fastest, what takes longer is left out.
 
     Raises:
         Whatever else a call raises.
     """
+    tried_s: dict[str, float] = {}
     limit_s: float | None = None
-    near: dict[str, Call] = {}
     for name in sorted(calls, key=lambda name: name != first):
         tried = interleave(
             {name: calls[name]}, device=device, seconds=0, min_rounds=1, call_timeout_s=limit_s
         )[name]
         if isinstance(tried, CallTimeout) or is_out_of_memory(tried):
             continue
-        median_s = statistics.median(all_timed({name: tried})[name].samples_s)
-        near[name] = calls[name]
-        limit_s = min(limit_s or math.inf, max(HOPELESS * median_s, LEAST_LIMIT_S))
-    return near
+        tried_s[name] = statistics.median(all_timed({name: tried})[name].samples_s)
+        limit_s = max(hopeless * min(tried_s.values()), LEAST_LIMIT_S)
+    return {name: calls[name] for name, s in tried_s.items() if limit_s is not None and s <= limit_s}
 
 
 CACHES = ("warm", "cold")

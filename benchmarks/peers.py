@@ -25,7 +25,6 @@ from benchmarks.sweep import taken
 from correctness import provenance
 from correctness.pages import markdown_table, write_atomically
 from correctness.problems import Inputs, Problem, make_inputs, unsupported
-from moe_impls import auto
 from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, resolve
 
@@ -60,14 +59,19 @@ QUICK_LAYERS = (LAYERS[1], LAYERS[4])
 GROWTH = Problem("growth", T=256, D=256, H=256, O=256, E=32, K=4, bias=False)
 GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
 SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
+HOPELESS = 1.5  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
+MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
+FIRST = "auto"  # of ours
+PART = "peers.part.csv"  # what is measured so far
 
 
 @dataclass(frozen=True)
 class Cell:
     """One call. ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
 
-    auto_ratio: auto over the best of ours. of_products: the time of dense products of the same FLOPs over
-    that of ours. of_reading: the time of the traffic at the measured bandwidth over that of ours.
+    auto_ratio: auto over the best of ours that takes the weights as they are. of_products: the time of dense
+    products of the same FLOPs over that of ours. of_reading: the time of the traffic at the bandwidth that is
+    measured beside it over that of ours.
     """
 
     regime: str
@@ -107,23 +111,23 @@ def subjects() -> tuple[list[Implementation], list[Implementation]]:
 
 
 def samples(
-    problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
+    problem: Problem, mode: str, inputs: Inputs, groups: Sequence[Sequence[Implementation]]
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds of each that takes the call and comes near the fastest, by name, in the same rounds.
+    """Seconds of each that takes the call and comes near the fastest of its group, by name, in common rounds.
 
-    One that takes more memory than there is, in its first try, is left out.
+    One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out.
     """
     gradients = mode == "forward_backward"
-    calls: dict[str, Call] = {}
-    for i in implementations:
-        if unsupported(i.support, problem) is None and (i.support.gradients or not gradients):
-            calls[i.name] = measure.call_of(i.ready(inputs.experts), problem, inputs, mode)
-    with memory.memory_limit("cpu", memory.available_memory_bytes("cpu")):
-        near = measure.near_the_fastest(calls, auto.ALWAYS)
-    # The best peer is compared however slow it is, and so is auto.
-    near |= {name: call for name, call in calls.items() if name == "auto"}
-    if not near.keys() & set(PEERS):
-        near |= {name: call for name, call in calls.items() if name in PEERS}
+    near: dict[str, Call] = {}
+    with memory.memory_limit("cpu", min(MEMORY_BYTES, memory.available_memory_bytes("cpu"))):
+        for group in groups:
+            calls = {
+                i.name: measure.call_of(i.ready(inputs.experts), problem, inputs, mode)
+                for i in group
+                if unsupported(i.support, problem) is None and (i.support.gradients or not gradients)
+            }
+            near |= measure.near_the_fastest(calls, FIRST, hopeless=HOPELESS)
+            near |= {name: call for name, call in calls.items() if name == "auto"}
     timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
     return {name: timing.samples_s for name, timing in timings.items()}
 
@@ -137,13 +141,17 @@ def measure_cell(
 ) -> Cell | None:
     """One cell; None if no peer takes the call."""
     p, mode = problem, regime.mode
-    found = samples(p, mode, inputs, [*ours, *peers])
+    prepared = [i for i in ours if i.prepare is not None]
+    as_they_are = [i for i in ours if i.prepare is None]
+    found = samples(p, mode, inputs, [as_they_are, prepared, peers])
     median_s = {name: statistics.median(s) for name, s in found.items()}
-    of_peers = {name: s for name, s in median_s.items() if name in PEERS}
-    of_ours = {name: s for name, s in median_s.items() if name not in PEERS and name != "auto"}
-    if not of_peers:
+
+    def fastest(of: Sequence[Implementation]) -> str:
+        return min((i.name for i in of if i.name in found and i.name != "auto"), key=median_s.__getitem__)
+
+    if not any(i.name in found for i in peers):
         return None
-    best, peer = min(of_ours, key=of_ours.__getitem__), min(of_peers, key=of_peers.__getitem__)
+    best, peer = fastest(ours), fastest(peers)
     between = ratio.compare(found[best], found[peer])
     limits = roofline.measure_roofline(p, mode, inputs.routing)
     ours_ms = median_s[best] * 1e3
@@ -159,7 +167,7 @@ def measure_cell(
         peer_ms=_rounded(median_s[peer] * 1e3),
         **{n: v if isinstance(v, str | int) else _rounded(v) for n, v in asdict(between).items()},
         auto_took=taken(resolve("auto"), p, inputs, mode),
-        auto_ratio=_rounded(ratio.compare(found[best], found["auto"]).ratio),
+        auto_ratio=_rounded(ratio.compare(found[fastest(as_they_are)], found["auto"]).ratio),
         of_products=_rounded(limits.compute_limit_ms / ours_ms),
         of_reading=_rounded(limits.traffic_limit_ms / ours_ms),
         times_ms="; ".join(f"{n} {s * 1e3:.4g}" for n, s in sorted(median_s.items(), key=lambda i: i[1])),
@@ -178,16 +186,47 @@ def planned(quick: bool) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
             yield replace(layer, dtype=dtype, T=max(T for _, T in cells)), cells
 
 
-def measure_all(quick: bool) -> list[Cell]:
-    """Every cell of every regime."""
+def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
+    """Every cell of every regime. Each is in ``folder`` when it is measured, and a run is continued there.
+
+    Raises:
+        ValueError: what was begun there is of another version, machine or choice of cells.
+    """
     ours, peers = subjects()
-    found = []
+    part, made = folder / PART, _made(quick)
+    rows = _begun(part, made) if part.exists() else []
+    done = {(row["regime"], row["layer"], row["dtype"], row["T"]) for row in rows}
     for whole, cells in track(list(planned(quick)), "layers"):
-        inputs = make_inputs(whole)
-        for regime, T in cells:
+        dtype = dtype_name(whole.dtype)
+        left = [(regime, T) for regime, T in cells if (regime.name, whole.name, dtype, T) not in done]
+        inputs = make_inputs(whole) if left else None
+        for regime, T in left:
+            assert inputs is not None
             cell = measure_cell(regime, replace(whole, T=T), inputs.first(T), ours, peers)
-            found += [cell] if cell else []
-    return found
+            rows += [made | asdict(cell)] if cell else []
+            write_atomically(part, _csv(pd.DataFrame(rows)))
+    return pd.DataFrame(rows)
+
+
+def _made(quick: bool) -> dict[str, object]:
+    return {**provenance.columns(), "threads": torch.get_num_threads(), "quick": quick}
+
+
+def _begun(part: Path, made: dict[str, object]) -> list[dict[str, object]]:
+    """The rows of a run that was interrupted."""
+    rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(part).to_dict("records")]
+    for row in rows:
+        other = [name for name, value in made.items() if row.get(name) != value]
+        if other:
+            raise ValueError(
+                f"{part} was begun with {other[0]} {row.get(other[0])}, this run is with {made[other[0]]}: "
+                "delete it to begin anew"
+            )
+    return rows
+
+
+def _csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False, lineterminator="\n").encode()
 
 
 @dataclass(frozen=True)
@@ -201,17 +240,17 @@ class Growth:
     median_ms: float
 
 
-def measure_growth(quick: bool) -> list[Growth]:
+def measure_growth() -> list[Growth]:
     """Times against E at a fixed T and K, and against K at a fixed E; the number of slots grows with K."""
     found = []
     names = ("sorted_dispatch", "recompute", "native", "auto")
     implementations = [i for i in map(resolve, names) if i.is_available()]
     for axis, values in GROWN.items():
-        for value in track(values[::2] if quick else values, f"growth with {axis}"):
+        for value in track(values, f"growth with {axis}"):
             p = replace(GROWTH, **{axis: value})
             inputs = make_inputs(p)
             for mode in ("forward", "forward_backward"):
-                for name, s in samples(p, mode, inputs, implementations).items():
+                for name, s in samples(p, mode, inputs, [[i] for i in implementations]).items():
                     found.append(Growth(axis, value, mode, name, _rounded(statistics.median(s) * 1e3)))
     return found
 
@@ -290,28 +329,29 @@ def quadratic_share(growth: pd.DataFrame) -> pd.DataFrame:
     """Of a parabola through the times, what the square adds at the largest value, as a share of the time."""
     lines = []
     for (axis, mode, name), rows in growth.groupby(["axis", "mode", "implementation"], sort=False):
-        if len(rows) >= 4:
-            square = np.polyfit(rows["value"], rows["median_ms"], 2, w=1 / rows["median_ms"])[0]
-            largest = rows.loc[rows["value"].idxmax()]
-            share = square * largest["value"] ** 2 / largest["median_ms"]
-            lines.append({"against": axis, "mode": mode, "implementation": name, "share": f"{share:.0%}"})
+        square = np.polyfit(rows["value"], rows["median_ms"], 2, w=1 / rows["median_ms"])[0]
+        largest = rows.loc[rows["value"].idxmax()]
+        share = square * largest["value"] ** 2 / largest["median_ms"]
+        lines.append({"against": axis, "mode": mode, "implementation": name, "share": f"{share:.0%}"})
     return pd.DataFrame(lines)
 
 
-def write(folder: Path, found: list[Cell], grown: list[Growth], quick: bool) -> list[Path]:
-    """peers.csv, peers-growth.csv, their page and its plots."""
-    made = provenance.columns() | {"threads": torch.get_num_threads(), "quick": quick}
-    cells = pd.DataFrame([made | asdict(cell) for cell in found])
+def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -> list[Path]:
+    """peers.csv, peers-growth.csv, their page and its plots, in the place of what was measured so far."""
+    made = _made(quick)
     growth = pd.DataFrame([made | asdict(point) for point in grown])
     share = quadratic_share(growth)
     shown = ["layer", "dtype", "mode", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "auto_took",
              "auto_ratio", "of_products", "of_reading"]  # fmt: skip
+    commit = str(made["git_commit"])[:12]
     page = f"""# Beside other libraries
 
-Written by `python -m benchmarks peers{" --quick" * quick}` at commit {made["git_commit"][:12]} with torch
+Written by `python -m benchmarks peers{" --quick" * quick}` at commit {commit} with torch
 {made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. *Ours* is the fastest
 implementation of this project in a cell, *peer* the fastest of the others: {", ".join(PEERS)}.
-Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. *of_products*: the time
+Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
+first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
+was not timed further. *auto_ratio*: `auto` over the fastest of ours that needs no `prepare`. *of_products*: the time
 of dense products of the same FLOPs over ours. *of_reading*: the time of the least traffic at the bandwidth
 measured beside it, over ours.
 
@@ -325,21 +365,22 @@ T={GROWTH.T} D={GROWTH.D} H={GROWTH.H}, float32; against E at K={GROWTH.K}, agai
 
 ![Time against E and K](peers-growth.png)
 
-{"What the square in a parabola adds at the largest value:" if len(share) else ""}
+What the square in a parabola adds at the largest value:
 
-{markdown_table(share) if len(share) else ""}
+{markdown_table(share)}
 
 ## Every cell
 
 {markdown_table(cells[shown])}
 """
     contents = {
-        "peers.csv": cells.to_csv(index=False, lineterminator="\n").encode(),
-        "peers-growth.csv": growth.to_csv(index=False, lineterminator="\n").encode(),
+        "peers.csv": _csv(cells),
+        "peers-growth.csv": _csv(growth),
         "peers.png": figure(cells),
         "peers-growth.png": growth_figure(growth),
         "peers.md": page.encode(),
     }
     for name, content in contents.items():
         write_atomically(folder / name, content)
+    (folder / PART).unlink(missing_ok=True)
     return [folder / name for name in contents]

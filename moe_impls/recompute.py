@@ -68,13 +68,15 @@ class _Sum(torch.autograd.Function):
         wide = slot_gates.dtype
         dx = torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format)
         d_slot_gates = torch.zeros(len(order), dtype=wide)
-        # Of experts without tokens they stay zero.
-        dw_in = torch.zeros(w_in.shape if wants_w_in else 0, dtype=w_in.dtype)
-        dw_out = torch.zeros(w_out.shape if wants_w_out else 0, dtype=w_out.dtype)
+        dw_in = w_in.new_empty(w_in.shape if wants_w_in else 0)
+        dw_out = w_out.new_empty(w_out.shape if wants_w_out else 0)
         db_in, db_out = (torch.zeros(w.shape[:2], dtype=w.dtype) for w in (w_in, w_out))
         begin = 0
         for e, size in enumerate(ctx.sizes):
             if size == 0:
+                for wanted, dw in ((wants_w_in, dw_in), (wants_w_out, dw_out)):
+                    if wanted:
+                        dw[e].zero_()
                 continue
             part = slice(begin, begin := begin + size)
             tokens = order[part] // ctx.K

@@ -12,7 +12,7 @@ import torch
 from benchmarks import peers
 from benchmarks.__main__ import main
 from correctness.problems import Problem
-from moe_impls.registry import PEERS
+from moe_impls.registry import PEERS, resolve
 
 IS_INSTALLED = importlib.util.find_spec("transformers") is not None
 with_transformers = pytest.mark.skipif(
@@ -42,6 +42,64 @@ def test_the_plan_holds_every_regime_for_every_layer_and_dtype_quick_or_not() ->
             assert max(T for _, T in cells) == whole.T
 
 
+TINY = Problem("tiny", T=1, D=32, H=16, O=32, E=4, K=2, bias=False)
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> None:
+    """A run of one layer in seconds."""
+    for name, value in (
+        ("QUICK_LAYERS", (TINY,)),
+        ("DTYPES", (torch.float32,)),
+        ("SECONDS", 0.01),
+        ("GROWN", {"E": (4, 8, 16), "K": (1, 2, 4)}),
+    ):
+        monkeypatch.setattr(peers, name, value)
+
+
+@pytest.fixture
+def without_libraries(monkeypatch) -> None:
+    ours, others = (
+        [resolve(name) for name in names]
+        for names in (("auto", "sorted_dispatch", "index_add"), ("einsum.capacity",))
+    )
+    monkeypatch.setattr(peers, "subjects", lambda: (ours, others))
+
+
+def test_an_interrupted_run_is_continued(tiny, without_libraries, tmp_path: Path, monkeypatch) -> None:
+    measured = []
+    measure_cell = peers.measure_cell
+
+    def interrupted(regime, problem, *rest):
+        if len(measured) == 2:
+            measured.append("interrupt")
+            raise KeyboardInterrupt
+        measured.append((regime.name, problem.T))
+        return measure_cell(regime, problem, *rest)
+
+    monkeypatch.setattr(peers, "measure_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["peers", "--quick", "--out", str(tmp_path)])
+    begun = pd.read_csv(tmp_path / peers.PART)
+    assert [file.name for file in tmp_path.iterdir()] == [peers.PART] and len(begun) == 2
+    assert main(["peers", "--quick", "--out", str(tmp_path)]) == 0
+    cells = pd.read_csv(tmp_path / "peers.csv")
+    assert [pair for pair in measured if pair != "interrupt"] == list(
+        zip(cells["regime"], cells["T"], strict=True)
+    )
+    assert begun.equals(cells.head(2)) and not (tmp_path / peers.PART).exists()
+
+
+def test_what_was_begun_by_another_version_is_not_continued(
+    tiny, without_libraries, tmp_path: Path, capsys
+) -> None:
+    part = tmp_path / peers.PART
+    part.write_text("git_commit\nabc\n")
+    assert main(["peers", "--quick", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(part) in line and "git_commit abc" in line and part.read_text() == "git_commit\nabc\n"
+
+
 @pytest.mark.skipif(IS_INSTALLED, reason="transformers is installed")
 def test_without_the_library_the_extra_is_named_in_one_line(tmp_path: Path, capsys) -> None:
     assert main(["peers", "--out", str(tmp_path)]) == 2
@@ -51,15 +109,7 @@ def test_without_the_library_the_extra_is_named_in_one_line(tmp_path: Path, caps
 
 
 @with_transformers
-def test_the_best_of_each_side_are_compared_and_the_files_say_so(tmp_path: Path, monkeypatch) -> None:
-    tiny = Problem("tiny", T=1, D=32, H=16, O=32, E=4, K=2, bias=False)
-    for name, value in (
-        ("QUICK_LAYERS", (tiny,)),
-        ("DTYPES", (torch.float32,)),
-        ("SECONDS", 0.01),
-        ("GROWN", {"E": (4, 8), "K": (1, 2)}),
-    ):
-        monkeypatch.setattr(peers, name, value)
+def test_the_best_of_each_side_are_compared_and_the_files_say_so(tiny, tmp_path: Path) -> None:
     assert main(["peers", "--quick", "--out", str(tmp_path)]) == 0
     cells = pd.read_csv(tmp_path / "peers.csv")
     assert len(cells) == sum(len(regime.quick) for regime in peers.REGIMES)
