@@ -351,9 +351,9 @@ Written by `python -m benchmarks peers{" --quick" * quick}` at commit {commit} w
 implementation of this project in a cell, *peer* the fastest of the others: {", ".join(PEERS)}.
 Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
 first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
-was not timed further. *auto_ratio*: `auto` over the fastest of ours that needs no `prepare`. *of_products*: the time
-of dense products of the same FLOPs over ours. *of_reading*: the time of the least traffic at the bandwidth
-measured beside it, over ours.
+was not timed further. *auto_ratio*: `auto` over the fastest of ours that needs no `prepare`.
+*of_products*: the time of dense products of the same FLOPs over ours. *of_reading*: the time of the least
+traffic at the bandwidth measured beside it, over ours.
 
 {markdown_table(by_regime(cells))}
 
