@@ -27,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.workloads import MODELS, MODES, Workloads
 from correctness.compare import CheckFailed
-from correctness.problems import LOAD_NAMES, load_named
+from correctness.problems import LOAD_NAMES, check_device, load_named
 from correctness.provenance import ROOT
 from moe_impls import auto
 from moe_impls.interface import DEVICES, DTYPES, RouterSpec, check_choice, dtype_name
@@ -144,13 +144,9 @@ def _peers(options: argparse.Namespace) -> int:
 
 
 def _cuda(options: argparse.Namespace) -> int:
-    check_choice("--device", options.device.partition(":")[0], DEVICES)
+    check_device(options.device, "--device")
     if not options.minutes > 0:
         raise ValueError(f"--minutes is {options.minutes}; it must be above 0")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            "--device is cuda, but torch finds no CUDA device here; --device cpu --smoke tries the command"
-        )
     if options.device == "cpu" and not options.smoke:
         raise ValueError("--device is cpu; valid with --smoke only: `pytest benchmarks` measures on a CPU")
     folder = options.out or RESULTS / record.environment(options.device, "cuda").machine
@@ -244,14 +240,12 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    check_choice("--device", options.device.partition(":")[0], DEVICES)
+    check_device(options.device, "--device")
     check_choice("--dtype", options.dtype, tuple(map(dtype_name, DTYPES)))
     check_choice("--mode", options.mode, MODES)
     load_named(options.load, "--load")
     if options.model is not None:
         check_choice("--model", options.model, tuple(MODELS))
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no CUDA device here")
     implementation = resolve(options.impl)
 
     sizes = {size: getattr(options, size) for size in SIZES if getattr(options, size) is not None}

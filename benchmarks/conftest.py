@@ -20,7 +20,7 @@ from benchmarks.progress import SweepProgress
 from benchmarks.sweep import Settings, measure_workload
 from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads
 from correctness import isolation
-from correctness.problems import LOAD_NAMES, Problem, load_named
+from correctness.problems import LOAD_NAMES, Problem, check_device, load_named
 from correctness.provenance import ROOT
 from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
@@ -128,10 +128,8 @@ def _take_options_of(csv: Path, config: pytest.Config) -> None:
 def _sweep(config: pytest.Config) -> Sweep:
     option = config.option
     device, dtype = option.device, option.dtype
-    check_choice("--device", device.partition(":")[0], DEVICES)
+    check_device(device, "--device")
     check_choice("--dtype", dtype, tuple(map(dtype_name, DTYPES)))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no CUDA device here")
     for mode in option.mode or ():
         check_choice("--mode", mode, MODES)
     check_choice("--cache", option.cache, CACHES)

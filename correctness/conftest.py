@@ -22,8 +22,8 @@ from correctness.checks import cases  # noqa: E402
 from correctness.compare import CheckFailed  # noqa: E402
 from correctness.limits import Limits, time_limit  # noqa: E402
 from correctness.mutants import MUTANTS, table  # noqa: E402
+from correctness.problems import check_device  # noqa: E402
 from correctness.subjects import Subjects, find_subjects  # noqa: E402
-from moe_impls.interface import DEVICES, check_choice  # noqa: E402
 
 MOST_WORKERS = 8  # each holds a copy of torch in memory
 
@@ -138,11 +138,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _device(config: pytest.Config) -> str:
-    device: str = config.option.device
-    check_choice("--device", device.partition(":")[0], DEVICES)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no CUDA device here")
-    return device
+    check_device(config.option.device, "--device")
+    return config.option.device
 
 
 SUBJECTS = pytest.StashKey[Subjects]()

@@ -21,12 +21,14 @@ from torch import Tensor
 from moe_impls.interface import (
     ACTIVATIONS,
     COMBINES,
+    DEVICES,
     DTYPES,
     GATED_ACTIVATIONS,
     OUTPUT_ACTIVATIONS,
     Experts,
     Routing,
     Support,
+    check_choice,
     dtype_name,
 )
 
@@ -280,6 +282,17 @@ def _hot_experts(number: str) -> Load:
 # Loads with a number in their name, such as zipf_1.2 and hot_experts_4.
 FAMILIES: dict[str, Callable[[str], Load]] = {"zipf": _zipf_of, "hot_experts": _hot_experts}
 LOAD_NAMES = f"{', '.join(LOADS)}, zipf_<exponent below 10> and hot_experts_<number>"
+
+
+def check_device(device: str, argument: str = "device") -> None:
+    """Raise ValueError unless ``device``, as cpu, cuda or cuda:1, is there."""
+    kind, _, number = device.partition(":")
+    check_choice(argument, kind, DEVICES)
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{argument} is {device}, but torch finds no CUDA device here")
+    there = torch.cuda.device_count() if kind == "cuda" else 1
+    if ":" in device and not (number.isdecimal() and int(number) < there):
+        raise ValueError(f"{argument} is {device}; valid are {kind}, {kind}:0 to {kind}:{there - 1}")
 
 
 def load_named(name: str, argument: str = "load") -> Load:

@@ -67,6 +67,13 @@ def test_what_does_not_take_the_call_is_passed_over(tuned: Path) -> None:
     assert chosen(inputs, "logsumexp") == "index_add"  # nor recompute this combine
 
 
+def test_what_depends_on_even_loads_is_passed_over_where_one_expert_is_hot(tuned: Path) -> None:
+    put(tuned, replace(CELL, fastest=("padded", "index_add")), replace(CELL, T=900, fastest=("padded",)))
+    for T, otherwise in ((36, "index_add"), (1000, auto.ALWAYS)):
+        assert chosen(small(T=T, E=16)) == "padded"
+        assert chosen(small(T=T, E=16, load="one_hot_expert")) == otherwise
+
+
 def test_a_kind_of_call_that_no_cell_is_of_goes_to_the_one_that_takes_all(tuned: Path) -> None:
     put(tuned, CELL)
     assert chosen(small(dtype=torch.float64)) == auto.ALWAYS

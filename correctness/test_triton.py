@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from correctness import problems
-from correctness.problems import make_inputs
+from correctness import compare, problems
+from correctness.problems import Problem, make_inputs
 from moe_impls import triton_fused
-from moe_impls.interface import GATED_ACTIVATIONS
+from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS
 
 not_interpreted = pytest.mark.skipif(triton_fused.INTERPRETED, reason="Triton's kernels are interpreted")
 
@@ -82,3 +86,88 @@ def test_no_more_is_kept_for_the_backward_than_the_rows_of_the_two_products(
             x, ids, gates, w_in, None, w_out, None, activation, "none", "sum", True
         )
     assert pre.numel() + outputs.numel() <= T * K * (D + H)
+
+
+# What a block of a GPU of this compute capability may take of shared memory, in bytes (CUDA C++ Programming
+# Guide, technical specifications), and the instruction in PTX that multiplies matrices of 16-bit numbers.
+TARGETS = {
+    80: (163 * 1024, "mma.sync"),
+    90: (227 * 1024, "wgmma"),
+    120: (99 * 1024, "mma.sync"),
+}
+CompileFor = Callable[[int, Problem], dict[str, list[Any]]]
+
+
+@pytest.fixture
+def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
+    """Run a problem's forward and backward with every launch of a kernel compiled for a GPU, but not made.
+
+    Returns what was compiled, by the name of the kernel.
+    """
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.runtime.driver import driver  # pyright: ignore[reportMissingImports]
+
+    kernels = importlib.import_module("moe_impls.triton_kernels")
+    compiled: dict[str, list[Any]] = {}
+
+    class Launch:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: object, **constants: object) -> None:
+                made = getattr(kernels, self.name).warmup(*arguments, grid=grid, **constants)
+                compiled.setdefault(self.name, []).append(made)
+
+            return launch
+
+    launches = {name: Launch(name) for name in dir(kernels) if name.endswith("_kernel")}
+    monkeypatch.setattr(triton_fused, "_kernels", lambda: SimpleNamespace(**launches))
+    monkeypatch.setattr(triton_fused, "_check", lambda *arguments: None)
+
+    def run(capability: int, problem: Problem) -> dict[str, list[Any]]:
+        gpu = SimpleNamespace(
+            get_current_device=lambda: capability,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        )
+        monkeypatch.setattr(driver, "_active", gpu)
+        compare.run(triton_fused.forward, make_inputs(problem), problem.combine, gradients=True)
+        return compiled
+
+    return run
+
+
+USUAL = Problem("usual", T=512, D=64, H=64, O=64, E=4, K=2, activation="swiglu", bias=True)
+
+
+@not_interpreted
+@pytest.mark.parametrize("tokens", [8, 128, 512])  # each with tiles of its own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("capability", TARGETS)
+def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(
+    compile_for: CompileFor, capability: int, dtype: torch.dtype, tokens: int
+) -> None:
+    shared_bytes, product = TARGETS[capability]
+    compiled = compile_for(capability, replace(USUAL, T=tokens, dtype=dtype))
+    assert len(compiled) == 5 and sum(map(len, compiled.values())) == 7
+    for name, versions in compiled.items():
+        for version in versions:
+            assert version.metadata.shared <= shared_bytes
+            assert "tf32" not in version.asm["ptx"]
+            if name != "combine_kernel" and tokens > 8:
+                assert (product in version.asm["ptx"]) == (dtype != torch.float32)
+
+
+@not_interpreted
+@pytest.mark.parametrize("problem", [
+    *(replace(USUAL, activation=activation, dtype=torch.float16) for activation in ACTIVATIONS),
+    replace(USUAL, T=1, D=1, H=1, O=1, E=1, K=1),  # of sizes of 1 Triton makes constants
+    replace(USUAL, bias=False, combine="logsumexp", output_activation="relu"),
+    replace(USUAL, H=128, dtype=torch.bfloat16),  # what is activated is computed again
+], ids=str)  # fmt: skip
+def test_the_kernels_of_every_option_compile(compile_for: CompileFor, problem: Problem) -> None:
+    assert {"hidden_kernel", "product_kernel", "hidden_grad_kernel", "weight_grad_kernel"} <= set(
+        compile_for(90, problem)
+    )

@@ -1,8 +1,9 @@
 """The implementation that measurements say is fastest for the call at hand.
 
-A table lists cells, each a kind of call and sizes with the implementations that were measured there, the
-fastest first. A call takes the nearest cell of its kind, by the logarithms of the sizes, and in it the
-first implementation that declares all that the call needs. ``python -m benchmarks tune`` measures the
+A table lists cells, each a kind of call and sizes with the implementations that were measured there on even
+loads, the fastest first. A call takes the nearest cell of its kind, by the logarithms of the sizes, and in it
+the first implementation that declares all that the call needs and does not depend on a load that is not
+there. ``python -m benchmarks tune`` measures the
 table of a machine; without one, the table that comes with the package is used.
 """
 
@@ -30,6 +31,7 @@ SUPPORT = Support(autocast=True)
 DEFAULTS = Path(__file__).with_name("auto_defaults.json")
 VERSION = 1
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
+FOR_EVEN_LOADS = ("padded",)  # computes as many rows for every expert as the busiest one has
 
 
 _resolved = functools.cache(resolve)
@@ -109,7 +111,9 @@ def table() -> tuple[Cell, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _nearest(kind: tuple[Any, ...], sizes: tuple[int, ...], needs: tuple[Any, ...]) -> Implementation:
+def _nearest(
+    kind: tuple[Any, ...], sizes: tuple[int, ...], needs: tuple[Any, ...], without: tuple[str, ...] = ()
+) -> Implementation:
     def distance(cell: Cell) -> float:
         of_cell = (cell.T, cell.D, cell.H, cell.E, cell.K)
         return sum(math.log2(max(a, 1) / b) ** 2 for a, b in zip(sizes, of_cell, strict=True))
@@ -118,7 +122,7 @@ def _nearest(kind: tuple[Any, ...], sizes: tuple[int, ...], needs: tuple[Any, ..
     for cell in sorted(alike, key=distance)[:1]:
         for name in cell.fastest:
             found = _resolved(name)
-            if _takes(found.support, *needs) and found.is_available():
+            if name not in without and _takes(found.support, *needs) and found.is_available():
                 return found
     return _resolved(ALWAYS)
 
@@ -146,8 +150,14 @@ def _takes(
     )
 
 
+def _is_even(expert_ids: Tensor, E: int) -> bool:
+    """Whether the busiest expert has little more than twice the mean number of rows: what chance makes."""
+    N = expert_ids.numel()
+    return N == 0 or int(expert_ids.flatten().bincount().max()) * E <= 2 * N + 8 * E
+
+
 def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") -> Implementation:
-    """The implementation for a call with these arguments. The values in the tensors are not looked at."""
+    """The implementation for a call with these arguments; of their values only ``expert_ids`` may count."""
     if torch.compiler.is_compiling():
         return _resolved("dense_mask")  # the one that is one graph
     device, dtype = x.device.type, x.dtype
@@ -157,7 +167,7 @@ def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") 
     E, features, D = experts.w_in.shape
     gated = experts.activation in GATED_ACTIVATIONS
     bias = experts.b_in is not None or experts.b_out is not None
-    return _nearest(
+    call = (
         (device, dtype_name(dtype), gradients, gated),
         (x.shape[0], D, features // 2 if gated else features, E, routing.expert_ids.shape[1]),
         (
@@ -165,6 +175,10 @@ def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") 
             torch.is_autocast_enabled(device),
         ),
     )  # fmt: skip
+    found = _nearest(*call)
+    if found.name in FOR_EVEN_LOADS and not _is_even(routing.expert_ids, E):
+        return _nearest(*call, FOR_EVEN_LOADS)
+    return found
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:

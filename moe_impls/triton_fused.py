@@ -98,7 +98,7 @@ def blocks(rows_per_expert: float, dtype: torch.dtype) -> _Blocks:
         return _Blocks(32, 64, 64)
     depth = 32 if dtype == torch.float32 else 64
     if rows_per_expert <= 16:
-        return _Blocks(16, 64, 2 * depth, 4, 4)
+        return _Blocks(16, 64, depth, 4, 4)
     if rows_per_expert <= 64 or dtype == torch.float32:
         return _Blocks(64, 64, depth, 4, 3)
     return _Blocks(128, 128, depth, 8, 3)
@@ -327,28 +327,12 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    dy,
-    x,
-    expert_ids,
-    gates,
-    w_in,
-    b_in,
-    w_out,
-    b_out,
-    pre,
-    outputs,
-    activation,
-    output_activation,
-    combine,
-    wanted,
-):
-    shapes = [
+def _(dy, x, expert_ids, gates, w_in, b_in, w_out, b_out, *rest):
+    return [
         torch.empty_like(leaf, memory_format=torch.contiguous_format)
         if leaf is not None and want else x.new_empty(0)
-        for leaf, want in zip((x, gates, w_in, b_in, w_out, b_out), wanted, strict=True)
+        for leaf, want in zip((x, gates, w_in, b_in, w_out, b_out), rest[-1], strict=True)
     ]  # fmt: skip
-    return shapes
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

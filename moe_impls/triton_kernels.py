@@ -8,17 +8,17 @@ float32 operands are multiplied as such, never as TF32.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from moe_impls import triton_fused
+
+INTERPRETED = tl.constexpr(triton_fused.INTERPRETED)
 
 
 def _inlined(function):
     """A function that kernels call. The interpreter would prepare its language anew for each such call."""
-    return function if os.environ.get("TRITON_INTERPRET") == "1" else triton.jit(function)
+    return function if triton_fused.INTERPRETED else triton.jit(function)
 
 
 @_inlined
@@ -55,6 +55,12 @@ def _gelu_slope(z):
 
 
 @_inlined
+def _clamped(gate, up):
+    """The inputs of swiglu_clamped within its bounds."""
+    return tl.where(gate > 7.0, 7.0, gate), tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+
+
+@_inlined
 def _activated(gate, up, ACTIVATION: tl.constexpr):
     """The hidden features; ``up`` is read only if the activation is gated."""
     if ACTIVATION == "relu":
@@ -70,8 +76,7 @@ def _activated(gate, up, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "reglu":
         return _relu(gate) * up
     else:  # swiglu_clamped
-        g = tl.where(gate > 7.0, 7.0, gate)
-        u = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        g, u = _clamped(gate, up)
         return g * _sigmoid(1.702 * g) * (u + 1.0)
 
 
@@ -91,8 +96,7 @@ def _slopes(gate, up, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "reglu":
         return tl.where(gate > 0, up, 0.0), _relu(gate)
     else:  # swiglu_clamped
-        g = tl.where(gate > 7.0, 7.0, gate)
-        u = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        g, u = _clamped(gate, up)
         s = _sigmoid(1.702 * g)
         by_gate = tl.where(gate > 7.0, 0.0, (u + 1.0) * s * (1.0 + 1.702 * g * (1.0 - s)))
         by_up = tl.where((up > 7.0) | (up < -7.0), 0.0, g * s)
@@ -110,6 +114,31 @@ def _tile_of_program(tiles, columns, BLOCK_N: tl.constexpr, GROUP: tl.constexpr)
     return first + within % height, within // height
 
 
+@_inlined
+def _rows_of_tile(tile, e, tile_begin, ends, BLOCK_M: tl.constexpr):
+    """The rows of a tile of expert e, int64 [BLOCK_M], and which of them there are."""
+    n = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
+    return n, n < tl.load(ends + e)
+
+
+@_inlined
+def _dot_along(
+    left, right, are_rows, are_columns, depth, right_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Σ_k left[m, k] right[k, n], [BLOCK_M, BLOCK_N]; the pointers are at the first block of the depth."""
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for done in range(0, depth, BLOCK_K):
+        inside = k < depth - done
+        a = tl.load(left, mask=are_rows[:, None] & inside[None, :], other=0.0)
+        b = tl.load(right, mask=inside[:, None] & are_columns[None, :], other=0.0)
+        total = _dot(a, b, total)
+        left += BLOCK_K
+        right += BLOCK_K * right_stride
+    return total
+
+
 @triton.jit
 def hidden_kernel(
     x, row_of, w, bias, pre, hidden, tile_expert, tile_begin, ends,
@@ -124,14 +153,14 @@ def hidden_kernel(
     e = tl.load(tile_expert + tile)
     if e == E:
         return
-    end = tl.load(ends + e)
-    n = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)  # rows, int64
-    valid = n < end
+    n, valid = _rows_of_tile(tile, e, tile_begin, ends, BLOCK_M)
     source = tl.load(row_of + n, mask=valid, other=0)
     h = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_K)
     rows = x + source[:, None] * D + d[None, :]
-    weights = w + e * stride_e + h[None, :].to(tl.int64) * stride_f + d[:, None].to(tl.int64) * stride_d
+    of_d = w + e * stride_e + d[:, None].to(tl.int64) * stride_d
+    weights = of_d + h[None, :].to(tl.int64) * stride_f
+    up_weights = of_d + (h + H)[None, :].to(tl.int64) * stride_f
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, D, BLOCK_K):
@@ -140,16 +169,17 @@ def hidden_kernel(
         both = inside[:, None] & (h < H)[None, :]
         gate = _dot(a, tl.load(weights, mask=both, other=0.0), gate)
         if GATED:
-            second = tl.load(weights + H.to(tl.int64) * stride_f, mask=both, other=0.0)
-            up = _dot(a, second, up)
+            up = _dot(a, tl.load(up_weights, mask=both, other=0.0), up)
         rows += BLOCK_K
         weights += BLOCK_K * stride_d
+        up_weights += BLOCK_K * stride_d
     if HAS_BIAS:
-        biases = bias + e * stride_be + h.to(tl.int64) * stride_bf
-        gate += tl.load(biases, mask=h < H, other=0.0).to(tl.float32)[None, :]
+        biases = bias + e * stride_be
+        of_gate = tl.load(biases + h.to(tl.int64) * stride_bf, mask=h < H, other=0.0)
+        gate += of_gate.to(tl.float32)[None, :]
         if GATED:
-            biases += H.to(tl.int64) * stride_bf
-            up += tl.load(biases, mask=h < H, other=0.0).to(tl.float32)[None, :]
+            of_up = tl.load(biases + (h + H).to(tl.int64) * stride_bf, mask=h < H, other=0.0)
+            up += of_up.to(tl.float32)[None, :]
     mask = valid[:, None] & (h < H)[None, :]
     if KEEP:
         width = 2 * H if GATED else H
@@ -175,21 +205,12 @@ def product_kernel(
     e = tl.load(tile_expert + tile)
     if e == E:
         return
-    end = tl.load(ends + e)
-    n = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
-    valid = n < end
+    n, valid = _rows_of_tile(tile, e, tile_begin, ends, BLOCK_M)
     c = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     left = rows + n[:, None] * depth + k[None, :]
     right = w + e * stride_e + k[:, None].to(tl.int64) * stride_k + c[None, :].to(tl.int64) * stride_n
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for done in range(0, depth, BLOCK_K):
-        inside = k < depth - done
-        a = tl.load(left, mask=valid[:, None] & inside[None, :], other=0.0)
-        b = tl.load(right, mask=inside[:, None] & (c < columns)[None, :], other=0.0)
-        total = _dot(a, b, total)
-        left += BLOCK_K
-        right += BLOCK_K * stride_k
+    total = _dot_along(left, right, valid, c < columns, depth, stride_k, BLOCK_M, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
         biases = bias + e * stride_be + c.to(tl.int64) * stride_bn
         total += tl.load(biases, mask=c < columns, other=0.0).to(tl.float32)[None, :]
@@ -218,27 +239,21 @@ def hidden_grad_kernel(
     e = tl.load(tile_expert + tile)
     if e == E:
         return
-    end = tl.load(ends + e)
-    n = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
-    valid = n < end
+    n, valid = _rows_of_tile(tile, e, tile_begin, ends, BLOCK_M)
     source = tl.load(row_of + n, mask=valid, other=0)
     h = block * BLOCK_N + tl.arange(0, BLOCK_N)
     o = tl.arange(0, BLOCK_K)
     left = dy + source[:, None] * O + o[None, :]
     right = w + e * stride_e + o[:, None].to(tl.int64) * stride_o + h[None, :].to(tl.int64) * stride_h
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    total = _dot_along(left, right, valid, h < H, O, stride_o, BLOCK_M, BLOCK_N, BLOCK_K)
     by_bias = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for done in range(0, O, BLOCK_K):
-        inside = o < O - done
-        a = tl.load(left, mask=valid[:, None] & inside[None, :], other=0.0)
-        b = tl.load(right, mask=inside[:, None] & (h < H)[None, :], other=0.0)
-        total = _dot(a, b, total)
-        if HAS_BIAS and HAS_GATES and block == 0:
+    if HAS_BIAS and HAS_GATES and block == 0:
+        for done in range(0, O, BLOCK_K):
+            inside = o < O - done
+            a = tl.load(left + done, mask=valid[:, None] & inside[None, :], other=0.0)
             biases = bias + e * stride_be + (done + o).to(tl.int64) * stride_bo
             column = tl.load(biases, mask=inside, other=0.0).to(tl.float32)
             by_bias += tl.sum(a.to(tl.float32) * column[None, :], axis=1)
-        left += BLOCK_K
-        right += BLOCK_K * stride_o
     mask = valid[:, None] & (h < H)[None, :]
     width = 2 * H if GATED else H
     places = n[:, None] * width + h[None, :]

@@ -73,8 +73,9 @@ def test_a_damaged_list_of_steps_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param([], "torch finds no CUDA device here; --device cpu --smoke tries", marks=no_gpu),
+        pytest.param([], "--device is cuda, but torch finds no CUDA device here", marks=no_gpu),
         (["--device", "cpu"], "--device is cpu; valid with --smoke only"),
+        (["--device", "cpu:1", "--smoke"], "--device is cpu:1; valid are cpu, cpu:0 to cpu:0"),
         (["--device", "tpu"], "--device is 'tpu'; valid are cpu, cuda"),
         (["--device", "cpu", "--smoke", "--minutes", "0"], "--minutes is 0.0; it must be above 0"),
     ],
