@@ -59,7 +59,7 @@ QUICK_LAYERS = (LAYERS[1], LAYERS[4])
 GROWTH = Problem("growth", T=256, D=256, H=256, O=256, E=32, K=4, bias=False)
 GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
 SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
-HOPELESS = 1.5  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
+HOPELESS = 1.3  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 FIRST = "auto"  # of ours
 PART = "peers.part.csv"  # what is measured so far

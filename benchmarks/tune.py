@@ -31,7 +31,7 @@ LAYERS = (
 DTYPES = (torch.float32, torch.bfloat16)
 SECONDS, ROUNDS = 0.15, 5
 HOPELESS = 1.5  # times the fastest in a first try: what takes longer is left out
-MAX_FLOPS = 1e11  # of a call; beyond, cells with fewer tokens tell as much
+MAX_FLOPS = 1.2e11  # of a call; beyond, cells with fewer tokens tell as much
 
 
 def candidates() -> list[Implementation]:

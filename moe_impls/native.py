@@ -2,7 +2,8 @@
 
 For few tokens the layer is bound by that reading, and products of one to a few dozen rows are what matrix
 libraries are slowest at. ``native.cpp`` is compiled by the first call for the processor at hand, in seconds,
-and kept in the user's cache directory. Sums and activations are in float32 in every dtype.
+and kept in the user's cache directory. Sums and activations are in float32 in every dtype; hidden features are
+rounded to bfloat16 beside such weights, where the processor multiplies pairs of them.
 """
 
 from __future__ import annotations
@@ -76,17 +77,19 @@ def library() -> ctypes.CDLL:
 def _products(
     rows: Tensor, index: Tensor | None, begin: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """rows [N', D] float32, index [N] of those to take or None, begin [E + 1] -> [N, F] float32."""
+    """rows [N', D], index [N] of those to take or None, begin [E + 1] -> [N, F] float32."""
     E, features, D = weight.shape
+    kernels, name = library(), dtype_name(weight.dtype)
+    pairs = weight.dtype == torch.bfloat16 and kernels.bfloat16_row_bytes() == 2
+    rows = rows.to(torch.bfloat16 if pairs else torch.float32).contiguous()
     count = len(rows) if index is None else len(index)
-    out = rows.new_empty(count, features)
+    out = torch.empty(count, features, dtype=torch.float32)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    function = getattr(library(), f"products_{dtype_name(weight.dtype)}")
     pointers = [
         None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (rows, index, begin, weight, bias, out)
     ]
     sizes = [ctypes.c_int64(size) for size in (E, features, D)]
-    function(*pointers, *sizes, torch.get_num_threads())
+    getattr(kernels, f"products_{name}")(*pointers, *sizes, torch.get_num_threads())
     return out
 
 
@@ -97,8 +100,8 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     E, O, _ = experts.w_out.shape
     order, counts = sort_by_expert(routing.expert_ids, E)  # [T * K], [E]
     begin = F.pad(counts.cumsum(0), (1, 0))
-    h = _products(x.float().contiguous(), order // K, begin, experts.w_in, experts.b_in)  # [T * K, F]
-    a = activate(h, experts.activation).contiguous()
+    h = _products(x, order // K, begin, experts.w_in, experts.b_in)  # [T * K, F]
+    a = activate(h, experts.activation)  # [T * K, H]
     out = _products(a, None, begin, experts.w_out, experts.b_out)  # [T * K, O]
     if experts.output_activation == "relu":
         out = F.relu(out)
