@@ -2,8 +2,8 @@
 
 For few tokens the layer is bound by that reading, and products of one to a few dozen rows are what matrix
 libraries are slowest at. ``native.cpp`` is compiled by the first call for the processor at hand, in seconds,
-and kept in the user's cache directory. Sums and activations are in float32 in every dtype; hidden features are
-rounded to bfloat16 beside such weights, where the processor multiplies pairs of them.
+and kept in the user's cache directory. Sums and activations are in float32 in every dtype; hidden features
+are rounded to bfloat16 beside such weights, where the processor multiplies pairs of them.
 """
 
 from __future__ import annotations
