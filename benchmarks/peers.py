@@ -61,7 +61,7 @@ GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
 SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
 HOPELESS = 1.3  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
-FIRST = "auto"  # of ours
+FIRST = "sorted_dispatch"  # of ours: what others take in a first try is limited by what it took
 PART = "peers.part.csv"  # what is measured so far
 
 
@@ -126,8 +126,8 @@ def samples(
                 for i in group
                 if unsupported(i.support, problem) is None and (i.support.gradients or not gradients)
             }
-            near |= measure.near_the_fastest(calls, FIRST, hopeless=HOPELESS)
-            near |= {name: call for name, call in calls.items() if name == "auto"}
+            auto = {name: calls.pop(name) for name in ("auto",) if name in calls}  # timed however slow it is
+            near |= measure.near_the_fastest(calls, FIRST, hopeless=HOPELESS) | auto
     timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
     return {name: timing.samples_s for name, timing in timings.items()}
 

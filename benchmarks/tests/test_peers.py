@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import measure, peers
 from benchmarks.__main__ import main
-from correctness.problems import Problem
+from correctness.problems import Problem, make_inputs
 from moe_impls.registry import PEERS, resolve
 
 IS_INSTALLED = importlib.util.find_spec("transformers") is not None
@@ -64,6 +64,16 @@ def without_libraries(monkeypatch) -> None:
         for names in (("auto", "sorted_dispatch", "index_add"), ("einsum.capacity",))
     )
     monkeypatch.setattr(peers, "subjects", lambda: (ours, others))
+
+
+def test_auto_is_timed_beside_who_is_near_the_fastest_and_does_not_take_their_place(
+    tiny, without_libraries, monkeypatch
+) -> None:
+    monkeypatch.setattr(peers, "HOPELESS", 1.0)  # so near is the fastest alone
+    monkeypatch.setattr(measure, "LEAST_LIMIT_S", 0.0)
+    ours, others = peers.subjects()
+    timed = peers.samples(TINY, "forward", make_inputs(TINY), [ours, others])
+    assert {"auto", "einsum.capacity"} <= timed.keys() and timed.keys() & {"sorted_dispatch", "index_add"}
 
 
 def test_an_interrupted_run_is_continued(tiny, without_libraries, tmp_path: Path, monkeypatch) -> None:
