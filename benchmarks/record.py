@@ -25,7 +25,7 @@ from correctness.pages import write_atomically
 from correctness.provenance import device_name, git_commit
 from moe_impls.interface import Routing
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STATUSES = ("ok", "incorrect", "unsupported", "out_of_memory", "error", "timeout")
 
 
@@ -88,6 +88,8 @@ class Row(Environment):
     gemm_experts_tflop_per_s: float | None = None
     read_gb_per_s: float | None = None
     copy_gb_per_s: float | None = None
+    gpu_clock_mhz: int | None = None
+    gpu_clock_limits: str | None = None
     touched_experts: int | None = None
     read_bytes: int | None = None
     written_bytes: int | None = None
@@ -103,9 +105,10 @@ class Row(Environment):
 
 
 COLUMNS = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+MAY_BE_EMPTY = ("routing_checksum", "gpu_clock_mhz", "gpu_clock_limits")
 # What only rows of right results have, and all of them.
 TIMINGS = tuple(
-    name for name, kind in COLUMNS.items() if kind.endswith("| None") and name != "routing_checksum"
+    name for name, kind in COLUMNS.items() if kind.endswith("| None") and name not in MAY_BE_EMPTY
 )
 
 

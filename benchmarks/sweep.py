@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from benchmarks import measure, memory, roofline
+from benchmarks import clocks, measure, memory, roofline
 from benchmarks.measure import Call, CallTimeout, Running, Timing
 from benchmarks.record import Environment, Row, now_utc, routing_checksum
 from benchmarks.roofline import Roofline
@@ -41,6 +41,7 @@ class _Cell:
     peak_memory_bytes: int = 0
     saved_for_backward_bytes: int = 0
     worst_error_fraction: float | None = None
+    gpu_clock: tuple[int, str] | None = None
 
     def fail(self, error: BaseException, when: str) -> None:
         self.status = status_of(error)
@@ -163,11 +164,13 @@ def _check_and_time(
         before=dict.fromkeys(candidates, flush) if flush else None,
         running=running,
     )
+    gpu_clock = clocks.gpu_clock(problem.device)  # while the GPU is as warm as the timing made it
     limits = roofline.measure_roofline(problem, mode, inputs.routing, flush)
     timings = {}
     for name, outcome in outcomes.items():
         if isinstance(outcome, Timing):
             timings[name] = outcome
+            cells[name].gpu_clock = gpu_clock
         else:
             cells[name].fail(outcome, "timing")
 
@@ -265,6 +268,7 @@ def _row(
         for name, value in asdict(limits).items()
     }
     limit_ms = float(f"{limits.limit_ms:.6g}")
+    gpu_clock_mhz, gpu_clock_limits = cell.gpu_clock or (None, None)
     p20_ms, p80_ms = (float(q) for q in np.quantile(samples_ms, (0.2, 0.8)))
     return replace(
         row,
@@ -277,6 +281,8 @@ def _row(
         tokens_per_s=float(f"{p.T / median_ms * 1e3:.6g}"),
         tflop_per_s=float(f"{row.flops / median_ms / 1e9:.6g}"),
         **ingredients,
+        gpu_clock_mhz=gpu_clock_mhz,
+        gpu_clock_limits=gpu_clock_limits,
         limit_ms=limit_ms,
         efficiency=float(f"{limit_ms / median_ms:.6g}"),
         compile_ms=round(max(0.0, cell.first_call_s * 1e3 - median_ms), 3),

@@ -70,7 +70,7 @@ class _GroupedLinear(torch.autograd.Function):
                 product = F.grouped_mm(_padded(dy).mT, _padded(rows), offs=ends)[:, :F_, :D]
                 d_weight = torch.where((counts > 0)[:, None, None], product, d_weight)
         if wants_bias:
-            sums = torch.segment_reduce(dy.float(), "sum", lengths=counts, axis=0)
+            sums = torch.segment_reduce(dy.float(), "sum", lengths=counts, axis=0, unsafe=True)
             d_bias = sums.to(ctx.bias_dtype)
         return d_rows, d_weight, d_bias, None, None
 

@@ -162,5 +162,5 @@ def test_the_dictionary_of_columns_names_every_column() -> None:
 def test_a_file_of_an_earlier_schema_is_refused_by_its_version(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text("schema_version,run_id\n1,old\n")
-    with pytest.raises(RecordError, match=r"r.csv, line 2: schema_version is 1; this version reads 2"):
+    with pytest.raises(RecordError, match=r"r.csv, line 2: schema_version is 1; this version reads 3"):
         record.read(path)
