@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     profiled.set_defaults(run=_profile)
 
     tuned = commands.add_parser("tune", help="measure which implementation `auto` takes on this machine")
-    tuned.add_argument("--quick", action="store_true", help="a quarter of the cells")
+    tuned.add_argument("--quick", action="store_true", help="a third of the cells")
     tuned.add_argument("--out", type=Path, metavar="FILE", help="where auto looks, unless given")
     tuned.set_defaults(run=_tune)
 

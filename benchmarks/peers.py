@@ -62,6 +62,7 @@ SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
 HOPELESS = 1.3  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 FIRST = "sorted_dispatch"  # of ours: what others take in a first try is limited by what it took
+COMPARED = tuple(name for name in PEERS if not name.startswith("notebook."))  # which combines in log space
 PART = "peers.part.csv"  # what is measured so far
 
 
@@ -107,7 +108,7 @@ def subjects() -> tuple[list[Implementation], list[Implementation]]:
     """
     ours = [resolve(name) for name in IMPLEMENTATIONS]
     ours = [i for i in ours if not i.support.compiles_per_case and i.is_available()]
-    return ours, [resolve(name) for name in PEERS if not name.startswith("notebook.")]
+    return ours, [resolve(name) for name in COMPARED]
 
 
 def samples(
@@ -348,7 +349,7 @@ def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -
 
 Written by `python -m benchmarks peers{" --quick" * quick}` at commit {commit} with torch
 {made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. *Ours* is the fastest
-implementation of this project in a cell, *peer* the fastest of the others: {", ".join(PEERS)}.
+implementation of this project in a cell, *peer* the fastest of the others: {", ".join(COMPARED)}.
 Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
 first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
 was not timed further. *auto_ratio*: `auto` over the fastest of ours that needs no `prepare`.

@@ -104,7 +104,6 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
 
     Returns what was compiled, by the name of the kernel.
     """
-    pytest.importorskip("triton", reason="triton is not installed")
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.runtime.driver import driver  # pyright: ignore[reportMissingImports]
 
@@ -139,10 +138,14 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> CompileFor:
     return run
 
 
+compiled_for_gpus = pytest.mark.skipif(
+    triton_fused.INTERPRETED or not triton_fused.is_available(),
+    reason="Triton is missing or interprets its kernels",
+)
 USUAL = Problem("usual", T=512, D=64, H=64, O=64, E=4, K=2, activation="swiglu", bias=True)
 
 
-@not_interpreted
+@compiled_for_gpus
 @pytest.mark.parametrize("tokens", [8, 128, 512])  # each with tiles of its own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("capability", TARGETS)
@@ -160,7 +163,7 @@ def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(
                 assert (product in version.asm["ptx"]) == (dtype != torch.float32)
 
 
-@not_interpreted
+@compiled_for_gpus
 @pytest.mark.parametrize("problem", [
     *(replace(USUAL, activation=activation, dtype=torch.float16) for activation in ACTIVATIONS),
     replace(USUAL, T=1, D=1, H=1, O=1, E=1, K=1),  # of sizes of 1 Triton makes constants

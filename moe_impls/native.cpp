@@ -154,7 +154,7 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
 #define EXPORT(NAME, W)                                                                                        \
     extern "C" void NAME(const void* rows, const int64_t* index, const int64_t* begin, const W* weight,        \
                          const W* bias, float* out, int64_t E, int64_t F, int64_t D, int threads) {            \
-        products((const Multiply<W>::Row*)rows, index, begin, weight, bias, out, E, F, D, threads);                                     \
+        products((const Multiply<W>::Row*)rows, index, begin, weight, bias, out, E, F, D, threads);             \
     }
 EXPORT(products_float32, float)
 EXPORT(products_bfloat16, BFloat16)
