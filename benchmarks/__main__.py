@@ -25,9 +25,9 @@ from benchmarks import (
     tune,
     versions,
 )
-from benchmarks.workloads import MODELS, MODES, Workloads
+from benchmarks.workloads import MODELS, MODES, Workloads, chosen
 from correctness.compare import CheckFailed
-from correctness.problems import LOAD_NAMES, check_device, load_named
+from correctness.problems import LOAD_NAMES, Problem, check_device
 from correctness.provenance import ROOT
 from moe_impls import auto
 from moe_impls.interface import DEVICES, DTYPES, RouterSpec, check_choice, dtype_name
@@ -90,6 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     compared = commands.add_parser("compare", help="two implementations, or two versions of one, in rounds")
     compared.add_argument("impl", nargs="*", metavar="NAME", help=(
         "two names as for --impl elsewhere (default: index_add sorted_dispatch), or with --base one"
+    ))  # fmt: skip
+    compared.add_argument("--model", action="append", default=[], metavar="NAME", help=(
+        f"on the layer of this model (repeatable): {', '.join(MODELS)}"
+    ))  # fmt: skip
+    for size in SIZES:
+        compared.add_argument(f"--{size}", action="append", type=int, metavar="N", help=(
+            "on problems of this size (repeatable); with --model only --T"
+        ))  # fmt: skip
+    compared.add_argument("--load", action="append", default=[], metavar="NAME", help=(
+        f"how tokens spread over experts (repeatable): {LOAD_NAMES}"
+    ))  # fmt: skip
+    compared.add_argument("--mode", action="append", metavar="NAME", help=f"only this: {', '.join(MODES)}")
+    compared.add_argument("--device", default="cpu", metavar="NAME", help=", ".join(DEVICES))
+    compared.add_argument("--dtype", default="float32", metavar="NAME", help=(
+        ", ".join(map(dtype_name, DTYPES))
     ))  # fmt: skip
     gated = commands.add_parser("gate", help="exit status 1 if an implementation is slower than at a commit")
     gated.add_argument("--impl", action="append", metavar="NAME", help=(
@@ -183,16 +198,30 @@ def _compare(options: argparse.Namespace) -> int:
     wanted = 1 if options.base else 2
     if len(names) != wanted:
         raise ValueError(f"{len(names)} implementations are given; it must be {wanted}")
+    cells = _cells(options)
     if options.base:
         with versions.checked_out(options.base) as base:
-            found = list(comparison.base_and_here(base, resolve(names[0]), options.seconds))
+            found = list(comparison.base_and_here(base, resolve(names[0]), options.seconds, cells=cells))
         title = f"{names[0]} here, relative to {options.base}"
     else:
         first, second = map(resolve, names)
-        found = list(comparison.implementations(first, second, options.seconds))
+        found = comparison.implementations(first, second, options.seconds, cells=cells)
         title = f"{second.name}, relative to {first.name}"
     _tell(options, found, title)
     return 0 if any(c.ratio for c in found) else 1
+
+
+def _cells(options: argparse.Namespace) -> list[tuple[Problem, str]]:
+    """What is compared: the default problem set, or what the options say."""
+    check_device(options.device, "--device")
+    check_choice("--dtype", options.dtype, tuple(map(dtype_name, DTYPES)))
+    for mode in options.mode or ():
+        check_choice("--mode", mode, MODES)
+    sizes = {size: getattr(options, size) or () for size in SIZES}
+    blocks = (Workloads(),) if options.load or any(sizes.values()) else comparison.PROBLEMS
+    found = [p for block in chosen(blocks, options.model, sizes, options.load) for p in block.problems()]
+    found = [replace(p, device=options.device, dtype=getattr(torch, options.dtype)) for p in found]
+    return [(problem, mode) for problem in found for mode in options.mode or MODES]
 
 
 def _gate(options: argparse.Namespace) -> int:
@@ -243,24 +272,9 @@ def _profile(options: argparse.Namespace) -> int:
     check_device(options.device, "--device")
     check_choice("--dtype", options.dtype, tuple(map(dtype_name, DTYPES)))
     check_choice("--mode", options.mode, MODES)
-    load_named(options.load, "--load")
-    if options.model is not None:
-        check_choice("--model", options.model, tuple(MODELS))
     implementation = resolve(options.impl)
-
-    sizes = {size: getattr(options, size) for size in SIZES if getattr(options, size) is not None}
-    for size, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"--{size} is {value}; it must be at least 1")
-    fixed = [f"--{size}" for size in sizes if size != "T"]
-    if options.model and fixed:
-        raise ValueError(
-            f"{', '.join(fixed)} cannot be given with --model, whose layer is fixed; valid is --T"
-        )
-    layer = MODELS[options.model] if options.model else Workloads()
-    layer = replace(layer, load=(options.load,), **{size: (value,) for size, value in sizes.items()})
-    if layer.K[0] > layer.E[0]:
-        raise ValueError(f"--K is {layer.K[0]}; it must not exceed E, here {layer.E[0]}")
+    sizes = {size: [n] for size in SIZES if (n := getattr(options, size)) is not None}
+    (layer,) = chosen((Workloads(),), [options.model] if options.model else [], sizes, [options.load])
     (problem,) = layer.problems()
     problem = replace(problem, dtype=getattr(torch, options.dtype), device=options.device)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import measure, ratio, record, versions
+from benchmarks.measure import Timing
 from benchmarks.ratio import Ratio
 from benchmarks.sweep import Settings, measure_workload
 from benchmarks.workloads import MODES, Workloads
 from correctness.pages import markdown_table, write_atomically
-from correctness.problems import Problem, unsupported
+from correctness.problems import Problem, make_inputs, unsupported
 from correctness.provenance import ROOT
 from moe_impls.interface import Implementation
 
@@ -26,6 +29,7 @@ PROBLEMS = (
     Workloads(T=(1024,), D=(128,), H=(128,), E=(8,), K=(2,), load=("zipf",)),
 )
 SECONDS = 0.5  # of samples for each of the two on each problem
+CHECK_ONLY = Settings(seconds=0, min_rounds=1, max_rounds=1)
 
 
 @dataclass(frozen=True)
@@ -53,53 +57,63 @@ class Compared:
         return line | {"first_ms": self.first_ms, "second_ms": self.second_ms, **found, "reason": self.reason}
 
 
-def cells() -> Iterator[tuple[Problem, str]]:
-    """The default problem set."""
-    for block in PROBLEMS:
-        for problem in block.problems():
-            yield from ((problem, mode) for mode in MODES)
+def default_cells() -> list[tuple[Problem, str]]:
+    """The default problem set in every mode."""
+    return [(problem, mode) for block in PROBLEMS for problem in block.problems() for mode in MODES]
 
 
-def implementations(first: Implementation, second: Implementation, seconds: float) -> Iterator[Compared]:
-    """Each cell of the default problem set, checked and timed like any other."""
+def implementations(
+    first: Implementation, second: Implementation, seconds: float, *, cells: Sequence[tuple[Problem, str]]
+) -> list[Compared]:
+    """Each of these problems and modes, all on one device, checked like any other and timed in turns."""
     other = replace(second, name=f"{second.name} (again)") if second.name == first.name else second
-    environment = record.environment("cpu", "compare")
-    settings = Settings(seconds, min_rounds=ratio.LEAST_ROUNDS)
-    for problem, mode in cells():
-        rows = measure_workload(problem, mode, [first, other], environment, settings)
-        one, two = rows[first.name], rows[other.name]
-        made = Compared(problem, mode, first.name, other.name, one.median_ms, two.median_ms)
-        if one.samples_ms and two.samples_ms:
-            yield replace(made, ratio=ratio.compare(one.samples_ms, two.samples_ms))
-        else:
-            failed = one if one.status != "ok" else two
-            yield replace(made, reason=f"{failed.implementation}: {failed.status}, {failed.reason}")
+    device = cells[0][0].device
+    environment = record.environment(device, "compare")
+    found: list[Compared] = []
+    for problem, mode in cells:
+        rows = measure_workload(problem, mode, [first, other], environment, CHECK_ONLY).values()
+        failed = [f"{row.implementation}: {row.status}, {row.reason}" for row in rows if row.status != "ok"]
+        found.append(Compared(problem, mode, first.name, other.name, reason="; ".join(failed)))
+    right = [c for c in found if not c.reason]
+    problems = [functools.partial(calls, c.problem, c.mode, (first, other)) for c in right]
+    timed = iter(measure.in_turns(problems, seconds=seconds, device=device))
+    return [c if c.reason else _with_times(c, next(timed)) for c in found]
+
+
+def calls(problem: Problem, mode: str, of: Sequence[Implementation]) -> dict[str, measure.Call]:
+    """The calls of these implementations on inputs made anew."""
+    inputs = make_inputs(problem)
+    return {i.name: measure.call_of(i.ready(inputs.experts), problem, inputs, mode) for i in of}
+
+
+def _with_times(compared: Compared, outcomes: Mapping[str, Timing | BaseException]) -> Compared:
+    failed = [f"{name}: {error}" for name, error in outcomes.items() if isinstance(error, BaseException)]
+    if failed:
+        return replace(compared, reason="; ".join(failed))
+    first_s, second_s = (timing.samples_s for timing in measure.all_timed(outcomes).values())
+    first_ms, second_ms = (statistics.median(s) * 1e3 for s in (first_s, second_s))
+    return replace(compared, first_ms=first_ms, second_ms=second_ms, ratio=ratio.compare(first_s, second_s))
 
 
 def base_and_here(
-    base: Path, implementation: Implementation, seconds: float, *, rounds: int = measure.MAX_ROUNDS
+    base: Path, implementation: Implementation, seconds: float, *, cells: Sequence[tuple[Problem, str]]
 ) -> Iterator[Compared]:
     """The same for one implementation as it is in another version (first) and here (second)."""
-    for problem, mode in cells():
+    for problem, mode in cells:
         made = Compared(problem, mode, f"{implementation.name} at base", implementation.name)
         if reason := unsupported(implementation.support, problem):
             yield replace(made, reason=reason)
             continue
         if mode == "forward_backward" and not implementation.support.gradients:
             continue
-        yield again(made, base, seconds, rounds)
+        yield again(made, base, seconds)
 
 
-def again(compared: Compared, base: Path, seconds: float, rounds: int) -> Compared:
+def again(compared: Compared, base: Path, seconds: float) -> Compared:
     """Measure one cell of two versions."""
     c = compared
-    first, second = versions.measure_versions(
-        (base, ROOT), c.second, c.problem, c.mode, seconds=seconds, rounds=rounds
-    )
-    medians = [pd.Series(t.samples_s).median() * 1e3 for t in (first, second)]
-    return replace(
-        c, first_ms=medians[0], second_ms=medians[1], ratio=ratio.compare(first.samples_s, second.samples_s)
-    )
+    timings = versions.measure_versions((base, ROOT), c.second, c.problem, c.mode, seconds=seconds)
+    return _with_times(c, dict(zip((c.first, c.second), timings, strict=True)))
 
 
 def frame(found: Sequence[Compared]) -> pd.DataFrame:
@@ -150,9 +164,9 @@ def gate(
 
     everything, slower = [], []
     for subject in subjects:
-        for found in base_and_here(base, subject, seconds):
+        for found in base_and_here(base, subject, seconds, cells=default_cells()):
             if is_slower(found):
-                found = again(found, base, 2 * seconds, measure.MAX_ROUNDS)
+                found = again(found, base, 2 * seconds)
                 slower += [found] * is_slower(found)
             everything.append(found)
     return everything, slower

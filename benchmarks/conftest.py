@@ -18,9 +18,9 @@ from benchmarks.measure import CACHES
 from benchmarks.plan import SIZES
 from benchmarks.progress import SweepProgress
 from benchmarks.sweep import Settings, measure_workload
-from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads
+from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads, chosen
 from correctness import isolation
-from correctness.problems import LOAD_NAMES, Problem, check_device, load_named
+from correctness.problems import LOAD_NAMES, Problem, check_device
 from correctness.provenance import ROOT
 from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
@@ -196,33 +196,11 @@ def _blocks(config: pytest.Config, grid: str) -> list[Workloads]:
         raise ValueError(
             f"--grid {option.grid} cannot be given with --model, which is measured instead of it"
         )
-    for name in models:
-        check_choice("--model", name, tuple(MODELS))
-    chosen = {size: tuple(dict.fromkeys(getattr(option, size))) for size in SIZES if getattr(option, size)}
-    for size, values in chosen.items():
-        if min(values) < 1:
-            raise ValueError(f"--{size} is {min(values)}; it must be at least 1")
-    fixed = [f"--{size}" for size in chosen if size != "T"]
-    if models and fixed:
-        raise ValueError(
-            f"{', '.join(fixed)} cannot be given with --model, whose layer is fixed; valid is --T"
-        )
-    changes: dict[str, tuple] = dict(chosen)
-    for load in option.load or ():
-        load_named(load, "--load")
-    if option.load:
-        changes["load"] = tuple(dict.fromkeys(option.load))
+    sizes = {size: getattr(option, size) or () for size in SIZES}
+    loads = option.load or ()
     # Given sizes or loads replace the axes of the grid's first block: its other blocks hold single cases.
-    of_grid = GRIDS[grid]
-    blocks = [MODELS[name] for name in models] or list(of_grid[:1] if changes else of_grid)
-    blocks = [replace(block, **changes) for block in blocks]
-    for problem in (problem for block in blocks for problem in block.problems()):
-        load_named(problem.load)(replace(problem, T=1), torch.Generator())  # raises if it takes more experts
-    if {"E", "K"} & set(chosen):
-        for block in blocks:
-            if max(block.K) > min(block.E):
-                raise ValueError(f"--K is {max(block.K)}; it must not exceed E, here {min(block.E)}")
-    return blocks
+    of_grid = GRIDS[grid][:1] if loads or any(sizes.values()) else GRIDS[grid]
+    return chosen(of_grid, models, sizes, loads)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -6,13 +6,14 @@ are found; ratios repeat under load; and the harness adds next to nothing to wha
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,11 +21,11 @@ import torch
 from rich.progress import track
 
 from benchmarks import measure, ratio
-from benchmarks.comparison import SECONDS
-from benchmarks.measure import Call
+from benchmarks.comparison import SECONDS, calls
+from benchmarks.measure import Call, Timing
 from correctness import provenance
 from correctness.pages import markdown_table, write_atomically
-from correctness.problems import Problem, make_inputs
+from correctness.problems import Problem
 from moe_impls.registry import resolve
 
 SUBJECT = "sorted_dispatch"
@@ -39,6 +40,7 @@ SIZES = (
 PLANTED = SIZES[2]
 REPEATED = ("dense_mask", "sorted_dispatch", "index_add", "padded")
 AGREEMENT = 0.05
+Pair = Callable[[], dict[str, Call]]  # two calls, made anew
 LOAD = multiprocessing.get_context("spawn")
 
 
@@ -59,17 +61,19 @@ def problem(sizes: tuple[int, ...]) -> Problem:
     return Problem("figures", T, D, H, D, E, K)
 
 
-def call(name: str, sizes: tuple[int, ...]) -> Call:
-    p = problem(sizes)
-    return measure.call_of(resolve(name).forward, p, make_inputs(p), "forward")
+def twice(sizes: tuple[int, ...]) -> dict[str, Call]:
+    """Two equal calls, as `benchmarks compare` makes them."""
+    subject = resolve(SUBJECT)
+    return calls(problem(sizes), "forward", [subject, replace(subject, name="again")])
 
 
-def compared(first: Call, second: Call) -> ratio.Ratio:
-    """Two calls at the settings of `benchmarks compare`."""
-    outcomes = measure.interleave(
-        {"first": first, "second": second}, seconds=SECONDS, min_rounds=ratio.LEAST_ROUNDS
-    )
-    return ratio.compare(*(timing.samples_s for timing in measure.all_timed(outcomes).values()))
+def compared(problems: Sequence[Pair]) -> list[ratio.Ratio]:
+    """Two calls of each problem as `benchmarks compare` measures them: a handful of problems in turns."""
+    found = []
+    for start in track(range(0, len(problems), len(SIZES)), "comparisons"):
+        for outcomes in measure.in_turns(problems[start : start + len(SIZES)], seconds=SECONDS):
+            found.append(ratio.compare(*(t.samples_s for t in measure.all_timed(outcomes).values())))
+    return found
 
 
 def later(first: Call, seconds: float) -> Call:
@@ -86,9 +90,9 @@ def later(first: Call, seconds: float) -> Call:
 
 def equal_calls(trials: int) -> Figure:
     """An implementation against itself: how often a difference is claimed."""
-    calls = [(call(SUBJECT, sizes), call(SUBJECT, sizes)) for sizes in SIZES]
-    pairs = list(itertools.islice(itertools.cycle(calls), trials))
-    claims = sum(compared(*pair).verdict != "same" for pair in track(pairs, "equal calls"))
+
+    cycle = itertools.islice(itertools.cycle(SIZES), trials)
+    claims = sum(r.verdict != "same" for r in compared([functools.partial(twice, sizes) for sizes in cycle]))
     return Figure(
         "equal calls: a difference is claimed",
         trials,
@@ -100,10 +104,14 @@ def equal_calls(trials: int) -> Figure:
 
 
 def planted_slowdown(size: float, least: float, trials: int) -> Figure:
-    first = call(SUBJECT, PLANTED)
-    typical = statistics.median(measure.time_calls(first, 1, "cpu") for _ in range(20))
-    second = later(first, size * typical)
-    found = [compared(first, second) for _ in track(range(trials), f"slower by {size:.0%}")]
+    alone = twice(PLANTED)[SUBJECT]
+    typical = statistics.median(measure.time_calls(alone, 1, "cpu") for _ in range(20))
+
+    def pair() -> dict[str, Call]:
+        first, second = twice(PLANTED).values()
+        return {"first": first, "second": later(second, size * typical)}
+
+    found = compared([pair] * trials)
     share = sum(r.verdict == "slower" for r in found) / trials
     most = max(r.rounds for r in found)
     return Figure(
@@ -121,35 +129,55 @@ def _spin(parent: int) -> None:
         sum(range(1000))
 
 
-def repeated_sweep(sizes: list[tuple[int, ...]]) -> Figure:
-    """The ratios of all pairs of implementations, measured twice while another process keeps one CPU busy."""
+def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Figure]:
+    """The ratios of all pairs of implementations, measured twice while another process keeps one CPU busy.
+
+    In two ways: in turns, as `benchmarks compare` does, and each problem in one go, as a sweep does.
+    """
+    subjects = [resolve(name) for name in REPEATED]
+    problems = [functools.partial(calls, problem(s), "forward", subjects) for s in sizes]
+
+    def in_turns() -> list[float]:
+        return [r for outcomes in measure.in_turns(problems, seconds=SECONDS) for r in _ratios(outcomes)]
+
+    def in_one_go() -> list[float]:
+        outcomes = [
+            measure.interleave(make(), seconds=SECONDS, min_rounds=ratio.LEAST_ROUNDS) for make in problems
+        ]
+        return [r for of_one in outcomes for r in _ratios(of_one)]
+
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     load = LOAD.Process(target=_spin, args=(os.getpid(),), daemon=True)
     load.start()
     try:
-        ratios = [list(_all_ratios(sizes)) for _ in track(range(2), "the same sweep, under load")]
+        measured = {
+            how: [sweep() for _ in track(range(2), f"the same sweep, {how}, under load")]
+            for how, sweep in (("in turns", in_turns), ("in one go", in_one_go))
+        }
     finally:
         load.kill()
         torch.set_num_threads(threads)
-    agree = [abs(a / b - 1) <= AGREEMENT for a, b in zip(*ratios, strict=True)]
-    share = sum(agree) / len(agree)
-    return Figure(
-        f"ratios repeat within {AGREEMENT:.0%}",
-        len(agree),
-        share,
-        "at least 95 %",
-        share >= 0.95,
-        "all pairs of " + ", ".join(REPEATED) + "; one CPU kept busy, one thread for each other",
-    )
+    found = []
+    for how, ratios in measured.items():
+        agree = [abs(a / b - 1) <= AGREEMENT for a, b in zip(*ratios, strict=True)]
+        share = sum(agree) / len(agree)
+        found.append(
+            Figure(
+                f"ratios repeat within {AGREEMENT:.0%}, each problem measured {how}",
+                len(agree),
+                share,
+                "at least 95 %",
+                share >= 0.95,
+                "all pairs of " + ", ".join(REPEATED) + "; one CPU kept busy, one thread for each other",
+            )
+        )
+    return found
 
 
-def _all_ratios(sizes: list[tuple[int, ...]]) -> Iterator[float]:
-    for s in sizes:
-        calls = {name: call(name, s) for name in REPEATED}
-        outcomes = measure.interleave(calls, seconds=2 * SECONDS, min_rounds=ratio.LEAST_ROUNDS)
-        for a, b in itertools.combinations(measure.all_timed(outcomes).values(), 2):
-            yield ratio.compare(a.samples_s, b.samples_s).ratio
+def _ratios(outcomes: Mapping[str, Timing | BaseException]) -> Iterator[float]:
+    for a, b in itertools.combinations(measure.all_timed(outcomes).values(), 2):
+        yield ratio.compare(a.samples_s, b.samples_s).ratio
 
 
 def overhead() -> Figure:
@@ -172,7 +200,7 @@ def all_figures(quick: bool) -> list[Figure]:
         equal_calls(trials),
         planted_slowdown(0.10, 0.95, trials // 3),
         planted_slowdown(0.05, 0.80, trials // 3),
-        repeated_sweep(sizes[::6] if quick else sizes),
+        *repeated_sweep(sizes[::6] if quick else sizes),
         overhead(),
     ]
 
@@ -195,7 +223,8 @@ def write(folder: Path, found: list[Figure], quick: bool) -> list[Path]:
 
 Written by `python -m benchmarks figures{" --quick" * quick}` at commit {made["git_commit"][:12]} with torch
 {made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. A comparison is one of
-`benchmarks compare`: {SECONDS:g} s of samples for each of the two, at most {measure.MAX_ROUNDS} rounds; a
+`benchmarks compare`: {SECONDS:g} s of samples for each of the two, at most {measure.MAX_ROUNDS} rounds, in
+{measure.VISITS} visits between which other problems are measured and after which the inputs are made anew; a
 difference is claimed if the {ratio.CONFIDENCE:.0%} interval of the ratio excludes 1 and the ratio is at least
 {ratio.MINIMUM_EFFECT:.0%} from it.
 

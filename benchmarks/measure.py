@@ -13,7 +13,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +156,44 @@ def all_timed(outcomes: Mapping[str, Timing | BaseException]) -> dict[str, Timin
             raise outcome
         timings[name] = outcome
     return timings
+
+
+VISITS, VISIT_ROUNDS = 8, 3  # of a problem, and the least rounds in each
+
+
+def in_turns(
+    problems: Sequence[Callable[[], Mapping[str, Call]]], *, seconds: float, device: str = "cpu"
+) -> list[dict[str, Timing | BaseException]]:
+    """Time the candidates of several problems, each in VISITS visits that are spread over the whole time.
+
+    What else a machine does changes within minutes, and where tensors lie in memory moves times by several
+    percent: who measures a problem in one go sees one state of both. So the problems take turns, and the
+    calls are made anew for each visit.
+
+    Args:
+        problems: for each a function that makes its candidates, with tensors of their own.
+        seconds: time to spend on each candidate of each problem on average, within MAX_ROUNDS.
+
+    Returns:
+        For each problem what `interleave` returns, with the samples of all visits in the order taken.
+    """
+    found: list[dict[str, Timing | BaseException]] = [{} for _ in problems]
+    for _ in range(VISITS):
+        for make, outcomes in zip(problems, found, strict=True):
+            calls = {n: c for n, c in make().items() if not isinstance(outcomes.get(n), BaseException)}
+            visit = interleave(
+                calls,
+                device=device,
+                seconds=seconds / VISITS,
+                min_rounds=VISIT_ROUNDS,
+                max_rounds=MAX_ROUNDS // VISITS,
+            )
+            for name, now in visit.items():
+                before = outcomes.get(name)
+                if isinstance(before, Timing) and isinstance(now, Timing):
+                    now = Timing(before.samples_s + now.samples_s, now.calls_per_sample)
+                outcomes[name] = now
+    return found
 
 
 HOPELESS = 3.0  # times the fastest, in a first call: what takes longer is not measured further

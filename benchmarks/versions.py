@@ -97,7 +97,7 @@ class Version:
 
 
 def measure_versions(
-    roots: tuple[Path, Path], name: str, problem: Problem, mode: str, *, seconds: float, rounds: int
+    roots: tuple[Path, Path], name: str, problem: Problem, mode: str, *, seconds: float
 ) -> tuple[Timing, Timing]:
     """Time one implementation of two versions in the same rounds, after a check of both.
 
@@ -132,8 +132,7 @@ def measure_versions(
         outcomes = interleave(
             dict.fromkeys(WHICH, lambda: None),
             seconds=seconds,
-            max_rounds=rounds,
-            min_rounds=min(rounds, ratio.LEAST_ROUNDS),
+            min_rounds=ratio.LEAST_ROUNDS,
             clock=lambda which, calls: float(versions[which].ask(f"sample {calls}")),
         )
     first, second = all_timed(outcomes).values()

@@ -7,12 +7,14 @@ A workload is a ``Problem`` (shapes, dtype, device, load, seed) and a mode. The 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from correctness.problems import LOADS, Problem
-from moe_impls.interface import GATED_ACTIVATIONS, RouterSpec
+import torch
+
+from correctness.problems import LOADS, Problem, load_named
+from moe_impls.interface import GATED_ACTIVATIONS, RouterSpec, check_choice
 
 # forward: inference, no gradients recorded. forward_backward: y, then the gradients of x, the gates and
 # every weight from a random dy.
@@ -140,6 +142,43 @@ GRIDS: dict[str, tuple[Workloads, ...]] = {
 
 # Seconds to spend on the samples of each cell, unless its minimum number of rounds takes longer.
 SECONDS = {"smoke": 0.05, "default": 0.1, "latency": 0.5, "throughput": 0.5, "full": 1.0}
+
+
+def chosen(
+    blocks: Sequence[Workloads],
+    models: Sequence[str],
+    sizes: Mapping[str, Sequence[int]],
+    loads: Sequence[str],
+) -> list[Workloads]:
+    """The blocks, or the layers of models instead, with the given sizes and loads in place of their own.
+
+    Raises:
+        ValueError: something given is not valid; the message names the option.
+    """
+    for name in models:
+        check_choice("--model", name, tuple(MODELS))
+    given = {size: tuple(dict.fromkeys(values)) for size, values in sizes.items() if values}
+    for size, values in given.items():
+        if min(values) < 1:
+            raise ValueError(f"--{size} is {min(values)}; it must be at least 1")
+    fixed = [f"--{size}" for size in given if size != "T"]
+    if models and fixed:
+        raise ValueError(
+            f"{', '.join(fixed)} cannot be given with --model, whose layer is fixed; valid is --T"
+        )
+    changes: dict[str, Any] = dict(given)
+    for load in loads:
+        load_named(load, "--load")
+    if loads:
+        changes["load"] = tuple(dict.fromkeys(loads))
+    found = [replace(block, **changes) for block in ([MODELS[name] for name in models] or blocks)]
+    for problem in (problem for block in found for problem in block.problems()):
+        load_named(problem.load)(replace(problem, T=1), torch.Generator())  # raises if it takes more experts
+    if {"E", "K"} & set(given):
+        for block in found:
+            if max(block.K) > min(block.E):
+                raise ValueError(f"--K is {max(block.K)}; it must not exceed E, here {min(block.E)}")
+    return found
 
 
 def flops(problem: Problem, mode: str) -> int:

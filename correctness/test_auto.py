@@ -16,7 +16,24 @@ from moe_impls import MoE, auto
 from moe_impls.auto import Cell
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 
-CELL = Cell("cpu", "float32", False, True, T=32, D=12, H=10, E=5, K=2, fastest=("padded", "sorted_dispatch"))
+
+def fastest_first(*names: str) -> dict[str, float]:
+    """Times in ms, each 1.3 times the one before."""
+    return {name: 1.3**place for place, name in enumerate(names)}
+
+
+CELL = Cell(
+    "cpu",
+    "float32",
+    False,
+    True,
+    T=32,
+    D=12,
+    H=10,
+    E=5,
+    K=2,
+    times_ms=fastest_first("padded", "sorted_dispatch"),
+)
 
 
 @pytest.fixture
@@ -48,9 +65,9 @@ def small(**changes) -> Inputs:
 
 
 def test_the_nearest_cell_of_the_same_kind_decides(tuned: Path) -> None:
-    many = replace(CELL, T=4096, fastest=("index_add",))
-    backward = replace(CELL, gradients=True, fastest=("recompute",))
-    put(tuned, many, CELL, backward, replace(CELL, dtype="bfloat16", fastest=("dense_mask",)))
+    many = replace(CELL, T=4096, times_ms=fastest_first("index_add"))
+    backward = replace(CELL, gradients=True, times_ms=fastest_first("recompute"))
+    put(tuned, many, CELL, backward, replace(CELL, dtype="bfloat16", times_ms=fastest_first("dense_mask")))
     assert chosen(small(T=20)) == "padded"
     assert chosen(small(T=3000)) == "index_add"
     assert chosen(small(dtype=torch.bfloat16)) == "dense_mask"
@@ -60,18 +77,39 @@ def test_the_nearest_cell_of_the_same_kind_decides(tuned: Path) -> None:
 
 
 def test_what_does_not_take_the_call_is_passed_over(tuned: Path) -> None:
-    backward = replace(CELL, gradients=True, fastest=("native", "recompute", "index_add"))
+    backward = replace(CELL, gradients=True, times_ms=fastest_first("native", "recompute", "index_add"))
     put(tuned, backward)
     inputs = small().map(torch.Tensor.requires_grad_)
     assert chosen(inputs) == "recompute"  # native has no gradients
     assert chosen(inputs, "logsumexp") == "index_add"  # nor recompute this combine
 
 
-def test_what_depends_on_even_loads_is_passed_over_where_one_expert_is_hot(tuned: Path) -> None:
-    put(tuned, replace(CELL, fastest=("padded", "index_add")), replace(CELL, T=900, fastest=("padded",)))
-    for T, otherwise in ((36, "index_add"), (1000, auto.ALWAYS)):
+@pytest.mark.parametrize("measured", [("padded", "index_add"), ("padded",)])
+def test_what_depends_on_even_loads_is_passed_over_where_one_expert_is_hot(tuned: Path, measured) -> None:
+    put(tuned, replace(CELL, times_ms=fastest_first(*measured)))
+    otherwise = "index_add" if "index_add" in measured else auto.ALWAYS
+    for T in (36, 1000):
         assert chosen(small(T=T, E=16)) == "padded"
         assert chosen(small(T=T, E=16, load="one_hot_expert")) == otherwise
+
+
+def test_a_call_with_a_hot_expert_is_one_with_fewer_experts(tuned: Path) -> None:
+    few_rows = replace(CELL, T=256, E=16, times_ms=fastest_first("native", "sorted_dispatch"))
+    put(tuned, few_rows, replace(few_rows, E=2, times_ms=fastest_first("index_add", "native")))
+    assert chosen(small(T=256, E=16)) == "native"
+    assert chosen(small(T=256, E=16, load="one_hot_expert")) == "index_add"
+
+
+def test_between_two_cells_the_one_that_is_near_the_fastest_in_both_is_taken(tuned: Path) -> None:
+    few = replace(CELL, T=16, times_ms={"native": 1.0, "padded": 1.1, "index_add": 1.4})
+    put(tuned, few, replace(CELL, T=64, times_ms={"index_add": 2.0, "padded": 2.2, "native": 3.0}))
+    assert [chosen(small(T=T)) for T in (15, 32, 70)] == ["native", "padded", "index_add"]
+
+
+def test_where_every_token_goes_to_every_expert_all_are_computed(tuned: Path) -> None:
+    put(tuned, CELL)
+    assert chosen(small(K=4)) == "padded"
+    assert chosen(small(K=5)) == auto.ALL_EXPERTS
 
 
 def test_a_kind_of_call_that_no_cell_is_of_goes_to_the_one_that_takes_all(tuned: Path) -> None:
@@ -86,12 +124,13 @@ def test_a_kind_of_call_that_no_cell_is_of_goes_to_the_one_that_takes_all(tuned:
         "",
         "[]",
         '{"version": 99, "cells": []}',
-        '{"version": 1, "cells": [{"device": "cpu"}]}',
+        '{"version": 2, "cells": [{"device": "cpu"}]}',
         auto.dumps([replace(CELL, T=0)]),
-        auto.dumps([replace(CELL, fastest=("no_such_implementation",))]),
+        auto.dumps([replace(CELL, times_ms={"padded": 0.0})]),
+        auto.dumps([replace(CELL, times_ms=fastest_first("no_such_implementation"))]),
         "\0\1",
     ],
-    ids=["empty", "list", "version", "columns", "size", "name", "bytes"],
+    ids=["empty", "list", "version", "columns", "size", "time", "name", "bytes"],
 )
 def test_a_table_that_is_none_is_ignored_with_one_warning_that_names_it(tuned: Path, content: str) -> None:
     put(tuned)
@@ -121,11 +160,11 @@ def test_the_table_that_comes_with_the_package_names_implementations_for_every_k
     cells = auto.read(auto.DEFAULTS)
     kinds = {(c.dtype, c.gradients, c.gated) for c in cells}
     assert kinds == {(d, g, a) for d in ("float32", "bfloat16") for g in (True, False) for a in (True, False)}
-    assert {name for cell in cells for name in cell.fastest} <= set(IMPLEMENTATIONS) - {"auto"}
+    assert {name for cell in cells for name in cell.times_ms} <= set(IMPLEMENTATIONS) - {"auto"}
 
 
 def test_the_layer_takes_auto_by_default_and_tells_what_it_took(tuned: Path) -> None:
-    put(tuned, replace(CELL, gated=False, fastest=("index_add",)))
+    put(tuned, replace(CELL, gated=False, times_ms=fastest_first("index_add")))
     layer = MoE(5, 3, 6, 7, k=2)
     assert layer.last_implementation is None
     layer(torch.randn(4, 5))
@@ -137,7 +176,7 @@ def test_the_layer_takes_auto_by_default_and_tells_what_it_took(tuned: Path) -> 
 
 @pytest.mark.parametrize("name", ["dense_mask", "padded"])
 def test_a_layer_that_was_given_a_name_takes_no_other(tuned: Path, name: str) -> None:
-    put(tuned, replace(CELL, gated=False, fastest=("index_add",)))
+    put(tuned, replace(CELL, gated=False, times_ms=fastest_first("index_add")))
     layer = MoE(5, 3, 6, 7, k=2, implementation=name)
     with torch.no_grad():
         layer(torch.randn(4, 5))

@@ -1,10 +1,10 @@
 """The implementation that measurements say is fastest for the call at hand.
 
-A table lists cells, each a kind of call and sizes with the implementations that were measured there on even
-loads, the fastest first. A call takes the nearest cell of its kind, by the logarithms of the sizes, and in it
-the first implementation that declares all that the call needs and does not depend on a load that is not
-there. ``python -m benchmarks tune`` measures the
-table of a machine; without one, the table that comes with the package is used.
+A table lists cells, each a kind of call and sizes with the times of the implementations that came near the
+fastest there, on even loads. A call takes the one that is fastest on average over the nearest cells of its
+kind, of those that declare all that it needs. A call with a hot expert is looked up as one with fewer
+experts. ``python -m benchmarks tune`` measures the table of a machine; without one, the table that comes with
+the package is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,13 @@ from moe_impls.registry import resolve
 
 SUPPORT = Support(autocast=True)
 DEFAULTS = Path(__file__).with_name("auto_defaults.json")
-VERSION = 1
+VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
+ALL_EXPERTS = "dense_mask"  # computes every expert for every token, which with K = E is what is asked for
 FOR_EVEN_LOADS = ("padded",)  # computes as many rows for every expert as the busiest one has
+FOR_FEW_ROWS = ("native",)  # reads the weights fast, and multiplies many rows slower than others
+NEIGHBOURS = 4
+LEFT_OUT = 1.5  # times the fastest, what counts for who was not near it
 
 
 _resolved = functools.cache(resolve)
@@ -39,7 +43,7 @@ _resolved = functools.cache(resolve)
 
 @dataclass(frozen=True)
 class Cell:
-    """A measured call, and the implementations there from the fastest to the slowest."""
+    """A measured call, and the median times of the implementations that came near the fastest there."""
 
     device: str
     dtype: str
@@ -50,7 +54,7 @@ class Cell:
     H: int
     E: int
     K: int
-    fastest: tuple[str, ...]
+    times_ms: Mapping[str, float]
 
 
 def processor() -> str:
@@ -87,12 +91,14 @@ def read(path: Path) -> tuple[Cell, ...]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
             raise ValueError(f"version is {content['version']!r}, this one reads {VERSION}")
-        cells = tuple(Cell(**cell | {"fastest": tuple(cell["fastest"])}) for cell in content["cells"])
+        cells = tuple(Cell(**cell) for cell in content["cells"])
         for cell in cells:
             if not all(isinstance(n, int) and n > 0 for n in (cell.T, cell.D, cell.H, cell.E, cell.K)):
                 raise ValueError(f"a cell has sizes that are no positive numbers: {cell}")
-            for name in cell.fastest:
+            for name, ms in cell.times_ms.items():
                 resolve(name)
+                if not ms > 0:
+                    raise ValueError(f"the time of {name} is {ms} in {cell}")
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return cells
@@ -115,16 +121,30 @@ def _nearest(
     kind: tuple[Any, ...], sizes: tuple[int, ...], needs: tuple[Any, ...], without: tuple[str, ...] = ()
 ) -> Implementation:
     def distance(cell: Cell) -> float:
-        of_cell = (cell.T, cell.D, cell.H, cell.E, cell.K)
-        return sum(math.log2(max(a, 1) / b) ** 2 for a, b in zip(sizes, of_cell, strict=True))
+        return math.dist(_place(*sizes), _place(cell.T, cell.D, cell.H, cell.E, cell.K)) ** 2
 
+    def takes(name: str) -> bool:
+        found = _resolved(name)
+        return name not in without and _takes(found.support, *needs) and found.is_available()
+
+    T, D, H, E, K = sizes
+    if K == E and not without and takes(ALL_EXPERTS):
+        return _resolved(ALL_EXPERTS)
     alike = [c for c in table() if (c.device, c.dtype, c.gradients, c.gated) == kind]
-    for cell in sorted(alike, key=distance)[:1]:
-        for name in cell.fastest:
-            found = _resolved(name)
-            if name not in without and _takes(found.support, *needs) and found.is_available():
-                return found
-    return _resolved(ALWAYS)
+    slowness: dict[str, float] = {}
+    near = sorted(alike, key=distance)[:NEIGHBOURS]
+    names = {name for cell in near for name in cell.times_ms if takes(name)}
+    for cell in near:
+        fastest = min(cell.times_ms.values())
+        for name in names:
+            slower = math.log(cell.times_ms.get(name, LEFT_OUT * fastest) / fastest)
+            slowness[name] = slowness.get(name, 0.0) + slower / (distance(cell) + 0.05) ** 2
+    return _resolved(min(sorted(names), key=slowness.__getitem__, default=ALWAYS))
+
+
+def _place(T: int, D: int, H: int, E: int, K: int) -> tuple[float, float, float]:
+    """Where a call lies among others: by the rows of an expert, its weights, and the number of experts."""
+    return math.log2(max(T, 1) * K / E), 0.7 * math.log2(max(D * H, 1)), 0.7 * math.log2(E)
 
 
 def _takes(
@@ -150,10 +170,16 @@ def _takes(
     )
 
 
-def _is_even(expert_ids: Tensor, E: int) -> bool:
-    """Whether the busiest expert has little more than twice the mean number of rows: what chance makes."""
+def _experts_in_use(expert_ids: Tensor, E: int) -> int:
+    """As many experts as would have the rows of the busiest one each, if it has more than chance makes.
+
+    That is little more than twice the mean. A power of two, so that few such calls differ.
+    """
     N = expert_ids.numel()
-    return N == 0 or int(expert_ids.flatten().bincount().max()) * E <= 2 * N + 8 * E
+    if N <= 8:
+        return E
+    busiest = int(expert_ids.flatten().bincount().max())
+    return E if busiest * E <= 2 * N + 8 * E else 2 ** round(math.log2(N / busiest))
 
 
 def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") -> Implementation:
@@ -167,18 +193,17 @@ def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") 
     E, features, D = experts.w_in.shape
     gated = experts.activation in GATED_ACTIVATIONS
     bias = experts.b_in is not None or experts.b_out is not None
-    call = (
-        (device, dtype_name(dtype), gradients, gated),
-        (x.shape[0], D, features // 2 if gated else features, E, routing.expert_ids.shape[1]),
-        (
-            device, dtype, gradients, experts.activation, experts.output_activation, combine, bias,
-            torch.is_autocast_enabled(device),
-        ),
+    kind = (device, dtype_name(dtype), gradients, gated)
+    T, D, H, K = x.shape[0], D, features // 2 if gated else features, routing.expert_ids.shape[1]
+    needs = (
+        device, dtype, gradients, experts.activation, experts.output_activation, combine, bias,
+        torch.is_autocast_enabled(device),
     )  # fmt: skip
-    found = _nearest(*call)
-    if found.name in FOR_EVEN_LOADS and not _is_even(routing.expert_ids, E):
-        return _nearest(*call, FOR_EVEN_LOADS)
-    return found
+    found = _nearest(kind, (T, D, H, E, K), needs)
+    if found.name not in (*FOR_EVEN_LOADS, *FOR_FEW_ROWS):
+        return found
+    in_use = _experts_in_use(routing.expert_ids, E)
+    return found if in_use == E else _nearest(kind, (T, D, H, in_use, K), needs, FOR_EVEN_LOADS)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:

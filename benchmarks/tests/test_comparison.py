@@ -69,6 +69,18 @@ def test_a_wrong_implementation_has_no_ratio_but_a_reason(tmp_path: Path) -> Non
     assert all(row["ratio"] == "" and "incorrect" in row["reason"] for row in table)
 
 
+def test_the_problems_of_a_comparison_can_be_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    sizes = ["--T=4", "--T=9", "--D=16", "--H=8", "--E=4", "--K=2"]
+    options = [*sizes, "--load=zipf", "--dtype=bfloat16", "--mode=forward", QUICK, f"--csv={path}"]
+    assert main(["compare", "sorted_dispatch", "index_add", *options]) == 0
+    table = pd.read_csv(path)
+    assert list(table["T"]) == [4, 9]
+    assert {tuple(row) for row in table[["D", "H", "E", "K", "load", "mode"]].values} == {
+        (16, 8, 4, 2, "zipf", "forward")
+    }
+
+
 def test_another_version_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     base, path = version(tmp_path / "base", sleep_s=0.003), tmp_path / "c.csv"
     assert main(["compare", f"--base={base}", "sorted_dispatch", QUICK, f"--csv={path}"]) == 0
@@ -93,6 +105,9 @@ def test_the_gate_fails_on_a_slowdown_and_passes_without_one(tmp_path: Path, mon
         (["compare", "--base={tmp_path}"], "holds no package moe_impls"),
         (["compare", "dense_mask"], "1 implementations are given; it must be 2"),
         (["compare", "--seconds=0"], "--seconds is 0.0; it must be above 0"),
+        (["compare", "--E=4", "--K=5"], "--K is 5; it must not exceed E, here 4"),
+        (["compare", "--model=olmoe-1b-7b", "--D=5"], "--D cannot be given with --model"),
+        (["compare", "--mode=backward"], "forward, forward_backward"),
         (["compare", "--threads=0"], "--threads is 0; valid are 1"),
         (["gate", "--base=HEAD", "--threshold=0"], "--threshold is 0.0; it must be in (0, 10)"),
         (["gate"], "the following arguments are required: --base"),

@@ -84,6 +84,38 @@ def test_invalid_numbers_of_rounds_are_refused() -> None:
         measure.interleave({}, min_rounds=0)
 
 
+def test_problems_take_turns_and_their_calls_are_made_anew_for_each_visit() -> None:
+    order: list[str] = []
+
+    def maker(problem: str):
+        def make() -> dict[str, measure.Call]:
+            order.append(problem)
+            return {"first": busy(0.001), "second": busy(0.002)}
+
+        return make
+
+    found = measure.in_turns([maker("a"), maker("b")], seconds=0.02)
+    assert order == ["a", "b"] * measure.VISITS
+    for outcomes in map(timings, found):
+        first, second = (timing.samples_s for timing in outcomes.values())
+        assert len(first) == len(second) >= measure.VISITS * measure.VISIT_ROUNDS
+        assert len(first) <= measure.MAX_ROUNDS
+        assert min(second) / min(first) == pytest.approx(2, rel=0.1)
+
+
+def test_who_fails_in_one_visit_is_not_called_in_the_next() -> None:
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise KeyError("always")
+
+    (outcomes,) = measure.in_turns([lambda: {"bad": fails, "good": busy(0.001)}], seconds=0.01)
+    assert isinstance(outcomes["bad"], KeyError) and len(calls) <= measure.WARM_UP_CALLS
+    good = outcomes["good"]
+    assert isinstance(good, Timing) and len(good.samples_s) >= measure.VISITS * measure.VISIT_ROUNDS
+
+
 MEBIBYTE = 2**20
 
 

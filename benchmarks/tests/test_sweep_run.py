@@ -236,6 +236,8 @@ def test_ctrl_c_leaves_the_rows_so_far_and_their_report(tmp_path: Path) -> None:
     with subprocess.Popen(
         command(tmp_path, *TINY, *many, "--impl=index_add"),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # Python ignores Ctrl-C where its parent did, as under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not any(
