@@ -12,10 +12,10 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import measure, ratio, record, versions
+from benchmarks import measure, ratio, versions
 from benchmarks.measure import Timing
 from benchmarks.ratio import Ratio
-from benchmarks.sweep import Settings, measure_workload
+from benchmarks.sweep import faults
 from benchmarks.workloads import MODES, Workloads
 from correctness.pages import markdown_table, write_atomically
 from correctness.problems import Problem, make_inputs, unsupported
@@ -24,12 +24,11 @@ from moe_impls.interface import Implementation
 
 # Few tokens, a middle, and many on few experts: a comparison of two takes less than 20 s.
 PROBLEMS = (
-    Workloads(T=(16,), D=(256,), H=(128,), E=(32,), K=(4,)),
-    Workloads(T=(256,), D=(256,), H=(128,), E=(32,), K=(4,)),
+    Workloads(T=(16,), D=(128,), H=(128,), E=(16,), K=(4,)),
+    Workloads(T=(256,), D=(256,), H=(128,), E=(16,), K=(2,)),
     Workloads(T=(1024,), D=(128,), H=(128,), E=(8,), K=(2,), load=("zipf",)),
 )
 SECONDS = 0.5  # of samples for each of the two on each problem
-CHECK_ONLY = Settings(seconds=0, min_rounds=1, max_rounds=1)
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,13 @@ def implementations(
 ) -> list[Compared]:
     """Each of these problems and modes, all on one device, checked like any other and timed in turns."""
     other = replace(second, name=f"{second.name} (again)") if second.name == first.name else second
-    device = cells[0][0].device
-    environment = record.environment(device, "compare")
     found: list[Compared] = []
     for problem, mode in cells:
-        rows = measure_workload(problem, mode, [first, other], environment, CHECK_ONLY).values()
-        failed = [f"{row.implementation}: {row.status}, {row.reason}" for row in rows if row.status != "ok"]
+        failed = [f"{name}: {why}" for name, why in faults(problem, mode, (first, other)).items()]
         found.append(Compared(problem, mode, first.name, other.name, reason="; ".join(failed)))
     right = [c for c in found if not c.reason]
     problems = [functools.partial(calls, c.problem, c.mode, (first, other)) for c in right]
-    timed = iter(measure.in_turns(problems, seconds=seconds, device=device))
+    timed = iter(measure.in_turns(problems, seconds=seconds, device=cells[0][0].device))
     return [c if c.reason else _with_times(c, next(timed)) for c in found]
 
 

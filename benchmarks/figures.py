@@ -39,6 +39,7 @@ SIZES = (
 )
 PLANTED = SIZES[2]
 REPEATED = ("dense_mask", "sorted_dispatch", "index_add", "padded")
+REPEATED_S = 2.0  # of samples for each of them
 AGREEMENT = 0.05
 Pair = Callable[[], dict[str, Call]]  # two calls, made anew
 LOAD = multiprocessing.get_context("spawn")
@@ -138,11 +139,11 @@ def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Figure]:
     problems = [functools.partial(calls, problem(s), "forward", subjects) for s in sizes]
 
     def in_turns() -> list[float]:
-        return [r for outcomes in measure.in_turns(problems, seconds=SECONDS) for r in _ratios(outcomes)]
+        return [r for outcomes in measure.in_turns(problems, seconds=REPEATED_S) for r in _ratios(outcomes)]
 
     def in_one_go() -> list[float]:
         outcomes = [
-            measure.interleave(make(), seconds=SECONDS, min_rounds=ratio.LEAST_ROUNDS) for make in problems
+            measure.interleave(make(), seconds=REPEATED_S, min_rounds=ratio.LEAST_ROUNDS) for make in problems
         ]
         return [r for of_one in outcomes for r in _ratios(of_one)]
 
@@ -169,7 +170,9 @@ def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Figure]:
                 share,
                 "at least 95 %",
                 share >= 0.95,
-                "all pairs of " + ", ".join(REPEATED) + "; one CPU kept busy, one thread for each other",
+                "all pairs of "
+                + ", ".join(REPEATED)
+                + f", {REPEATED_S:g} s each; one CPU kept busy, one thread for them",
             )
         )
     return found

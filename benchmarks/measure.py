@@ -158,7 +158,7 @@ def all_timed(outcomes: Mapping[str, Timing | BaseException]) -> dict[str, Timin
     return timings
 
 
-VISITS, VISIT_ROUNDS = 8, 3  # of a problem, and the least rounds in each
+VISITS, VISIT_ROUNDS = 5, 2  # of a problem, and the least rounds in each
 
 
 def in_turns(

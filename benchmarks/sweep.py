@@ -75,14 +75,7 @@ def measure_workload(
     Args:
         running: is told whose code will run next, and for how many seconds it may; "" is nobody's.
     """
-    cells = {implementation.name: _Cell() for implementation in implementations}
-    gradients = mode == "forward_backward"
-    for implementation in implementations:
-        reason = unsupported(implementation.support, problem)
-        if gradients and not implementation.support.gradients:
-            reason = "gradients not declared"
-        if reason is not None:
-            cells[implementation.name].status, cells[implementation.name].reason = "unsupported", reason
+    cells = _declared(problem, mode, implementations)
     needed = memory.needed_memory_bytes(problem, mode)
     available = memory.available_memory_bytes(problem.device)
     available = min(available, settings.memory_bytes or available)
@@ -111,6 +104,27 @@ def measure_workload(
         name: _row(problem, mode, name, cell, timings.get(name), limits, checksum, environment)
         for name, cell in cells.items()
     }
+
+
+def faults(problem: Problem, mode: str, implementations: Sequence[Implementation]) -> dict[str, str]:
+    """Why those that cannot be timed on the workload cannot: what is not declared, or what they get wrong."""
+    cells = _declared(problem, mode, implementations)
+    live = [i for i in implementations if cells[i.name].status == "ok"]
+    inputs = make_inputs(problem)
+    _check_all(problem, mode, inputs, live, cells, Settings(), "check", measure.nobody_watches)
+    return {name: f"{cell.status}, {cell.reason}" for name, cell in cells.items() if cell.status != "ok"}
+
+
+def _declared(problem: Problem, mode: str, implementations: Sequence[Implementation]) -> dict[str, _Cell]:
+    """A cell for each, unsupported where it does not declare what the workload needs."""
+    cells = {implementation.name: _Cell() for implementation in implementations}
+    for implementation in implementations:
+        reason = unsupported(implementation.support, problem)
+        if mode == "forward_backward" and not implementation.support.gradients:
+            reason = "gradients not declared"
+        if reason is not None:
+            cells[implementation.name] = _Cell("unsupported", reason)
+    return cells
 
 
 def _live(cells: dict[str, _Cell]) -> list[_Cell]:
