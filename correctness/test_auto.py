@@ -106,6 +106,11 @@ def test_between_two_cells_the_one_that_is_near_the_fastest_in_both_is_taken(tun
     assert [chosen(small(T=T)) for T in (15, 32, 70)] == ["native", "padded", "index_add"]
 
 
+def test_a_cell_where_nothing_could_be_measured_says_nothing(tuned: Path) -> None:
+    put(tuned, replace(CELL, times_ms={}))
+    assert chosen(small()) == auto.ALWAYS
+
+
 def test_where_every_token_goes_to_every_expert_all_are_computed(tuned: Path) -> None:
     put(tuned, CELL)
     assert chosen(small(K=4)) == "padded"

@@ -130,7 +130,7 @@ def _nearest(
     T, D, H, E, K = sizes
     if K == E and not without and takes(ALL_EXPERTS):
         return _resolved(ALL_EXPERTS)
-    alike = [c for c in table() if (c.device, c.dtype, c.gradients, c.gated) == kind]
+    alike = [c for c in table() if (c.device, c.dtype, c.gradients, c.gated) == kind and c.times_ms]
     slowness: dict[str, float] = {}
     near = sorted(alike, key=distance)[:NEIGHBOURS]
     names = {name for cell in near for name in cell.times_ms if takes(name)}
@@ -144,7 +144,7 @@ def _nearest(
 
 def _place(T: int, D: int, H: int, E: int, K: int) -> tuple[float, float, float]:
     """Where a call lies among others: by the rows of an expert, its weights, and the number of experts."""
-    return math.log2(max(T, 1) * K / E), 0.7 * math.log2(max(D * H, 1)), 0.7 * math.log2(E)
+    return math.log2(max(T * K, 1) / E), 0.7 * math.log2(max(D * H, 1)), 0.7 * math.log2(E)
 
 
 def _takes(
