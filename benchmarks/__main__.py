@@ -25,6 +25,7 @@ from benchmarks import (
     tune,
     versions,
 )
+from benchmarks.plan import SIZES
 from benchmarks.workloads import MODELS, MODES, Workloads, chosen
 from correctness.compare import CheckFailed
 from correctness.problems import LOAD_NAMES, Problem, check_device
@@ -33,7 +34,6 @@ from moe_impls import auto
 from moe_impls.interface import DEVICES, DTYPES, RouterSpec, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
 
-SIZES = ("T", "D", "H", "E", "K")
 RESULTS = ROOT / "results"
 
 

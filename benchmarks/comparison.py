@@ -14,13 +14,14 @@ from rich.table import Table
 
 from benchmarks import measure, ratio, versions
 from benchmarks.measure import Timing
+from benchmarks.plan import SIZES
 from benchmarks.ratio import Ratio
 from benchmarks.sweep import faults
 from benchmarks.workloads import MODES, Workloads
 from correctness.pages import markdown_table, write_atomically
 from correctness.problems import Problem, make_inputs, unsupported
 from correctness.provenance import ROOT
-from moe_impls.interface import Implementation
+from moe_impls.interface import Implementation, dtype_name
 
 # Few tokens, a middle, and many on few experts: a comparison of two takes less than 20 s.
 PROBLEMS = (
@@ -48,11 +49,12 @@ class Compared:
     def columns(self) -> dict[str, object]:
         """One line of the CSV."""
         p = self.problem
-        sizes = {size: getattr(p, size) for size in ("T", "D", "H", "E", "K")}
+        sizes = {size: getattr(p, size) for size in SIZES}
         found = (
             asdict(self.ratio) if self.ratio else dict.fromkeys(["ratio", "low", "high", "rounds", "verdict"])
         )
-        line = {"first": self.first, "second": self.second, **sizes, "load": p.load, "mode": self.mode}
+        line = {"first": self.first, "second": self.second, "workload": p.name, **sizes, "load": p.load}
+        line |= {"dtype": dtype_name(p.dtype), "device": p.device, "mode": self.mode}
         return line | {"first_ms": self.first_ms, "second_ms": self.second_ms, **found, "reason": self.reason}
 
 
@@ -134,7 +136,7 @@ def show(found: Sequence[Compared], title: str) -> None:
         table.add_column(name, justify="left" if name in ("T D H E K load", "mode", "verdict") else "right")
     for c in found:
         p = c.problem
-        sizes = " ".join(str(getattr(p, size)) for size in ("T", "D", "H", "E", "K")) + f" {p.load[:7]}"
+        sizes = " ".join(str(getattr(p, size)) for size in SIZES) + f" {p.load[:7]}"
         mode = {"forward": "fwd", "forward_backward": "fwd+bwd"}[c.mode]
         if c.ratio is None:
             table.add_row(sizes, mode, "", "", "", "", "", c.reason[:30])

@@ -21,10 +21,10 @@ from rich.progress import track
 from benchmarks import measure, memory, ratio, roofline
 from benchmarks.measure import Call
 from benchmarks.plots import png
-from benchmarks.sweep import taken
+from benchmarks.sweep import taken, undeclared
 from correctness import provenance
 from correctness.pages import markdown_table, write_atomically
-from correctness.problems import Inputs, Problem, make_inputs, unsupported
+from correctness.problems import Inputs, Problem, make_inputs
 from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, resolve
 
@@ -118,14 +118,13 @@ def samples(
 
     One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out.
     """
-    gradients = mode == "forward_backward"
     near: dict[str, Call] = {}
     with memory.memory_limit("cpu", min(MEMORY_BYTES, memory.available_memory_bytes("cpu"))):
         for group in groups:
             calls = {
                 i.name: measure.call_of(i.ready(inputs.experts), problem, inputs, mode)
                 for i in group
-                if unsupported(i.support, problem) is None and (i.support.gradients or not gradients)
+                if undeclared(i, problem, mode) is None
             }
             auto = {name: calls.pop(name) for name in ("auto",) if name in calls}  # timed however slow it is
             near |= measure.near_the_fastest(calls, FIRST, hopeless=HOPELESS) | auto

@@ -75,17 +75,9 @@ def measure_workload(
     Args:
         running: is told whose code will run next, and for how many seconds it may; "" is nobody's.
     """
-    cells = _declared(problem, mode, implementations)
-    needed = memory.needed_memory_bytes(problem, mode)
     available = memory.available_memory_bytes(problem.device)
     available = min(available, settings.memory_bytes or available)
-    if needed > available:
-        for cell in _live(cells):
-            cell.status = "out_of_memory"
-            cell.reason = (
-                f"needs at least {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are "
-                "available; not attempted"
-            )
+    cells = _admitted(problem, mode, implementations, available)
 
     timings: dict[str, Timing] = {}
     checksum = limits = None
@@ -107,23 +99,37 @@ def measure_workload(
 
 
 def faults(problem: Problem, mode: str, implementations: Sequence[Implementation]) -> dict[str, str]:
-    """Why those that cannot be timed on the workload cannot: what is not declared, or what they get wrong."""
-    cells = _declared(problem, mode, implementations)
-    live = [i for i in implementations if cells[i.name].status == "ok"]
-    inputs = make_inputs(problem)
-    _check_all(problem, mode, inputs, live, cells, Settings(), "check", measure.nobody_watches)
+    """Why those that cannot be timed on the workload cannot: by declaration, for memory, or being wrong."""
+    cells = _admitted(problem, mode, implementations, memory.available_memory_bytes(problem.device))
+    if live := [i for i in implementations if cells[i.name].status == "ok"]:
+        inputs = make_inputs(problem)
+        _check_all(problem, mode, inputs, live, cells, Settings(), "check", measure.nobody_watches)
     return {name: f"{cell.status}, {cell.reason}" for name, cell in cells.items() if cell.status != "ok"}
 
 
-def _declared(problem: Problem, mode: str, implementations: Sequence[Implementation]) -> dict[str, _Cell]:
-    """A cell for each, unsupported where it does not declare what the workload needs."""
-    cells = {implementation.name: _Cell() for implementation in implementations}
+def undeclared(implementation: Implementation, problem: Problem, mode: str) -> str | None:
+    """What the workload needs and the implementation does not declare; None if nothing."""
+    if mode == "forward_backward" and not implementation.support.gradients:
+        return "gradients not declared"
+    return unsupported(implementation.support, problem)
+
+
+def _admitted(
+    problem: Problem, mode: str, implementations: Sequence[Implementation], available_bytes: float
+) -> dict[str, _Cell]:
+    """A cell for each, with the reason where it cannot be attempted: not declared, or too little memory."""
+    cells = {}
     for implementation in implementations:
-        reason = unsupported(implementation.support, problem)
-        if mode == "forward_backward" and not implementation.support.gradients:
-            reason = "gradients not declared"
-        if reason is not None:
-            cells[implementation.name] = _Cell("unsupported", reason)
+        reason = undeclared(implementation, problem, mode)
+        cells[implementation.name] = _Cell("unsupported", reason) if reason else _Cell()
+    needed = memory.needed_memory_bytes(problem, mode)
+    if needed > available_bytes:
+        for cell in _live(cells):
+            cell.status = "out_of_memory"
+            cell.reason = (
+                f"needs at least {needed / 2**30:.1f} GiB of memory, {available_bytes / 2**30:.1f} GiB are "
+                "available; not attempted"
+            )
     return cells
 
 

@@ -13,9 +13,10 @@ import torch
 from rich.progress import track
 
 from benchmarks import measure
+from benchmarks.sweep import undeclared
 from benchmarks.workloads import MODES, flops
 from correctness.pages import write_atomically
-from correctness.problems import Inputs, Problem, make_inputs, unsupported
+from correctness.problems import Inputs, Problem, make_inputs
 from moe_impls import auto
 from moe_impls.interface import GATED_ACTIVATIONS, Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
@@ -31,7 +32,6 @@ LAYERS = (
 )
 DTYPES = (torch.float32, torch.bfloat16)
 SECONDS, ROUNDS = 0.15, 5
-HOPELESS = 1.5  # times the fastest in a first try: what takes longer is left out
 MAX_FLOPS = 1.2e11  # of a call; beyond, cells with fewer tokens tell as much
 
 
@@ -58,19 +58,18 @@ def measure_cell(
     problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
 ) -> auto.Cell:
     """The implementations that take this call and come near the fastest, by the median of their times."""
-    gradients = mode == "forward_backward"
     calls = {
         i.name: measure.call_of(i.forward, problem, inputs, mode)
         for i in implementations
-        if unsupported(i.support, problem) is None and (i.support.gradients or not gradients)
+        if undeclared(i, problem, mode) is None
     }
-    near = measure.near_the_fastest(calls, auto.ALWAYS, hopeless=HOPELESS)
+    near = measure.near_the_fastest(calls, auto.ALWAYS, hopeless=auto.LEFT_OUT)
     timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
     median_s = {name: statistics.median(timing.samples_s) for name, timing in timings.items()}
     return auto.Cell(
         device="cpu",
         dtype=dtype_name(problem.dtype),
-        gradients=gradients,
+        gradients=mode == "forward_backward",
         gated=problem.activation in GATED_ACTIVATIONS,
         **{size: getattr(problem, size) for size in ("T", "D", "H", "E", "K")},
         times_ms={name: float(f"{s * 1e3:.4g}") for name, s in sorted(median_s.items(), key=itemgetter(1))},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import comparison, versions
+from benchmarks import comparison, memory, versions
 from benchmarks.__main__ import main
 from benchmarks.workloads import Workloads
 from correctness.provenance import ROOT
@@ -76,9 +76,17 @@ def test_the_problems_of_a_comparison_can_be_chosen(tmp_path: Path) -> None:
     assert main(["compare", "sorted_dispatch", "index_add", *options]) == 0
     table = pd.read_csv(path)
     assert list(table["T"]) == [4, 9]
+    assert set(table["dtype"]) == {"bfloat16"}
     assert {tuple(row) for row in table[["D", "H", "E", "K", "load", "mode"]].values} == {
         (16, 8, 4, 2, "zipf", "forward")
     }
+
+
+def test_what_needs_more_memory_than_there_is_is_not_attempted(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda device: 1000)
+    path = tmp_path / "c.csv"
+    assert main(["compare", "sorted_dispatch", "index_add", QUICK, f"--csv={path}"]) == 1
+    assert all("out_of_memory" in reason for reason in pd.read_csv(path)["reason"])
 
 
 def test_another_version_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
