@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     tuned = commands.add_parser("tune", help="measure which implementation `auto` takes on this machine")
     tuned.add_argument("--quick", action="store_true", help="a third of the cells")
     tuned.add_argument("--out", type=Path, metavar="FILE", help="where auto looks, unless given")
+    tuned.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda")
     tuned.set_defaults(run=_tune)
 
     compared = commands.add_parser("compare", help="two implementations, or two versions of one, in rounds")
@@ -251,8 +252,9 @@ def _tell(options: argparse.Namespace, found: list[comparison.Compared], title: 
 
 
 def _tune(options: argparse.Namespace) -> int:
+    check_device(options.device, "--device")
     path = options.out or auto.tuned_path()
-    tune.tune(path, quick=options.quick)
+    tune.tune(path, quick=options.quick, device=options.device)
     print(path)
     return 0
 

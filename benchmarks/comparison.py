@@ -25,11 +25,11 @@ from moe_impls.interface import Implementation, dtype_name
 
 # Few tokens, a middle, and many on few experts: a comparison of two takes less than 20 s.
 PROBLEMS = (
-    Workloads(T=(16,), D=(128,), H=(128,), E=(16,), K=(4,)),
-    Workloads(T=(256,), D=(256,), H=(128,), E=(16,), K=(2,)),
-    Workloads(T=(1024,), D=(128,), H=(128,), E=(8,), K=(2,), load=("zipf",)),
+    Workloads(T=(16,), D=(128,), H=(128,), E=(8,), K=(2,)),
+    Workloads(T=(256,), D=(128,), H=(128,), E=(8,), K=(2,)),
+    Workloads(T=(1024,), D=(64,), H=(64,), E=(8,), K=(2,), load=("zipf",)),
 )
-SECONDS = 0.5  # of samples for each of the two on each problem
+SECONDS = 1.0  # of samples for each of the two on each problem, if measure.MAX_ROUNDS do not end it sooner
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ SIZES = (
 )
 PLANTED = SIZES[2]
 REPEATED = ("dense_mask", "sorted_dispatch", "index_add", "padded")
-REPEATED_S = 2.0  # of samples for each of them
+REPEATED_S = 10.0  # of samples for each of them: enough for measure.MAX_ROUNDS
 AGREEMENT = 0.05
 Pair = Callable[[], dict[str, Call]]  # two calls, made anew
 LOAD = multiprocessing.get_context("spawn")
@@ -172,7 +172,7 @@ def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Figure]:
                 share >= 0.95,
                 "all pairs of "
                 + ", ".join(REPEATED)
-                + f", {REPEATED_S:g} s each; one CPU kept busy, one thread for them",
+                + f", up to {measure.MAX_ROUNDS} rounds each; one CPU kept busy, one thread for them",
             )
         )
     return found

@@ -1,7 +1,7 @@
 """The only timer.
 
 Times are compared only with times taken in the same minute: all candidates of one problem run in rounds,
-one after the other, in alternating order, and every raw sample is kept.
+one after the other, in changing order, and every raw sample is kept.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import random
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +95,10 @@ def interleave(
     clock: Callable[[str, int], float] | None = None,
     running: Running = nobody_watches,
 ) -> dict[str, Timing | BaseException]:
-    """Time all candidates in rounds; the order of a round is reversed in the next.
+    """Time all candidates in rounds; the order of every second round is shuffled, and reversed in the next.
+
+    What ran before leaves its mark on the caches and on the memory that is free, so that each candidate
+    follows each other one some time.
 
     Args:
         candidates: functions without arguments, by name.
@@ -134,12 +137,14 @@ def interleave(
     rounds = int(seconds * len(candidates) / max(round_s, 1e-9))
     rounds = min(max(rounds, min_rounds), max_rounds)
 
-    gc.collect()
+    order, shuffled = list(candidates), random.Random(0)
+    gc.collect(1)  # what is young; all that was ever imported would take longer than the samples
     collecting = gc.isenabled()
     gc.disable()
     try:
         for number in range(rounds):
-            for name in list(candidates) if number % 2 == 0 else reversed(candidates):
+            order = list(reversed(order)) if number % 2 else shuffled.sample(order, len(order))
+            for name in order:
                 if name not in failures:
                     samples[name].append(sample(name, calls[name]))
     finally:
@@ -158,7 +163,7 @@ def all_timed(outcomes: Mapping[str, Timing | BaseException]) -> dict[str, Timin
     return timings
 
 
-VISITS, VISIT_ROUNDS = 5, 2  # of a problem, and the least rounds in each
+VISITS, VISIT_ROUNDS = 10, 2  # of a problem, and the least rounds in each
 
 
 def in_turns(
@@ -172,7 +177,7 @@ def in_turns(
 
     Args:
         problems: for each a function that makes its candidates, with tensors of their own.
-        seconds: time to spend on each candidate of each problem on average, within MAX_ROUNDS.
+        seconds: time to spend on each candidate of each problem on average; MAX_ROUNDS may end it sooner.
 
     Returns:
         For each problem what `interleave` returns, with the samples of all visits in the order taken.
@@ -205,6 +210,8 @@ def near_the_fastest(
 ) -> dict[str, Call]:
     """The calls that in a first try, ended when it takes too long or too much memory, come near the fastest.
 
+    A try is two calls, of which the shorter counts, and no longer than two at the limit.
+
     Args:
         first: the name of the one that is tried first, from which the limit of the others comes.
         hopeless: times the fastest, what takes longer is left out.
@@ -215,12 +222,15 @@ def near_the_fastest(
     tried_s: dict[str, float] = {}
     limit_s: float | None = None
     for name in sorted(calls, key=lambda name: name != first):
-        tried = interleave(
-            {name: calls[name]}, device=device, seconds=0, min_rounds=1, call_timeout_s=limit_s
-        )[name]
-        if isinstance(tried, CallTimeout) or is_out_of_memory(tried):
+        try:
+            with time_limit(None if limit_s is None else 2 * limit_s):
+                tried_s[name] = min(time_calls(calls[name], 1, device) for _ in range(2))
+        except CallTimeout:
             continue
-        tried_s[name] = statistics.median(all_timed({name: tried})[name].samples_s)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            continue
         limit_s = max(hopeless * min(tried_s.values()), LEAST_LIMIT_S)
     return {name: calls[name] for name, s in tried_s.items() if limit_s is not None and s <= limit_s}
 

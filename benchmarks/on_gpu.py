@@ -25,7 +25,12 @@ from correctness.provenance import ROOT
 
 STEPS = "steps.json"
 OURS = ("triton_fused", "grouped_mm", "sorted_dispatch", "padded")
-PEERS = ("transformers.grouped_mm", "transformers.batched_mm")
+# By the module that each needs.
+PEERS = {
+    "transformers.grouped_mm": "transformers",
+    "transformers.batched_mm": "transformers",
+    "liger.fused_moe": "liger_kernel",
+}
 REPORT_S = 30.0  # kept for the report
 LEAST_S = 5.0  # a step that would have less is not begun
 
@@ -55,7 +60,7 @@ class Done:
 
 def steps(device: str, smoke: bool) -> list[Step]:
     """What is done, in this order."""
-    peers = [name for name in PEERS if importlib.util.find_spec("transformers") and not smoke]
+    peers = [name for name, module in PEERS.items() if importlib.util.find_spec(module) and not smoke]
     subjects = [f"--impl={name}" for name in (*OURS, *peers)]
     verify = ["pytest", "correctness", f"--device={device}", "-q"]
 

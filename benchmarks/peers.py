@@ -62,7 +62,8 @@ SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
 HOPELESS = 1.3  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 FIRST = "sorted_dispatch"  # of ours: what others take in a first try is limited by what it took
-COMPARED = tuple(name for name in PEERS if not name.startswith("notebook."))  # which combines in log space
+# Those that run on a CPU and combine by sums.
+COMPARED = tuple(name for name in PEERS if not name.startswith(("liger.", "notebook.")))
 PART = "peers.part.csv"  # what is measured so far
 
 

@@ -21,7 +21,7 @@ from moe_impls import auto
 from moe_impls.interface import GATED_ACTIVATIONS, Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
 
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+TOKENS = {"cpu": (1, 4, 16, 64, 256, 1024, 4096), "cuda": (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)}
 # D, H, E, K, activation and whether there are biases: small experts, the notebook's, and those of models.
 LAYERS = (
     (64, 64, 8, 2, "relu", True),
@@ -32,25 +32,31 @@ LAYERS = (
 )
 DTYPES = (torch.float32, torch.bfloat16)
 SECONDS, ROUNDS = 0.15, 5
-MAX_FLOPS = 1.2e11  # of a call; beyond, cells with fewer tokens tell as much
+# Of a call; beyond, cells with fewer tokens tell as much.
+MAX_FLOPS = {"cpu": 1.2e11, "cuda": 2e13}
 
 
 def candidates() -> list[Implementation]:
-    """Those that auto may choose: not itself, what it would have to prepare, or to compile for long."""
+    """Those that auto may choose: not itself, what it would have to prepare, or to compile for long.
+
+    Kernels for a GPU alone are compiled in seconds.
+    """
     found = [resolve(name) for name in IMPLEMENTATIONS if name != "auto" and not name.endswith(PREPARED)]
-    return [i for i in found if not i.support.compiles_per_case and i.is_available()]
+    fast = [i for i in found if not i.support.compiles_per_case or "cpu" not in i.support.devices]
+    return [i for i in fast if i.is_available()]
 
 
-def layers(quick: bool) -> list[tuple[Problem, list[tuple[int, str]]]]:
+def layers(quick: bool, device: str = "cpu") -> list[tuple[Problem, list[tuple[int, str]]]]:
     """What is measured: each layer with its most tokens, and the numbers of tokens and modes.
 
     quick: every second number of tokens and every second layer.
     """
-    step, found = 2 if quick else 1, []
+    step, found, kind = 2 if quick else 1, [], device.partition(":")[0]
     for dtype, (D, H, E, K, activation, bias) in itertools.product(DTYPES, LAYERS[::step]):
-        whole = Problem("tune", max(TOKENS), D, H, D, E, K, activation=activation, bias=bias, dtype=dtype)
-        pairs = itertools.product(TOKENS[::step], MODES)
-        found.append((whole, [(T, m) for T, m in pairs if flops(replace(whole, T=T), m) <= MAX_FLOPS]))
+        of = Problem("tune", 1, D, H, D, E, K, activation=activation, bias=bias, dtype=dtype, device=device)
+        pairs = list(itertools.product(TOKENS[kind][::step], MODES))
+        cells = [(T, m) for T, m in pairs if flops(replace(of, T=T), m) <= MAX_FLOPS[kind]]
+        found.append((replace(of, T=max(T for T, _ in cells)), cells))
     return found
 
 
@@ -63,11 +69,12 @@ def measure_cell(
         for i in implementations
         if undeclared(i, problem, mode) is None
     }
-    near = measure.near_the_fastest(calls, auto.ALWAYS, hopeless=auto.LEFT_OUT)
-    timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
+    device = problem.device
+    near = measure.near_the_fastest(calls, auto.ALWAYS, device, hopeless=auto.LEFT_OUT)
+    timings = measure.all_timed(measure.interleave(near, device=device, seconds=SECONDS, min_rounds=ROUNDS))
     median_s = {name: statistics.median(timing.samples_s) for name, timing in timings.items()}
     return auto.Cell(
-        device="cpu",
+        device=device.partition(":")[0],
         dtype=dtype_name(problem.dtype),
         gradients=mode == "forward_backward",
         gated=problem.activation in GATED_ACTIVATIONS,
@@ -76,11 +83,23 @@ def measure_cell(
     )
 
 
-def tune(path: Path, *, quick: bool) -> None:
-    """Measure every cell, then write the table, whole or not at all."""
-    implementations, found = candidates(), []
-    for whole, pairs in track(layers(quick), "measuring"):
+def tune(path: Path, *, quick: bool, device: str = "cpu") -> None:
+    """Measure every cell of a device, then write the table, whole or not at all.
+
+    Cells of another kind of device that the table has already are kept.
+    """
+    implementations, kind = candidates(), device.partition(":")[0]
+    found: list[auto.Cell] = []
+    for whole, pairs in track(layers(quick, device), "measuring"):
         inputs = make_inputs(whole)
         for T, mode in pairs:
             found.append(measure_cell(replace(whole, T=T), mode, inputs.first(T), implementations))
-    write_atomically(path, auto.dumps(found).encode())
+    write_atomically(path, auto.dumps([*_of_others(path, kind), *found]).encode())
+
+
+def _of_others(path: Path, kind: str) -> list[auto.Cell]:
+    """The cells of another kind of device; none where there is no table that auto would read."""
+    try:
+        return [cell for cell in auto.read(path) if cell.device != kind]
+    except ValueError:
+        return []

@@ -188,8 +188,14 @@ def test_a_layer_that_was_given_a_name_takes_no_other(tuned: Path, name: str) ->
     assert layer.last_implementation == name
 
 
-def test_a_peer_whose_package_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "moe_impls.peers.transformers", raising=False)
-    with pytest.raises(ResolveError, match=r"transformers.eager needs transformers.*: pip install '.*peers"):
-        resolve("transformers.eager")
+@pytest.mark.parametrize(
+    "name, package, extra",
+    [("transformers.eager", "transformers", "peers"), ("liger.fused_moe", "liger_kernel", "peers-cuda")],
+)
+def test_a_peer_whose_package_is_missing_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"moe_impls.peers.{name.partition('.')[0]}", raising=False)
+    with pytest.raises(ResolveError, match=rf"{name} needs {package}.*: pip install 'moe-impls\[{extra}\]'"):
+        resolve(name)

@@ -42,6 +42,7 @@ PEERS = (
     "transformers.eager",
     "transformers.batched_mm",
     "transformers.grouped_mm",
+    "liger.fused_moe",
     "einsum.capacity",
     "notebook.log_space",
 )
@@ -94,7 +95,8 @@ def _peer(name: str) -> Implementation:
     try:
         module = importlib.import_module(f"moe_impls.peers.{library}")
     except ModuleNotFoundError as error:
-        raise ResolveError(f"{name} needs {error.name}: pip install 'moe-impls[peers]'") from error
+        extra = "peers-cuda" if library == "liger" else "peers"
+        raise ResolveError(f"{name} needs {error.name}: pip install 'moe-impls[{extra}]'") from error
     return Implementation(name, *module.BACKENDS[backend])
 
 

@@ -40,14 +40,17 @@ def test_every_candidate_gets_the_same_number_of_samples_and_no_fewer_than_the_m
     assert [len(t.samples_s) for t in found.values()] == [measure.MIN_ROUNDS] * 2
 
 
-def test_rounds_are_interleaved_in_alternating_order() -> None:
+def test_each_round_takes_all_candidates_and_the_next_in_the_reverse_order() -> None:
     order: list[str] = []
 
     def named(name: str):
         return lambda: (order.append(name), time.sleep(0.001))
 
-    measure.interleave({n: named(n) for n in "abc"}, seconds=0.001, min_rounds=3, max_rounds=3)
-    assert "".join(order[-9:]) == "abccbaabc"
+    measure.interleave({n: named(n) for n in "abc"}, seconds=0.001, min_rounds=12, max_rounds=12)
+    rounds = ["".join(order[-36:])[i : i + 3] for i in range(0, 36, 3)]
+    assert all(sorted(taken) == ["a", "b", "c"] for taken in rounds)
+    assert all(later == first[::-1] for first, later in zip(rounds[::2], rounds[1::2], strict=True))
+    assert len(set(rounds[::2])) > 2
 
 
 def test_calls_shorter_than_the_clock_resolves_are_taken_together() -> None:

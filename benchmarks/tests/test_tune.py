@@ -33,12 +33,35 @@ def test_a_cell_lists_who_takes_the_call_from_the_fastest_to_the_slowest(monkeyp
 
 def test_the_table_is_one_that_auto_reads(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(tune, "SECONDS", 0.01)
-    monkeypatch.setattr(tune, "layers", lambda quick: [(PROBLEM, [(4, "forward"), (8, "forward")])])
+    monkeypatch.setattr(tune, "layers", lambda quick, device: [(PROBLEM, [(4, "forward"), (8, "forward")])])
     path = tmp_path / "auto.json"
     assert main(["tune", "--out", str(path)]) == 0
     cells = auto.read(path)
     assert [cell.T for cell in cells] == [4, 8] and all(cell.times_ms for cell in cells)
     assert str(path) in capsys.readouterr().out
+
+
+def test_tuning_one_device_keeps_the_cells_of_the_other(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tune, "SECONDS", 0.01)
+    monkeypatch.setattr(tune, "layers", lambda quick, device: [(PROBLEM, [(8, "forward")])])
+    path, times = tmp_path / "auto.json", {"grouped_mm": 1.0}
+    on_gpu, on_cpu = (
+        auto.Cell(device, "float32", False, True, T=8, D=16, H=8, E=4, K=2, times_ms=times)
+        for device in ("cuda", "cpu")
+    )
+    path.write_text(auto.dumps([on_gpu, on_cpu]))
+    tune.tune(path, quick=True)
+    first, second = auto.read(path)
+    assert first == on_gpu
+    assert second.device == "cpu" and second.times_ms != times
+
+
+def test_a_gpu_is_tuned_with_more_tokens_and_its_own_kernels() -> None:
+    def most_tokens(device: str) -> int:
+        return max(T for _, pairs in tune.layers(False, device) for T, _ in pairs)
+
+    assert most_tokens("cuda:0") > most_tokens("cpu")
+    assert all(problem.device == "cuda:0" for problem, _ in tune.layers(True, "cuda:0"))
 
 
 def test_an_interrupted_tuning_leaves_the_old_table(monkeypatch, tmp_path: Path) -> None:
@@ -47,7 +70,7 @@ def test_an_interrupted_tuning_leaves_the_old_table(monkeypatch, tmp_path: Path)
 
     path = tmp_path / "auto.json"
     path.write_text("old")
-    monkeypatch.setattr(tune, "layers", lambda quick: [(PROBLEM, [(8, "forward")])])
+    monkeypatch.setattr(tune, "layers", lambda quick, device: [(PROBLEM, [(8, "forward")])])
     monkeypatch.setattr(tune, "measure_cell", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tune.tune(path, quick=True)
