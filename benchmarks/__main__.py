@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 def _peers(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     cells = peers.measure_all(options.out, options.quick)
-    print(*peers.write(options.out, cells, peers.measure_growth(), options.quick), sep="\n")
+    print(*peers.write(options.out, cells, peers.measure_growth(options.quick), options.quick), sep="\n")
     return 0
 
 

@@ -58,6 +58,7 @@ QUICK_LAYERS = (LAYERS[1], LAYERS[4])
 # Growth with the number of experts at a fixed number of slots, and with K.
 GROWTH = Problem("growth", T=256, D=256, H=256, O=256, E=32, K=4, bias=False)
 GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
+QUICK_GROWN = {"E": (8, 32, 128, 256), "K": (1, 4, 8, 16)}
 SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
 HOPELESS = 1.3  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
@@ -241,12 +242,12 @@ class Growth:
     median_ms: float
 
 
-def measure_growth() -> list[Growth]:
+def measure_growth(quick: bool) -> list[Growth]:
     """Times against E at a fixed T and K, and against K at a fixed E; the number of slots grows with K."""
     found = []
     names = ("sorted_dispatch", "recompute", "native", "auto")
     implementations = [i for i in map(resolve, names) if i.is_available()]
-    for axis, values in GROWN.items():
+    for axis, values in (QUICK_GROWN if quick else GROWN).items():
         for value in track(values, f"growth with {axis}"):
             p = replace(GROWTH, **{axis: value})
             inputs = make_inputs(p)

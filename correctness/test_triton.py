@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from correctness import compare, problems
 from correctness.problems import Problem, make_inputs
 from moe_impls import triton_fused
-from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS
+from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, dtype_name
 
 not_interpreted = pytest.mark.skipif(triton_fused.INTERPRETED, reason="Triton's kernels are interpreted")
 
@@ -53,7 +54,8 @@ def test_what_the_kernels_do_not_take_is_refused_before_a_launch(
 
 
 def test_more_programs_than_a_grid_holds_are_refused() -> None:
-    plan = triton_fused._plan(torch.zeros(4, 1, dtype=torch.int64), 2, torch.float32)
+    sizes = triton_fused.candidates(2, torch.float32)[0]
+    plan = triton_fused._plan(torch.zeros(4, 1, dtype=torch.int64), 2, sizes)
     with pytest.raises(ValueError, match="need .* programs; 'triton_fused' takes at most 2147483647"):
         triton_fused._grid(plan, 2**40)
 
@@ -62,7 +64,8 @@ def test_more_programs_than_a_grid_holds_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_tiles_hold_every_row_of_every_expert_once(counts: list[int], dtype: torch.dtype) -> None:
     ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).unsqueeze(1)
-    plan = triton_fused._plan(ids.flip(0), len(counts), dtype)
+    sizes = triton_fused.candidates(len(ids) / len(counts), dtype)[0]
+    plan = triton_fused._plan(ids.flip(0), len(counts), sizes)
     seen = []
     for e, begin in zip(plan.tile_expert.tolist(), plan.tile_begin.tolist(), strict=True):
         if e < len(counts):
@@ -161,6 +164,68 @@ def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(
             assert "tf32" not in version.asm["ptx"]
             if name != "combine_kernel" and tokens > 8:
                 assert (product in version.asm["ptx"]) == (dtype != torch.float32)
+
+
+def tried() -> list[Any]:
+    """Every tile that is tried beside the usual one, with a number of tokens of USUAL and a dtype."""
+    cases = itertools.product((8, 128, 512), (torch.float32, torch.bfloat16))
+    return [
+        pytest.param(tokens, dtype, sizes, id=f"{tokens}-{dtype_name(dtype)}-{sizes}")
+        for tokens, dtype in cases
+        for sizes in triton_fused.candidates(tokens * USUAL.K / USUAL.E, dtype)[1:]
+    ]
+
+
+@compiled_for_gpus
+@pytest.mark.parametrize("tokens, dtype, sizes", tried())
+def test_tiles_that_are_tried_fit_the_gpu_with_the_least_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, compile_for: CompileFor, tokens: int, dtype: torch.dtype, sizes: Any
+) -> None:
+    monkeypatch.setattr(triton_fused, "candidates", lambda rows, dtype: (sizes,))
+    least = min(TARGETS, key=lambda capability: TARGETS[capability][0])
+    for versions in compile_for(least, replace(USUAL, T=tokens, dtype=dtype)).values():
+        assert all(version.metadata.shared <= TARGETS[least][0] for version in versions)
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> list[Any]:
+    """The tiles of one call after another of a problem, where the narrowest of them are the fastest."""
+    asked: list[Any] = []
+    monkeypatch.setattr(triton_fused, "_CHOSEN", {})
+    monkeypatch.setattr(triton_fused, "INTERPRETED", False)
+    monkeypatch.setattr(triton_fused, "_hidden", lambda x, plan, *rest, **options: (x, x))
+    monkeypatch.setattr(triton_fused, "_product", lambda rows, plan, *rest: asked.append(plan.blocks))
+
+    def milliseconds(call: Callable[[], None]) -> float:
+        call()
+        return float(asked[-1].n)
+
+    monkeypatch.setattr(triton_fused, "_milliseconds", milliseconds)
+    x, (ids, _), e, _ = make_inputs(problem)
+    arguments = (x, ids, e.w_in, e.b_in, e.w_out, e.b_out, e.activation)
+    return [
+        triton_fused._blocks_for(*arguments),
+        len(asked),
+        triton_fused._blocks_for(*arguments),
+        len(asked),
+    ]
+
+
+def test_the_first_large_call_tries_every_tile_and_the_fastest_is_taken_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_fused, "LARGE", 1)
+    first, tries, second, tries_then = choose(monkeypatch, USUAL)
+    few = triton_fused.candidates(USUAL.T * USUAL.K / USUAL.E, USUAL.dtype)
+    assert first == second == min(few, key=lambda sizes: sizes.n)
+    assert tries == tries_then == len(few)
+    assert list(triton_fused.choices().values()) == [first]
+
+
+def test_a_small_call_takes_the_usual_tiles_and_tries_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, tries, *_ = choose(monkeypatch, USUAL)
+    assert first == triton_fused.candidates(USUAL.T * USUAL.K / USUAL.E, USUAL.dtype)[0]
+    assert tries == 0
+    assert not triton_fused.choices()
 
 
 @compiled_for_gpus

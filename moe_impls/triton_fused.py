@@ -1,9 +1,11 @@
 """Triton: tokens are gathered inside the first product and activated in its epilogue, for CUDA.
 
 Slots are sorted by expert; every product is one kernel over tiles of one expert's rows, and the host never
-learns how many rows an expert has. The backward writes each weight gradient once. What waits for it are the
-inputs of the activation, or nothing where those are larger than the inputs of the two products: then they are
-computed again; and the experts' outputs where a combine or an output activation needs them.
+learns how many rows an expert has. The tiles of large products are those of a handful that were fastest in
+the first call of their sizes; ``choices`` tells which. The backward writes each weight gradient once. What
+waits for it are the inputs of the activation, or nothing where those are larger than the inputs of the two
+products: then they are computed again; and the experts' outputs where a combine or an output activation
+needs them.
 
 ``moe_impls/triton_kernels.py`` holds the kernels. With TRITON_INTERPRET=1 in the environment Triton runs
 them on the CPU, slowly, for checks of their arithmetic.
@@ -14,8 +16,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -92,16 +96,69 @@ class _Blocks(NamedTuple):
         return sizes if INTERPRETED else sizes | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def blocks(rows_per_expert: float, dtype: torch.dtype) -> _Blocks:
-    """The tiles for so many rows of an expert on average; with few, weights are read once by narrow tiles."""
+def candidates(rows_per_expert: float, dtype: torch.dtype) -> tuple[_Blocks, ...]:
+    """Tiles for so many rows of an expert on average, the usual first; the others are tried in large calls.
+
+    With few rows, narrow tiles read the weights once.
+    """
     if INTERPRETED:
-        return _Blocks(32, 64, 64)
+        return (_Blocks(32, 64, 64),)
     depth = 32 if dtype == torch.float32 else 64
     if rows_per_expert <= 16:
-        return _Blocks(16, 64, depth, 4, 4)
+        return (
+            _Blocks(16, 64, depth, 4, 4), _Blocks(16, 128, depth, 4, 3), _Blocks(16, 32, 2 * depth, 4, 4)
+        )  # fmt: skip
     if rows_per_expert <= 64 or dtype == torch.float32:
-        return _Blocks(64, 64, depth, 4, 3)
-    return _Blocks(128, 128, depth, 8, 3)
+        return _Blocks(64, 64, depth, 4, 3), _Blocks(64, 128, depth, 4, 3), _Blocks(64, 64, depth, 4, 4)
+    return (
+        _Blocks(128, 128, depth, 8, 3), _Blocks(128, 64, depth, 4, 3), _Blocks(128, 128, depth // 2, 8, 4),
+        _Blocks(64, 128, depth, 4, 3),
+    )  # fmt: skip
+
+
+_CHOSEN: dict[tuple[Any, ...], _Blocks] = {}
+
+
+def choices() -> dict[tuple[Any, ...], _Blocks]:
+    """The fastest tiles of a first call, by device, dtype, activation, rows of an expert, E, D, F and O."""
+    return dict(_CHOSEN)
+
+
+LARGE = 2**31  # multiply-adds of a call for which tiles are tried
+
+
+def _blocks_for(
+    x: Tensor, expert_ids: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
+    activation: str,
+) -> _Blocks:  # fmt: skip
+    """The tiles of a call. The first large one of its kind tries all candidates, which waits for the GPU."""
+    (E, F, D), O, N = w_in.shape, w_out.shape[1], expert_ids.numel()
+    few = candidates(N / E, x.dtype)
+    key = (x.device, x.dtype, activation, 2 ** round(math.log2(N / E)), E, D, F, O)
+    if key in _CHOSEN:
+        return _CHOSEN[key]
+    if len(few) == 1 or N * F * D < LARGE or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return few[0]
+
+    def products(sizes: _Blocks) -> None:
+        plan = _plan(expert_ids, E, sizes)
+        _, hidden = _hidden(x, plan, w_in, b_in, activation, keep=False, activate=True)
+        _product(hidden, plan, w_out.mT, b_out)
+
+    _CHOSEN[key] = min(few, key=lambda sizes: _milliseconds(lambda: products(sizes)))
+    return _CHOSEN[key]
+
+
+def _milliseconds(call: Callable[[], None]) -> float:
+    """Of a call on the current device, once compiled."""
+    call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(3):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 3
 
 
 class _Plan(NamedTuple):
@@ -119,10 +176,9 @@ class _Plan(NamedTuple):
         return self.tile_expert, self.tile_begin, self.ends
 
 
-def _plan(expert_ids: Tensor, E: int, dtype: torch.dtype) -> _Plan:
+def _plan(expert_ids: Tensor, E: int, sizes: _Blocks) -> _Plan:
     T, K = expert_ids.shape
     N = T * K
-    sizes = blocks(N / E, dtype)
     order, counts = sort_by_expert(expert_ids, E)
     ends = counts.cumsum(0)
     in_expert = (counts + sizes.m - 1) // sizes.m  # tiles
@@ -235,7 +291,7 @@ def _forward(
         return x.new_empty(0, O), x.new_empty(0), x.new_empty(0)
     x, gates = x.contiguous(), gates.contiguous()
     with _on(x):
-        plan = _plan(expert_ids, E, x.dtype)
+        plan = _plan(expert_ids, E, _blocks_for(x, expert_ids, w_in, b_in, w_out, b_out, activation))
         keep_pre = keep and _keeps_pre(D, w_in.shape[1], H)
         pre, hidden = _hidden(x, plan, w_in, b_in, activation, keep=keep_pre, activate=True)
         outputs = _product(hidden, plan, w_out.mT, b_out, relu=output_activation == "relu")
@@ -293,7 +349,7 @@ def _backward(
     x, gates, dy = x.contiguous(), gates.contiguous(), dy.contiguous()
     gated = activation in GATED_ACTIVATIONS
     with _on(x):
-        plan = _plan(expert_ids, E, x.dtype)
+        plan = _plan(expert_ids, E, _blocks_for(x, expert_ids, w_in, b_in, w_out, b_out, activation))
         if not _keeps_pre(D, F, H):
             pre, _ = _hidden(x, plan, w_in, b_in, activation, keep=True, activate=False)
         if _needs_outputs(output_activation, combine):

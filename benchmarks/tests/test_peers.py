@@ -52,7 +52,7 @@ def tiny(monkeypatch) -> None:
         ("QUICK_LAYERS", (TINY,)),
         ("DTYPES", (torch.float32,)),
         ("SECONDS", 0.01),
-        ("GROWN", {"E": (4, 8, 16), "K": (1, 2, 4)}),
+        ("QUICK_GROWN", {"E": (4, 8, 16), "K": (1, 2, 4)}),
     ):
         monkeypatch.setattr(peers, name, value)
 
