@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, metavar="N", help="threads that torch computes with")
         command.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
         command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
-    beside = commands.add_parser("peers", help="ours beside other libraries': an hour, or --quick 10 minutes")
+    beside = commands.add_parser("peers", help="ours beside other libraries': an hour, or --quick 8 minutes")
     beside.add_argument("--quick", action="store_true", help="a subset of every regime")
     beside.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="results/ unless given")
     beside.set_defaults(run=_peers)
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--smoke", action="store_true", help="a small part of it, to try the command itself")
     gpu.set_defaults(run=_cuda)
 
-    made = commands.add_parser("figures", help="measure what the measurement is worth: 10 minutes")
+    made = commands.add_parser("figures", help="measure what the measurement is worth: 20 minutes")
     made.add_argument("--quick", action="store_true", help="fewer trials: a minute")
     made.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the table and page")
     made.set_defaults(run=_figures)

@@ -54,13 +54,13 @@ REGIMES = (
     Regime("many tokens", "forward", (1024, 4096), (1024,)),
     Regime("training", "forward_backward", (256, 2048), (256,)),
 )
-QUICK_LAYERS = (LAYERS[1], LAYERS[4])
+QUICK_LAYERS = (LAYERS[2], LAYERS[4])
 # Growth with the number of experts at a fixed number of slots, and with K.
 GROWTH = Problem("growth", T=256, D=256, H=256, O=256, E=32, K=4, bias=False)
 GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
 QUICK_GROWN = {"E": (8, 32, 128, 256), "K": (1, 4, 8, 16)}
 SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
-HOPELESS = 1.3  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
+HOPELESS = 1.2  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 FIRST = "sorted_dispatch"  # of ours: what others take in a first try is limited by what it took
 # Those that run on a CPU and combine by sums.

@@ -145,7 +145,7 @@ def test_a_table_that_is_none_is_ignored_with_one_warning_that_names_it(tuned: P
         assert chosen(small()) == chosen(small(T=36))
     (warning,) = told
     assert str(warning.message).startswith(f"{tuned} is ignored, as it is no table")
-    assert auto.table() == auto.read(auto.DEFAULTS)
+    assert auto.table() == auto.read(auto.shipped_path())
 
 
 def test_a_table_belongs_to_a_processor_a_number_of_threads_and_a_version_of_torch(monkeypatch) -> None:
@@ -161,8 +161,30 @@ def test_a_table_belongs_to_a_processor_a_number_of_threads_and_a_version_of_tor
     assert len(paths) == 4
 
 
-def test_the_table_that_comes_with_the_package_names_implementations_for_every_kind_of_call() -> None:
-    cells = auto.read(auto.DEFAULTS)
+@pytest.mark.parametrize(
+    "cpu_info, multiplies",
+    [
+        ("model name : A\nflags : fpu avx512f avx512_bf16\n", True),
+        ("model name : A\nflags : fpu avx512f\n", False),
+        ("Features : fp asimd bf16\n", True),
+        ("", False),
+    ],
+)
+def test_cpus_with_instructions_for_bfloat16_and_without_have_tables_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu_info: str, multiplies: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpu_info)
+    monkeypatch.setattr(auto, "CPU_INFO", tmp_path / "cpuinfo")
+    assert auto.multiplies_bfloat16() == multiplies
+    assert auto.shipped_path().name == f"auto_{'with' if multiplies else 'without'}_bfloat16.json"
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_the_tables_that_come_with_the_package_name_implementations_for_every_kind_of_call(
+    monkeypatch: pytest.MonkeyPatch, multiplies: bool
+) -> None:
+    monkeypatch.setattr(auto, "multiplies_bfloat16", lambda: multiplies)
+    cells = auto.read(auto.shipped_path())
     kinds = {(c.dtype, c.gradients, c.gated) for c in cells}
     assert kinds == {(d, g, a) for d in ("float32", "bfloat16") for g in (True, False) for a in (True, False)}
     assert {name for cell in cells for name in cell.times_ms} <= set(IMPLEMENTATIONS) - {"auto"}

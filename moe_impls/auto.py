@@ -3,8 +3,8 @@
 A table lists cells, each a kind of call and sizes with the times of the implementations that came near the
 fastest there, on even loads. A call takes the one that is fastest on average over the nearest cells of its
 kind, of those that declare all that it needs. A call with a hot expert is looked up as one with fewer
-experts. ``python -m benchmarks tune`` measures the table of a machine; without one, the table that comes with
-the package is used.
+experts. ``python -m benchmarks tune`` measures the table of a machine; without one, a table that comes with
+the package is used, that of a CPU with instructions for bfloat16 or of one without.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moe_impls.interface import GATED_ACTIVATIONS, Experts, Implementation, Rout
 from moe_impls.registry import resolve
 
 SUPPORT = Support(autocast=True)
-DEFAULTS = Path(__file__).with_name("auto_defaults.json")
+CPU_INFO = Path("/proc/cpuinfo")
 VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
 ALL_EXPERTS = "dense_mask"  # computes every expert for every token, which with K = E is what is asked for
@@ -57,14 +57,27 @@ class Cell:
     times_ms: Mapping[str, float]
 
 
+def _cpu_info(name: str) -> str:
+    """What Linux says of the first CPU under this name, or nothing."""
+    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
 def processor() -> str:
     """The name of the CPU, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it, as far as the system tells; without, products convert."""
+    flags = (_cpu_info("flags") or _cpu_info("Features")).split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def shipped_path() -> Path:
+    """The table that comes with the package for CPUs like this one."""
+    like = "with" if multiplies_bfloat16() else "without"
+    return Path(__file__).with_name(f"auto_{like}_bfloat16.json")
 
 
 def tuned_path() -> Path:
@@ -113,7 +126,7 @@ def table() -> tuple[Cell, ...]:
             return read(path)
         except ValueError as error:
             warnings.warn(f"{path} is ignored, as it is no table of `benchmarks tune`: {error}", stacklevel=2)
-    return read(DEFAULTS)
+    return read(shipped_path())
 
 
 @functools.lru_cache(maxsize=4096)
