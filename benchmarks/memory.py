@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Call
 from correctness.problems import Problem
+from moe_impls import kept_memory
 
 Result = TypeVar("Result")
 
@@ -51,6 +52,7 @@ def _held(call: Callable[[], Result], device: str) -> tuple[int, int, Result]:
         after = torch.cuda.memory_stats(device)
         held = [after[f"requested_bytes.all.{which}"] - before for which in ("peak", "current")]
         return held[0], held[1], result
+    kept_memory.release()  # or what an earlier call took would not be counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
     assert record.profiler is not None and record.profiler.kineto_results is not None

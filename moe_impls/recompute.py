@@ -3,7 +3,7 @@
 Gathered tokens and activations are computed again, which costs memory traffic and no matrix product. The
 experts' outputs are not needed: the gradient of a gate, dy · f, is (W_outᵀ dy) · a + dy · b_out, and that
 product is computed anyway (as in SonicMoE, arXiv:2512.14080). The product that makes an expert's weight
-gradient writes it to its place, once.
+gradient writes it to its place, once, in memory that is kept for the next backward (``kept_memory``).
 
 For training on CPUs: the host reads the sizes of the slices, once per call.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import accumulation_dtype, activate
 from moe_impls.interface import Experts, Routing, Support, check_choice
+from moe_impls.kept_memory import take
 
 SUPPORT = Support(devices=("cpu",), combines=("sum",), output_activations=("none",))
 
@@ -68,8 +69,8 @@ class _Sum(torch.autograd.Function):
         wide = slot_gates.dtype
         dx = torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format)
         d_slot_gates = torch.zeros(len(order), dtype=wide)
-        dw_in = w_in.new_empty(w_in.shape if wants_w_in else 0)
-        dw_out = w_out.new_empty(w_out.shape if wants_w_out else 0)
+        dw_in = take(w_in.shape if wants_w_in else [0], w_in.dtype)
+        dw_out = take(w_out.shape if wants_w_out else [0], w_out.dtype)
         db_in, db_out = (torch.zeros(w.shape[:2], dtype=w.dtype) for w in (w_in, w_out))
         begin = 0
         for e, size in enumerate(ctx.sizes):

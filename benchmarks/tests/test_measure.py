@@ -10,6 +10,7 @@ import torch
 from benchmarks import measure, memory, roofline
 from benchmarks.measure import CallTimeout, Timing
 from correctness.problems import Problem, make_inputs
+from moe_impls import kept_memory
 from moe_impls.registry import resolve
 
 PROBLEM = Problem("p", T=6, D=8, H=4, O=8, E=3, K=2)
@@ -152,6 +153,14 @@ def test_memory_that_a_call_releases_but_did_not_take_does_not_count() -> None:
     assert memory.peak_memory_bytes(take, "cpu") == pytest.approx(4 * MEBIBYTE, abs=1024)
     found = memory.peak_memory_bytes(release_and_take_a_quarter, "cpu")
     assert found == pytest.approx(MEBIBYTE, abs=1024)
+
+
+def test_memory_that_is_kept_for_the_next_call_counts_in_every_call() -> None:
+    def call() -> torch.Tensor:
+        return kept_memory.take((4, MEBIBYTE // 4), torch.float32)
+
+    for _ in range(2):
+        assert memory.peak_memory_bytes(call, "cpu") == pytest.approx(4 * MEBIBYTE, abs=1024)
 
 
 def test_the_timed_call_is_what_its_mode_says() -> None:
