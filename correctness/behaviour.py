@@ -17,10 +17,11 @@ from dataclasses import replace
 import torch
 import torch.utils.deterministic as torch_deterministic
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from correctness import compare
 from correctness.compare import CheckFailed, Graph, calls, finish, hold, hold_calls, run, start, what
-from correctness.problems import LOW_PRECISION, Problem, fit, make_inputs, resize
+from correctness.problems import LOW_PRECISION, Inputs, Problem, fit, make_inputs, resize
 from correctness.settings import require_unchanged
 from moe_impls.interface import Experts, Implementation, Routing
 from moe_impls.registry import one_line
@@ -518,6 +519,74 @@ def fullgraph(subject: Implementation, problem: Problem) -> None:
         raise CheckFailed(f"torch.compile: {one_line(error)[:500]}") from error
     finally:
         torch.compiler.reset()
+
+
+def no_host_sync(subject: Implementation, problem: Problem) -> None:
+    """No call and no backward waits on the host for what a tensor holds.
+
+    On a CPU: they take tensors that hold nothing. On CUDA: they run where waiting is an error, and one CUDA
+    graph of them is right for ten routings.
+    """
+    for gradients in {subject.support.gradients, False}:
+        check = _one_cuda_graph if problem.device.startswith("cuda") else _without_contents
+        try:
+            check(subject, problem, gradients)
+        except RuntimeError as error:
+            which = "the call or its backward" if gradients else "the call without gradients"
+            raise CheckFailed(f"{which} needs a value on the host: {one_line(error)[:500]}") from error
+
+
+def _bare_call(
+    subject: Implementation, problem: Problem, inputs: Inputs, gradients: bool
+) -> Callable[[], dict[str, Tensor]]:
+    """The call, and its backward, and nothing beside it; each time on the same tensors."""
+    leaves = {name: t.detach().requires_grad_(gradients) for name, t in inputs.tensors.items()}
+    arguments = compare.assemble(inputs, leaves)
+
+    def call() -> dict[str, Tensor]:
+        with torch.set_grad_enabled(gradients):
+            y = subject.forward(*arguments, combine=problem.combine)
+        found = torch.autograd.grad(y, list(leaves.values()), inputs.dy) if gradients else ()
+        return {"y": y.detach(), **dict(zip(leaves, found, strict=False))}
+
+    return call
+
+
+def _without_contents(subject: Implementation, problem: Problem, gradients: bool) -> None:
+    """Raise RuntimeError where a call on the CPU looks at what a tensor holds."""
+    inputs = make_inputs(problem)
+    with FakeTensorMode() as mode:
+        ids = mode.from_tensor(inputs.routing.expert_ids)
+        fake = inputs.map(mode.from_tensor)
+        fake = fake._replace(routing=fake.routing._replace(expert_ids=ids))
+        _bare_call(subject, problem, fake, gradients)()
+
+
+def _one_cuda_graph(subject: Implementation, problem: Problem, gradients: bool) -> None:
+    """Raise RuntimeError where a call waits for the GPU, CheckFailed where a graph of it goes wrong."""
+    inputs = make_inputs(problem)
+    call = _bare_call(subject, problem, inputs, gradients)
+    with torch.cuda.device(problem.device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is compiled or allocated once may wait
+                call()
+        torch.cuda.synchronize()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call()
+        for seed in range(ROUTINGS):
+            p = replace(problem, seed=seed)
+            inputs.overwrite(make_inputs(p))
+            graph.replay()
+            hold({name: t.clone() for name, t in results.items()}, p)
 
 
 class _Module(torch.nn.Module):

@@ -462,7 +462,7 @@ PLAIN = Support(autocast=True)
 # Declared where the graph of the backward is of its own kind: it is slow to check.
 TWICE = replace(PLAIN, second_order=True)
 # No shape depends on the routing.
-ONE_GRAPH = replace(TWICE, fullgraph=True, exports=True)
+ONE_GRAPH = replace(TWICE, fullgraph=True, exports=True, no_host_sync=True)
 # An accumulating index_put adds in the order in which threads arrive.
 ANY_ORDER = replace(TWICE, deterministic=False)
 

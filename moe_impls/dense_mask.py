@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Routing, Support
 
-SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True)
+SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True, no_host_sync=True)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:

@@ -1,8 +1,8 @@
 """Sort the slots by expert; one ``torch.nn.functional.grouped_mm`` computes a layer of all experts.
 
-The host never reads how many tokens an expert has: the kernel takes the ends of the groups as a tensor. Its
-operands must be aligned to 16 bytes; sizes that are not are padded with zeros, which copies the weights. The
-backward is written out here, since that of ``grouped_mm`` leaves the weight gradients of experts without
+The host need not know how many tokens an expert has: the product takes the ends of the groups as a tensor.
+Its operands must be aligned to 16 bytes; sizes that are not are padded with zeros, which copies the weights.
+The backward is written out here, since that of ``grouped_mm`` leaves the weight gradients of experts without
 tokens unwritten on some devices (pytorch/pytorch#172439).
 """
 
@@ -19,7 +19,8 @@ from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Routing, Support
 
 # Not declared: autocast, which does not know the product, and compilation, since the product's meta function
-# in torch 2.13 refuses all dtypes but bfloat16.
+# in torch 2.13 refuses all dtypes but bfloat16; no_host_sync, since where torch has no kernel for a dtype or
+# a GPU, the product loops over the groups on the host.
 SUPPORT = Support(dtypes=(torch.float32, torch.bfloat16, torch.float16))
 
 

@@ -175,6 +175,9 @@ class Support:
     autocast: under torch.autocast the result keeps the dtype of x and is right to the autocast dtype.
     fullgraph: torch.compile takes it as one graph and does not compile again for a new routing.
     exports: torch.export takes it.
+    no_host_sync: no call reads on the host what a tensor holds, so that it neither waits for a GPU nor does a
+        CUDA graph of it go wrong with a new routing. On a CPU it is called with fake tensors, for which
+        operators of its own need fake implementations (torch.library.register_fake).
     multiple_of: D, H and O must be multiples of it.
     same_width: O must equal D.
     compiles_per_case: each new combination of dtype and options costs a compilation (torch.compile);
@@ -193,6 +196,7 @@ class Support:
     autocast: bool = False
     fullgraph: bool = False
     exports: bool = False
+    no_host_sync: bool = False
     compiles_per_case: bool = False
     multiple_of: int = 1
     same_width: bool = False

@@ -35,6 +35,7 @@ SUPPORT = Support(
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     fullgraph=True,
+    no_host_sync=True,
     compiles_per_case=True,
 )
 LEAST_CAPABILITY = (8, 0)  # of a GPU whose tensor cores take bfloat16

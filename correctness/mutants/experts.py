@@ -1105,8 +1105,8 @@ MODES: tuple[Mutant, ...] = (
     _modes(
         "routing_baked_into_the_compiled_graph",
         """
-        - SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True)
-        + SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True)
+        - SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True, no_host_sync=True)
+        + SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True, no_host_sync=True)
         + constant = torch.compiler.assume_constant_result(lambda ids: ids.clone())
         - visits = visits.scatter(1, routing.expert_ids, True)
         + visits = visits.scatter(1, constant(routing.expert_ids), True)
