@@ -97,8 +97,8 @@ def interleave(
 ) -> dict[str, Timing | BaseException]:
     """Time all candidates in rounds; the order of every second round is shuffled, and reversed in the next.
 
-    What ran before leaves its mark on the caches and on the memory that is free, so that each candidate
-    follows each other one some time.
+    What ran before leaves its mark on the caches and on the memory that is free, so no candidate always
+    follows the same one.
 
     Args:
         candidates: functions without arguments, by name.
