@@ -56,7 +56,7 @@ def test_each_round_takes_all_candidates_and_the_next_in_the_reverse_order() -> 
 
 def test_calls_shorter_than_the_clock_resolves_are_taken_together() -> None:
     timing = timings(measure.interleave({"nothing": lambda: None}, seconds=0.01))["nothing"]
-    assert timing.calls_per_sample > 10
+    assert timing.calls_per_sample > 100
     assert 0 < min(timing.samples_s) < 5e-6
 
 
