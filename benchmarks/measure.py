@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from correctness import compare
 from correctness.problems import Inputs, Problem
@@ -288,6 +290,39 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def recording(**options: Any) -> Iterator[profile]:
+    """torch's profiler on the block. Ctrl-C and time limits act within it or wait for the end of the record.
+
+    A record that is broken off while it starts or stops makes the process crash, at its exit at the latest.
+    """
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)}
+    arrived: list[int] = []
+
+    def keep() -> None:
+        for number in handlers:
+            signal.signal(number, lambda signalled, _: arrived.append(signalled))
+
+    def deliver() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        while arrived:
+            signal.raise_signal(arrived.pop())
+
+    keep()
+    try:
+        with profile(**options) as record:
+            try:
+                deliver()
+                yield record
+            finally:
+                keep()
+    finally:
+        deliver()
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ import psutil
 import torch
 from torch import Tensor
 from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
-from benchmarks.measure import Call
+from benchmarks.measure import Call, recording
 from correctness.problems import Problem
 from moe_impls import kept_memory
 
@@ -53,7 +53,7 @@ def _held(call: Callable[[], Result], device: str) -> tuple[int, int, Result]:
         held = [after[f"requested_bytes.all.{which}"] - before for which in ("peak", "current")]
         return held[0], held[1], result
     kept_memory.release()  # or what an earlier call took would not be counted
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with recording(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events = list(_allocations(record.profiler.kineto_results.experimental_event_tree()))

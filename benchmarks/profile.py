@@ -34,7 +34,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, record_function
 
 from benchmarks import measure
 from benchmarks.record import slug
@@ -177,7 +177,7 @@ def profile_call(
         once()
     cuda = problem.device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as recorded:
+    with measure.recording(activities=activities) as recorded:
         for _ in range(REPEATS):
             once()
         if cuda:

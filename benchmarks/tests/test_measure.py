@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from benchmarks import measure, memory, roofline
 from benchmarks.measure import CallTimeout, Timing
@@ -161,6 +163,31 @@ def test_memory_that_is_kept_for_the_next_call_counts_in_every_call() -> None:
 
     for _ in range(2):
         assert memory.peak_memory_bytes(call, "cpu") == pytest.approx(4 * MEBIBYTE, abs=1024)
+
+
+@pytest.mark.parametrize("where", ["_get_distributed_info", "stop"])
+def test_ctrl_c_while_a_record_starts_or_stops_waits_until_it_has_ended(where: str, monkeypatch) -> None:
+    once = getattr(profile, where)
+    done = []
+
+    def interrupted(record: profile) -> object:
+        signal.raise_signal(signal.SIGINT)
+        result = once(record)
+        done.append(where)
+        return result
+
+    monkeypatch.setattr(profile, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memory.peak_memory_bytes(lambda: torch.zeros(8), "cpu")
+    monkeypatch.undo()
+    assert done
+    assert memory.peak_memory_bytes(lambda: torch.zeros(8), "cpu") == 32  # no record is left open
+
+
+def test_a_time_limit_ends_a_call_while_it_is_recorded() -> None:
+    with pytest.raises(CallTimeout), measure.time_limit(0.2):
+        memory.peak_memory_bytes(lambda: time.sleep(10), "cpu")
+    assert memory.peak_memory_bytes(lambda: torch.zeros(8), "cpu") == 32
 
 
 def test_the_timed_call_is_what_its_mode_says() -> None:
