@@ -173,7 +173,11 @@ VISITS, VISIT_ROUNDS = 10, 2  # of a problem, and the least rounds in each
 
 
 def in_turns(
-    problems: Sequence[Callable[[], Mapping[str, Call]]], *, seconds: float, device: str = "cpu"
+    problems: Sequence[Callable[[], Mapping[str, Call]]],
+    *,
+    seconds: float,
+    device: str = "cpu",
+    clock: Callable[[str, int], float] | None = None,
 ) -> list[dict[str, Timing | BaseException]]:
     """Time the candidates of several problems, each in VISITS visits that are spread over the whole time.
 
@@ -184,6 +188,7 @@ def in_turns(
     Args:
         problems: for each a function that makes its candidates, with tensors of their own.
         seconds: time to spend on each candidate of each problem on average; MAX_ROUNDS may end it sooner.
+        clock: as for `interleave`.
 
     Returns:
         For each problem what `interleave` returns, with the samples of all visits in the order taken.
@@ -198,6 +203,7 @@ def in_turns(
                 seconds=seconds / VISITS,
                 min_rounds=VISIT_ROUNDS,
                 max_rounds=MAX_ROUNDS // VISITS,
+                clock=clock,
             )
             for name, now in visit.items():
                 before = outcomes.get(name)

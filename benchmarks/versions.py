@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ratio
-from benchmarks.measure import Timing, all_timed, interleave
+from benchmarks.measure import Call, Timing, all_timed, in_turns
 from correctness import compare
-from correctness.problems import Problem, make_inputs
+from correctness.problems import Inputs, Problem, make_inputs
 from correctness.provenance import ROOT
 
 WHICH = ("base", "here")
@@ -78,15 +77,23 @@ class Version:
         self.process = subprocess.Popen(
             [sys.executable, WORKER, root, name, inputs],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
         )  # fmt: skip
 
     def ask(self, command: str) -> str:
+        """The answer to a command; between answers the process stands still.
+
+        For some milliseconds after a call the threads of OpenMP turn in a loop to be ready for the next one,
+        on the cores that the other version is timed on. Only Linux ends a process that stands still with the
+        one that asked for it, so elsewhere it goes on.
+        """
         assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{command}\n")
             self.process.stdin.flush()
         if answer := self.process.stdout.readline().strip():
+            if sys.platform == "linux":
+                self.process.send_signal(signal.SIGSTOP)
             return answer
         last = self.process.stderr.read().strip().splitlines()[-1:]
         raise VersionError(f"{self.label} failed: {''.join(last)}")
@@ -94,6 +101,20 @@ class Version:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def write_inputs(path: Path, problem: Problem, inputs: Inputs, gradients: bool) -> None:
+    """The file that a version reads its call from."""
+    experts = inputs.experts
+    options = {"activation": experts.activation, "output_activation": experts.output_activation}
+    torch.save(
+        {
+            "tensors": inputs.tensors, "expert_ids": inputs.routing.expert_ids, "dy": inputs.dy,
+            "options": options, "combine": problem.combine, "gradients": gradients,
+            "threads": torch.get_num_threads(),
+        },
+        path,
+    )  # fmt: skip
 
 
 def measure_versions(
@@ -110,18 +131,7 @@ def measure_versions(
     reference = compare.make_reference(problem, inputs, gradients)
     with tempfile.TemporaryDirectory(prefix="moe-versions-") as folder, contextlib.ExitStack() as stack:
         path = Path(folder) / "inputs.pt"
-        options = {
-            "activation": inputs.experts.activation,
-            "output_activation": inputs.experts.output_activation,
-        }
-        torch.save(
-            {
-                "tensors": inputs.tensors, "expert_ids": inputs.routing.expert_ids, "dy": inputs.dy,
-                "options": options, "combine": problem.combine, "gradients": gradients,
-                "threads": torch.get_num_threads(),
-            },
-            path,
-        )  # fmt: skip
+        write_inputs(path, problem, inputs, gradients)
         versions = {which: Version(root, name, path) for which, root in zip(WHICH, roots, strict=True)}
         for version in versions.values():
             stack.callback(version.close)
@@ -129,10 +139,14 @@ def measure_versions(
             version.ask(f"results {results}")
             compare.require(torch.load(results), reference)
 
-        outcomes = interleave(
-            dict.fromkeys(WHICH, lambda: None),
+        def anew() -> dict[str, Call]:
+            for version in versions.values():
+                version.ask("anew")
+            return dict.fromkeys(WHICH, lambda: None)
+
+        (outcomes,) = in_turns(
+            [anew],
             seconds=seconds,
-            min_rounds=ratio.LEAST_ROUNDS,
             clock=lambda which, calls: float(versions[which].ask(f"sample {calls}")),
         )
     first, second = all_timed(outcomes).values()

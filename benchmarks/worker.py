@@ -5,34 +5,46 @@
 ROOT is a folder that holds the package ``moe_impls``, NAME an implementation of it, INPUTS a file of tensors.
 Only what every version has in common is used. Commands come line by line on standard input, and answers go
 to standard output: ``results FILE`` writes y and the gradients to a file; ``sample N`` answers the seconds a
-call of N calls.
+call of N calls; ``anew`` reads the tensors into other memory.
 """
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import sys
 import time
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
 
 def main(root: str, name: str, path: str) -> None:
+    if sys.platform == "linux":  # the process ends with its parent, even where it stands still just then
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.path.insert(0, root)
     import torch
 
     import moe_impls
 
-    given = torch.load(path)
-    torch.set_num_threads(given["threads"])
-    gradients, combine = given["gradients"], given["combine"]
-    leaves = {n: t.requires_grad_(gradients) for n, t in given["tensors"].items()}
-    weights = {n: leaves.get(n) for n in ("w_in", "b_in", "w_out", "b_out")}
-    experts = moe_impls.Experts(**weights, **given["options"])
-    routing = moe_impls.Routing(given["expert_ids"], leaves["gates"])
     forward = moe_impls.resolve(name).forward
 
-    def call():
-        with torch.set_grad_enabled(gradients):
-            y = forward(leaves["x"], routing, experts, combine=combine)
-        return (y, *torch.autograd.grad(y, list(leaves.values()), given["dy"])) if gradients else (y,)
+    def read():
+        given = torch.load(path)
+        gradients = given["gradients"]
+        leaves = {n: t.requires_grad_(gradients) for n, t in given["tensors"].items()}
+        weights = {n: leaves.get(n) for n in ("w_in", "b_in", "w_out", "b_out")}
+        experts = moe_impls.Experts(**weights, **given["options"])
+        routing = moe_impls.Routing(given["expert_ids"], leaves["gates"])
+
+        def call():
+            with torch.set_grad_enabled(gradients):
+                y = forward(leaves["x"], routing, experts, combine=given["combine"])
+            return (y, *torch.autograd.grad(y, list(leaves.values()), given["dy"])) if gradients else (y,)
+
+        torch.set_num_threads(given["threads"])
+        return leaves, call
+
+    leaves, call = read()
 
     def synchronise():
         if leaves["x"].is_cuda:
@@ -44,6 +56,9 @@ def main(root: str, name: str, path: str) -> None:
         command, _, argument = line.strip().partition(" ")
         if command == "results":
             torch.save(dict(zip(["y", *leaves], (t.detach() for t in call()), strict=False)), argument)
+            print("done", file=answers, flush=True)
+        elif command == "anew":
+            leaves, call = read()
             print("done", file=answers, flush=True)
         elif command == "sample":
             synchronise()

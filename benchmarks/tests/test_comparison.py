@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from benchmarks import comparison, memory, versions
 from benchmarks.__main__ import main
 from benchmarks.workloads import Workloads
+from correctness.problems import Problem, make_inputs
 from correctness.provenance import ROOT
 
 QUICK = "--seconds=0.1"
@@ -93,6 +96,32 @@ def test_another_version_is_measured_in_a_process_of_its_own(tmp_path: Path) -> 
     base, path = version(tmp_path / "base", sleep_s=0.003), tmp_path / "c.csv"
     assert main(["compare", f"--base={base}", "sorted_dispatch", QUICK, f"--csv={path}"]) == 0
     assert set(pd.read_csv(path)["verdict"]) == {"faster"}
+
+
+def worker_of(parent: psutil.Process) -> psutil.Process | None:
+    found = parent.children(recursive=True) if parent.is_running() else []
+    return next((p for p in found if "worker.py" in " ".join(p.cmdline())), None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes stand still on Linux alone")
+def test_a_version_stands_still_between_its_calls_and_ends_with_who_asked_for_it(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, torch; from pathlib import Path; from benchmarks.versions import Version\n"
+        "version = Version(Path(sys.argv[1]), 'sorted_dispatch', Path(sys.argv[2]))\n"
+        "version.ask('anew'); print('asked', flush=True); time.sleep(60)"
+    )
+    inputs = tmp_path / "inputs.pt"
+    problem = Problem("tiny", T=4, D=4, H=4, O=4, E=2, K=1)
+    versions.write_inputs(inputs, problem, make_inputs(problem), gradients=False)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, ROOT, inputs], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "asked\n"
+        worker = worker_of(psutil.Process(parent.pid))
+        assert worker is not None and worker.status() == psutil.STATUS_STOPPED
+        parent.kill()
+    psutil.wait_procs([worker], timeout=10)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_gate_fails_on_a_slowdown_and_passes_without_one(tmp_path: Path, monkeypatch, capsys) -> None:
