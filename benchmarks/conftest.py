@@ -180,7 +180,7 @@ def _resolve_all(names: list[str]) -> list[Implementation]:
 
 def _continued(csv: Path, first: record.Row, now: record.Environment) -> record.Environment:
     """The environment of a sweep that goes on: the run is the same, so all else must be."""
-    for name in ("machine", "device_name", "torch_version", "threads", "git_commit"):
+    for name in ("machine", "device_name", "torch_version", "threads", "threads_wait", "git_commit"):
         before, value = getattr(first, name), getattr(now, name)
         if before != value:
             raise ValueError(f"--resume: {csv} was measured with {name} {before}, this is {value}")

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from rich.progress import track
 
-from benchmarks import measure, ratio
+from benchmarks import measure, ratio, record
 from benchmarks.comparison import SECONDS, calls
 from benchmarks.measure import Call, Timing
 from correctness import provenance
@@ -210,7 +210,8 @@ def all_figures(quick: bool) -> list[Figure]:
 
 def write(folder: Path, found: list[Figure], quick: bool) -> list[Path]:
     """measurement.csv and measurement.md."""
-    made = provenance.columns() | {"threads": torch.get_num_threads(), "quick": quick}
+    made = provenance.columns() | {"threads": torch.get_num_threads(), "threads_wait": record.threads_wait()}
+    made |= {"quick": quick}
     table = pd.DataFrame([made | asdict(figure) for figure in found])
     shown = pd.DataFrame(
         {

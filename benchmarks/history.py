@@ -19,12 +19,12 @@ from benchmarks.plots import png
 from benchmarks.record import RecordError
 from correctness.pages import markdown_table, write_atomically
 
-OF_RUN = ("run_id", "git_commit", "time_utc", "machine", "torch_version", "threads", "cache")
+OF_RUN = ("run_id", "git_commit", "time_utc", "machine", "torch_version", "threads", "threads_wait", "cache")
 SUMMARY = (*OF_RUN, "implementation", "mode", "dtype", "cells", "efficiency")
 LEAST_RUNS = 6  # fewer have no step that could be told from chance
 PENALTY = 8.0  # for one more step, in units of log(runs) times the spread between neighbouring runs
 COLUMNS_OF_PLOT = 2
-PANEL = ("machine", "threads", "cache", "mode", "dtype")
+PANEL = ("machine", "threads", "threads_wait", "cache", "mode", "dtype")
 
 
 def add(csv: Path, folder: Path) -> Path:
@@ -44,7 +44,7 @@ def add(csv: Path, folder: Path) -> Path:
         first = own[0]
         efficiency = ratio.geometric_mean([row.efficiency for row in own if row.efficiency])
         lines.append(
-            (*(getattr(first, column) for column in SUMMARY[:7]), name, mode, dtype, len(own), efficiency)
+            (*(getattr(first, column) for column in OF_RUN), name, mode, dtype, len(own), efficiency)
         )
     path = folder / f"{rows[0].run_id}.csv"
     table = pd.DataFrame(lines, columns=list(SUMMARY)).round({"efficiency": 5})

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from rich.progress import track
 
-from benchmarks import measure, memory, ratio, roofline
+from benchmarks import measure, memory, ratio, record, roofline
 from benchmarks.measure import Call
 from benchmarks.plots import png
 from benchmarks.sweep import taken, undeclared
@@ -211,7 +211,8 @@ def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
 
 
 def _made(quick: bool) -> dict[str, object]:
-    return {**provenance.columns(), "threads": torch.get_num_threads(), "quick": quick}
+    threads = {"threads": torch.get_num_threads(), "threads_wait": record.threads_wait()}
+    return {**provenance.columns(), **threads, "quick": quick}
 
 
 def _begun(part: Path, made: dict[str, object]) -> list[dict[str, object]]:

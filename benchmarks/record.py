@@ -25,7 +25,7 @@ from correctness.pages import write_atomically
 from correctness.provenance import device_name, git_commit
 from moe_impls.interface import Routing
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 STATUSES = ("ok", "incorrect", "unsupported", "out_of_memory", "error", "timeout")
 
 
@@ -45,6 +45,7 @@ class Environment:
     device_name: str
     torch_version: str
     threads: int
+    threads_wait: str  # default | active | passive
     cache: str  # warm | cold
 
 
@@ -124,8 +125,18 @@ def environment(device: str, grid: str, cache: str = "warm") -> Environment:
         device_name=name,
         torch_version=torch.__version__,
         threads=torch.get_num_threads(),
+        threads_wait=threads_wait(),
         cache=cache,
     )
+
+
+def threads_wait() -> str:
+    """What OpenMP's threads do between operations: look for work in a loop (active) or sleep (passive).
+
+    By default they do the first for a while, then the second. Asleep, they make small operations several
+    times slower.
+    """
+    return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() or "default"
 
 
 def slug(text: str) -> str:

@@ -26,8 +26,8 @@ from benchmarks.record import RecordError, slug
 from correctness.pages import markdown_table, write_atomically
 
 # What two rows must share to be times of the same thing.
-LAYER = ["device", "device_name", "threads", "cache", "torch_version", "workload", "D", "H", "O",
-         "activation", "output_activation", "combine", "bias", "dtype", "seed"]  # fmt: skip
+LAYER = ["device", "device_name", "threads", "threads_wait", "cache", "torch_version", "workload", "D", "H",
+         "O", "activation", "output_activation", "combine", "bias", "dtype", "seed"]  # fmt: skip
 CELL = [*LAYER, "load", "T", "E", "K", "mode"]
 AXES = {"T": "tokens T", "E": "experts E", "K": "experts per token K"}
 TITLE, PAGE = "Mixture-of-experts layers: measured times", "report.html"
@@ -257,7 +257,8 @@ def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]
         parts.append(f"[{PAGE}]({PAGE}) has the same rows with filters, every detail and more plots.")
 
     parts.append("## Environment")
-    columns = ["run_id", "machine", "device_name", "device", "threads", "torch_version", "git_commit"]
+    columns = ["run_id", "machine", "device_name", "device", "threads", "threads_wait", "torch_version",
+               "git_commit"]  # fmt: skip
     environment = table[columns].drop_duplicates().astype(str)
     environment["git_commit"] = environment["git_commit"].str.replace(r"^(\w{12})\w*", r"\1", regex=True)
     parts.append(markdown_table(environment))

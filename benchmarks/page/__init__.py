@@ -54,7 +54,8 @@ def rows(table: pd.DataFrame, cell: Sequence[str]) -> list[dict]:
         peak_mib=table["peak_memory_bytes"] / 2**20,
         saved_mib=table["saved_for_backward_bytes"] / 2**20,
         setting=[
-            f"{r.device_name} ({r.device}), {r.threads} threads, {r.cache} cache, torch {r.torch_version}"
+            f"{r.device_name} ({r.device}), {r.threads} threads (wait: {r.threads_wait}), "
+            f"{r.cache} cache, torch {r.torch_version}"
             for r in table.itertuples()
         ],
         layer=[_layer(r) for r in table.itertuples()],

@@ -19,7 +19,8 @@ def make_row(**changes: object) -> Row:
     values: dict = {
         "run_id": "run", "git_commit": "c0ffee", "machine": "m", "device": "cpu",
         "device_name": "CPU, 2 cores",
-        "torch_version": "2.13.0", "threads": 2, "cache": "warm", "time_utc": "2026-01-01T00:00:00Z",
+        "torch_version": "2.13.0", "threads": 2, "threads_wait": "default", "cache": "warm",
+        "time_utc": "2026-01-01T00:00:00Z",
         "implementation": "a",
         "workload": "sweep", "T": 16, "D": 8, "H": 4, "O": 8, "E": 4, "K": 2, "activation": "swiglu",
         "output_activation": "none", "combine": "sum", "bias": False, "dtype": "float32", "load": "uniform",
@@ -128,6 +129,16 @@ def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
         record.read(tmp_path / "none.csv")
 
 
+@pytest.mark.parametrize(
+    ("setting", "recorded"), [(None, "default"), ("PASSIVE", "passive"), ("", "default")]
+)
+def test_what_threads_do_while_they_wait_is_recorded(setting, recorded: str, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", setting)
+    assert record.environment("cpu", "default").threads_wait == recorded
+
+
 def test_the_checksum_tells_routings_apart() -> None:
     routing = Routing(torch.tensor([[0, 1], [2, 1]]), torch.ones(2, 2))
     same = Routing(routing.expert_ids.clone(), routing.gates.clone())
@@ -162,5 +173,5 @@ def test_the_dictionary_of_columns_names_every_column() -> None:
 def test_a_file_of_an_earlier_schema_is_refused_by_its_version(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text("schema_version,run_id\n1,old\n")
-    with pytest.raises(RecordError, match=r"r.csv, line 2: schema_version is 1; this version reads 3"):
+    with pytest.raises(RecordError, match=r"r.csv, line 2: schema_version is 1; this version reads 4"):
         record.read(path)
