@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from correctness.problems import SMALL, Inputs, make_inputs
-from moe_impls import MoE, auto
+from moe_impls import MoE, auto, processor
 from moe_impls.auto import Cell
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 
@@ -174,8 +174,9 @@ def test_cpus_with_instructions_for_bfloat16_and_without_have_tables_of_their_ow
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu_info: str, multiplies: bool
 ) -> None:
     (tmp_path / "cpuinfo").write_text(cpu_info)
-    monkeypatch.setattr(auto, "CPU_INFO", tmp_path / "cpuinfo")
-    assert auto.multiplies_bfloat16() == multiplies
+    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
+    assert processor.multiplies(torch.bfloat16) == multiplies
+    assert processor.multiplies(torch.float32) and not processor.multiplies(torch.float16)
     assert auto.shipped_path().name == f"auto_{'with' if multiplies else 'without'}_bfloat16.json"
 
 
@@ -183,7 +184,7 @@ def test_cpus_with_instructions_for_bfloat16_and_without_have_tables_of_their_ow
 def test_the_tables_that_come_with_the_package_name_implementations_for_every_kind_of_call(
     monkeypatch: pytest.MonkeyPatch, multiplies: bool
 ) -> None:
-    monkeypatch.setattr(auto, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(auto, "multiplies", lambda dtype: multiplies)
     cells = auto.read(auto.shipped_path())
     kinds = {(c.dtype, c.gradients, c.gated) for c in cells}
     assert kinds == {(d, g, a) for d in ("float32", "bfloat16") for g in (True, False) for a in (True, False)}

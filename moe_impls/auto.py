@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,10 +24,10 @@ import torch
 from torch import Tensor
 
 from moe_impls.interface import GATED_ACTIVATIONS, Experts, Implementation, Routing, Support, dtype_name
+from moe_impls.processor import multiplies, processor
 from moe_impls.registry import resolve
 
 SUPPORT = Support(autocast=True)
-CPU_INFO = Path("/proc/cpuinfo")
 VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
 ALL_EXPERTS = "dense_mask"  # computes every expert for every token, which with K = E is what is asked for
@@ -57,26 +56,9 @@ class Cell:
     times_ms: Mapping[str, float]
 
 
-def _cpu_info(name: str) -> str:
-    """What Linux says of the first CPU under this name, or nothing."""
-    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
-
-
-def processor() -> str:
-    """The name of the CPU, as far as the system tells it."""
-    return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for it, as far as the system tells; without, products convert."""
-    flags = (_cpu_info("flags") or _cpu_info("Features")).split()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
-
-
 def shipped_path() -> Path:
     """The table that comes with the package for CPUs like this one."""
-    like = "with" if multiplies_bfloat16() else "without"
+    like = "with" if multiplies(torch.bfloat16) else "without"
     return Path(__file__).with_name(f"auto_{like}_bfloat16.json")
 
 
