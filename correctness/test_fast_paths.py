@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from correctness.checks import CHECKS, Check, cases
 from correctness.problems import SMALL, Inputs, make_inputs
 from moe_impls import native, packed, recompute
+from moe_impls.registry import resolve
 
 
 def small(**changes) -> Inputs:
@@ -55,6 +57,17 @@ def test_recompute_refuses_what_it_does_not_declare(changes: dict[str, str], mes
     inputs = small(**changes)
     with pytest.raises(ValueError, match=message):
         recompute.forward(*inputs[:3], combine=changes.get("combine", "sum"))
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("check", dict.fromkeys(CHECKS), ids=lambda check: check.name)
+def test_recompute_is_right_on_cpus_that_multiply_a_dtype_and_on_those_that_do_not(
+    monkeypatch: pytest.MonkeyPatch, check: Check, multiplies: bool
+) -> None:
+    monkeypatch.setattr(recompute, "multiplies", lambda dtype: multiplies or dtype.itemsize > 2)
+    for case in cases([resolve("recompute")], [check]):
+        if case.skip is None and case.problem.T <= 100 and case.problem.dtype.itemsize == 2:
+            case.run()
 
 
 def without_library(monkeypatch: pytest.MonkeyPatch, cache: object, compiler: str) -> None:

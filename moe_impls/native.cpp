@@ -6,6 +6,7 @@
 // where the processor has an instruction that multiplies pairs of those (it takes subnormal numbers as zeros).
 // Both operands lie along d, so a tile of rows times features is a set of dot products, in vectors as wide as the
 // processor's. Written with the vector extensions of GCC and Clang; compiled for the machine that it runs on.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX512BF16__
@@ -18,9 +19,10 @@ constexpr int WIDTH = 16, ROWS = 6;  // 6 rows x 4 features of sums in 32 regist
 constexpr int WIDTH = 8, ROWS = 2;
 #endif
 constexpr int64_t BLOCK = 16;  // features of one expert that a thread takes at a time
-constexpr int BLOCKS = 4;      // of those, one after the other
+constexpr int BLOCKS = 8;      // at most, of those one after the other
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef float Quad __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef _Float16 Float16s __attribute__((vector_size(2 * WIDTH), aligned(2)));
@@ -67,85 +69,146 @@ struct Multiply<BFloat16> {
 #endif
 
 static float total(Floats v) {
-    float parts[WIDTH];
+    Quad parts[WIDTH / 4];
     std::memcpy(parts, &v, sizeof parts);
-    for (int half = WIDTH / 2; half > 0; half /= 2)
+    for (int half = WIDTH / 8; half > 0; half /= 2)
         for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    return parts[0];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-// The dot products of R rows with N features. The first rows of an expert find its weights in memory, not in a
-// cache: to go AHEAD, they fetch the features after these meanwhile.
-template <int R, int N, bool AHEAD, class W>
-static void tile(const typename Multiply<W>::Row* const* rows, const W* weight, const W* bias, int64_t D,
-                 float* const* out) {
-    using M = Multiply<W>;
-    Floats sums[R][N] = {};
-    int64_t d = 0;
-    for (; d + M::STEP <= D; d += M::STEP) {
-        typename M::Vector w[N];
-        for (int n = 0; n < N; n++) {
-            w[n] = M::weight(weight + n * D + d);
-            if (AHEAD) __builtin_prefetch(weight + (n + N) * D + d, 0, 2);
-        }
-        for (int r = 0; r < R; r++) {
-            const typename M::Vector x = M::row(rows[r] + d);
-            for (int n = 0; n < N; n++) sums[r][n] = M::add(sums[r][n], x, w[n]);
+template <class W>
+static int64_t padded(int64_t D) {
+    constexpr int STEP = Multiply<W>::STEP;
+    return (D + STEP - 1) / STEP * STEP;
+}
+
+// R rows, STEP numbers of each in turn and zeros after the last: read one after the other, and not at distances
+// of D, at which the lines of all rows would share one set of a cache.
+template <class W>
+static void pack(const typename Multiply<W>::Row* rows, const int64_t* index, int64_t n, int64_t R, int64_t D,
+                 typename Multiply<W>::Row* to) {
+    constexpr int64_t STEP = Multiply<W>::STEP;
+    for (int64_t r = 0; r < R; r++) {
+        const auto* from = rows + (index ? index[n + r] : n + r) * D;
+        auto* step = to + r * STEP;
+        int64_t d = 0;
+        for (; d + STEP <= D; d += STEP, step += R * STEP) std::memcpy(step, from + d, STEP * sizeof *to);
+        if (d < D) {
+            std::memset(static_cast<void*>(step), 0, STEP * sizeof *to);
+            std::memcpy(step, from + d, (D - d) * sizeof *to);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) {
-            float sum = total(sums[r][n]);
-            for (int64_t i = d; i < D; i++) sum += value(rows[r][i]) * value(weight[n * D + i]);
-            out[r][n] = bias ? sum + value(bias[n]) : sum;
-        }
 }
 
-template <int R, bool AHEAD, class W>
-static void features(const typename Multiply<W>::Row* const* rows, const W* weight, const W* bias, int64_t D,
-                     int64_t count, float** out) {
+// The rows of an expert go over its weights in passes of about the same number of rows, at most ROWS.
+struct Passes {
+    int64_t size, count;
+    explicit Passes(int64_t size) : size(size), count((size + ROWS - 1) / ROWS) {}
+    int64_t first(int64_t pass) const { return size * pass / count; }
+    int64_t rows(int64_t pass) const { return first(pass + 1) - first(pass); }
+};
+
+// What is fetched into a cache meanwhile: of every N features one in PARTS, from the first-th of them on, at a
+// distance of `ahead` numbers.
+struct Fetch {
+    int64_t ahead;
+    int first;
+};
+
+// The dot products of R packed rows with N features.
+template <int R, int N, int PARTS, class W>
+static void tile(const typename Multiply<W>::Row* rows, const W* weight, const W* bias, int64_t D, Fetch fetch,
+                 float* out, int64_t F) {
+    using M = Multiply<W>;
+    Floats sums[R][N] = {};
+    typename M::Vector w[N];
+    auto add = [&] {
+        for (int r = 0; r < R; r++, rows += M::STEP) {
+            const typename M::Vector x = M::row(rows);
+            for (int n = 0; n < N; n++) sums[r][n] = M::add(sums[r][n], x, w[n]);
+        }
+    };
+    const W* fetched = weight + fetch.ahead + fetch.first * D;
+    int64_t d = 0;
+    for (; d + M::STEP <= D; d += M::STEP) {
+        for (int n = 0; n < N; n++) w[n] = M::weight(weight + n * D + d);
+        if constexpr (PARTS > 0)
+            for (int n = 0; n < std::max(N / PARTS, 1); n++) __builtin_prefetch(fetched + n * D + d, 0, 2);
+        add();
+    }
+    if (d < D) {
+        W last[N][M::STEP] = {};
+        for (int n = 0; n < N; n++) {
+            std::memcpy(last[n], weight + n * D + d, (D - d) * sizeof(W));
+            w[n] = M::weight(last[n]);
+        }
+        add();
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) out[r * F + n] = total(sums[r][n]) + (bias ? value(bias[n]) : 0);
+}
+
+template <int R, int PARTS, class W>
+static void features(const typename Multiply<W>::Row* rows, const W* weight, const W* bias, int64_t D,
+                     int64_t count, int quarter, float* out, int64_t F) {
     constexpr int N = R <= 2 ? 8 : 4;  // with few rows more features at once, to keep the adders busy
     int64_t f = 0;
-    auto advance = [&](int64_t by) {
-        f += by;
-        for (int r = 0; r < R; r++) out[r] += by;
-    };
-    for (; f + N <= count; advance(N))
-        tile<R, N, AHEAD>(rows, weight + f * D, bias ? bias + f : bias, D, out);
-    for (; f < count; advance(1)) tile<R, 1, AHEAD>(rows, weight + f * D, bias ? bias + f : bias, D, out);
+    // A pass that is the only one fetches the next features, others fetch a part of the next block each.
+    const Fetch fetch = PARTS == 1 ? Fetch{N * D, 0} : Fetch{count * D, quarter * N / 4};
+    for (; f + N <= count; f += N)
+        tile<R, N, PARTS>(rows, weight + f * D, bias ? bias + f : bias, D, fetch, out + f, F);
+    for (; f < count; f++) tile<R, 1, 0>(rows, weight + f * D, bias ? bias + f : bias, D, fetch, out + f, F);
 }
 
-#define ROWS_OF(R) \
-    ahead ? features<R, true>(in, w, b, D, count, to) : features<R, false>(in, w, b, D, count, to)
+template <int R, class W>
+static void pass_of(int64_t pass, int64_t passes, const typename Multiply<W>::Row* rows, const W* weight,
+                    const W* bias, int64_t D, int64_t count, float* out, int64_t F) {
+    if (passes == 1)
+        features<R, 1>(rows, weight, bias, D, count, 0, out, F);
+    else if (passes == 2 || (passes == 3 && pass == 0))
+        features<R, 2>(rows, weight, bias, D, count, 2 * pass, out, F);
+    else if (const int64_t quarter = passes == 3 ? pass + 1 : pass; quarter < 4)
+        features<R, 4>(rows, weight, bias, D, count, quarter, out, F);
+    else
+        features<R, 0>(rows, weight, bias, D, count, 0, out, F);
+}
 
 template <class W>
 static void products(const typename Multiply<W>::Row* rows, const int64_t* index, const int64_t* begin, const W* weight,
-                     const W* bias, float* out, int64_t E, int64_t F, int64_t D, int threads) {
-    const int64_t blocks = (F + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(dynamic, BLOCKS) num_threads(threads) if (threads > 1)
-    for (int64_t item = 0; item < E * blocks; item++) {
-        const int64_t e = item / blocks, f = item % blocks * BLOCK;
-        const int64_t count = F - f < BLOCK ? F - f : BLOCK;
-        const W* w = weight + (e * F + f) * D;
-        const W* b = bias ? bias + e * F + f : nullptr;
-        for (int64_t n = begin[e]; n < begin[e + 1]; n += ROWS) {
-            const int64_t left = begin[e + 1] - n;
-            const typename Multiply<W>::Row* in[ROWS];
-            float* to[ROWS];
-            for (int r = 0; r < ROWS && r < left; r++) {
-                in[r] = rows + (index ? index[n + r] : n + r) * D;
-                to[r] = out + (n + r) * F + f;
+                     const W* bias, float* out, typename Multiply<W>::Row* packed, int64_t E, int64_t F, int64_t D,
+                     int threads) {
+    const int64_t blocks = (F + BLOCK - 1) / BLOCK, wide = padded<W>(D);
+    const int64_t chunk = std::clamp<int64_t>(E * blocks / (4 * threads), 1, BLOCKS);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t e = 0; e < E; e++) {
+            const Passes passes(begin[e + 1] - begin[e]);
+            for (int64_t pass = 0; pass < passes.count; pass++) {
+                const int64_t n = begin[e] + passes.first(pass);
+                pack<W>(rows, index, n, passes.rows(pass), D, packed + n * wide);
             }
-            const bool ahead = n == begin[e];
-            switch (left < ROWS ? left : ROWS) {
-                case 1: ROWS_OF(1); break;
+        }
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t item = 0; item < E * blocks; item++) {
+            const int64_t e = item / blocks, f = item % blocks * BLOCK, count = std::min(BLOCK, F - f);
+            const W* w = weight + (e * F + f) * D;
+            const W* b = bias ? bias + e * F + f : nullptr;
+            const Passes passes(begin[e + 1] - begin[e]);
+            for (int64_t pass = 0; pass < passes.count; pass++) {
+                const int64_t n = begin[e] + passes.first(pass);
+                const auto* in = packed + n * wide;
+                float* to = out + n * F + f;
+                switch (passes.rows(pass)) {
+                    case 1: pass_of<1>(pass, passes.count, in, w, b, D, count, to, F); break;
 #ifdef __AVX512F__
-                case 2: ROWS_OF(2); break;
-                case 3: ROWS_OF(3); break;
-                case 4: ROWS_OF(4); break;
-                case 5: ROWS_OF(5); break;
+                    case 2: pass_of<2>(pass, passes.count, in, w, b, D, count, to, F); break;
+                    case 3: pass_of<3>(pass, passes.count, in, w, b, D, count, to, F); break;
+                    case 4: pass_of<4>(pass, passes.count, in, w, b, D, count, to, F); break;
+                    case 5: pass_of<5>(pass, passes.count, in, w, b, D, count, to, F); break;
 #endif
-                default: ROWS_OF(ROWS);
+                    default: pass_of<ROWS>(pass, passes.count, in, w, b, D, count, to, F);
+                }
             }
         }
     }
@@ -153,8 +216,9 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
 
 #define EXPORT(NAME, W)                                                                                        \
     extern "C" void NAME(const void* rows, const int64_t* index, const int64_t* begin, const W* weight,        \
-                         const W* bias, float* out, int64_t E, int64_t F, int64_t D, int threads) {            \
-        products((const Multiply<W>::Row*)rows, index, begin, weight, bias, out, E, F, D, threads);             \
+                         const W* bias, float* out, void* packed, int64_t E, int64_t F, int64_t D, int threads) { \
+        using Row = Multiply<W>::Row;                                                                          \
+        products((const Row*)rows, index, begin, weight, bias, out, (Row*)packed, E, F, D, threads);           \
     }
 EXPORT(products_float32, float)
 EXPORT(products_bfloat16, BFloat16)
@@ -162,3 +226,5 @@ EXPORT(products_float16, _Float16)
 
 // Bytes of a number in the rows that products_bfloat16 takes: bfloat16 or float.
 extern "C" int bfloat16_row_bytes() { return sizeof(Multiply<BFloat16>::Row); }
+// Rows are packed as a multiple of this many numbers.
+extern "C" int widest_step() { return 2 * WIDTH; }

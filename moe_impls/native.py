@@ -84,9 +84,12 @@ def _products(
     rows = rows.to(torch.bfloat16 if pairs else torch.float32).contiguous()
     count = len(rows) if index is None else len(index)
     out = torch.empty(count, features, dtype=torch.float32)
+    step = kernels.widest_step()
+    packed = torch.empty(count, -(-D // step) * step, dtype=rows.dtype)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     pointers = [
-        None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (rows, index, begin, weight, bias, out)
+        None if t is None else ctypes.c_void_p(t.data_ptr())
+        for t in (rows, index, begin, weight, bias, out, packed)
     ]
     sizes = [ctypes.c_int64(size) for size in (E, features, D)]
     getattr(kernels, f"products_{name}")(*pointers, *sizes, torch.get_num_threads())
