@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from correctness.problems import SMALL, Inputs, make_inputs
-from moe_impls import MoE, auto, processor
+from moe_impls import Experts, MoE, Routing, auto, processor
 from moe_impls.auto import Cell
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 
@@ -74,6 +75,20 @@ def test_the_nearest_cell_of_the_same_kind_decides(tuned: Path) -> None:
     assert chosen(small().map(torch.Tensor.requires_grad_)) == "recompute"
     with torch.no_grad():
         assert chosen(small().map(torch.Tensor.requires_grad_)) == "padded"
+
+
+@pytest.mark.parametrize(("available", "taken"), [(True, "triton_fused"), (False, auto.ALWAYS)])
+def test_a_gpu_that_no_table_knows_takes_the_fused_kernels_where_they_run(
+    monkeypatch: pytest.MonkeyPatch, tuned: Path, available: bool, taken: str
+) -> None:
+    put(tuned, CELL)
+    fused = replace(resolve("triton_fused"), is_available=lambda: available)
+    monkeypatch.setattr(auto, "_resolved", lambda name: fused if name == fused.name else resolve(name))
+    with FakeTensorMode():
+        x, gates = torch.empty(4, 8, device="cuda"), torch.empty(4, 2, device="cuda")
+        ids = torch.empty(4, 2, dtype=torch.long, device="cuda")
+        weights = torch.empty(3, 12, 8, device="cuda"), None, torch.empty(3, 8, 6, device="cuda"), None
+        assert auto.choose(x, Routing(ids, gates), Experts(*weights)).name == taken
 
 
 def test_what_does_not_take_the_call_is_passed_over(tuned: Path) -> None:

@@ -30,6 +30,7 @@ from moe_impls.registry import resolve
 SUPPORT = Support(autocast=True)
 VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
+UNMEASURED = {"cuda": "triton_fused"}  # where no table knows the device: two products, not two an expert
 ALL_EXPERTS = "dense_mask"  # computes every expert for every token, which with K = E is what is asked for
 FOR_EVEN_LOADS = ("padded",)  # computes as many rows for every expert as the busiest one has
 FOR_FEW_ROWS = ("native",)  # reads the weights fast, and multiplies many rows slower than others
@@ -134,6 +135,8 @@ def _nearest(
         for name in names:
             slower = math.log(cell.times_ms.get(name, LEFT_OUT * fastest) / fastest)
             slowness[name] = slowness.get(name, 0.0) + slower / (distance(cell) + 0.05) ** 2
+    if not names and takes(unmeasured := UNMEASURED.get(kind[0], ALWAYS)):
+        return _resolved(unmeasured)
     return _resolved(min(sorted(names), key=slowness.__getitem__, default=ALWAYS))
 
 

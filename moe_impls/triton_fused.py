@@ -43,14 +43,20 @@ MOST_PROGRAMS = 2**31 - 1  # along the first dimension of a grid
 MOST_EXPERTS = 65535  # along the second
 
 
-def is_available() -> bool:
-    """Whether Triton is installed."""
+def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def is_available() -> bool:
+    """Whether Triton is installed, and the GPU, if there is one, not too old for it."""
+    return _is_installed() and (
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() >= LEAST_CAPABILITY
+    )
 
 
 @functools.cache
 def _kernels() -> ModuleType:
-    if not is_available():
+    if not _is_installed():
         raise RuntimeError(
             "implementation 'triton_fused' needs triton: pip install triton, or use 'grouped_mm'"
         )
