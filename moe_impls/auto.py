@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ UNMEASURED = {"cuda": "triton_fused"}  # where no table knows the device: two pr
 ALL_EXPERTS = "dense_mask"  # computes every expert for every token, which with K = E is what is asked for
 FOR_EVEN_LOADS = ("padded",)  # computes as many rows for every expert as the busiest one has
 FOR_FEW_ROWS = ("native",)  # reads the weights fast, and multiplies many rows slower than others
+FEW_ROWS = 64  # of one expert, for which it is no slower
 NEIGHBOURS = 4
 LEFT_OUT = 1.5  # times the fastest: who takes longer is not in a cell, and counts as that slow there
 
@@ -112,18 +113,47 @@ def table() -> tuple[Cell, ...]:
     return read(shipped_path())
 
 
+class _Needs(NamedTuple):
+    """What an implementation has to declare to take a call."""
+
+    device: str
+    dtype: torch.dtype
+    gradients: bool
+    activation: str
+    output_activation: str
+    combine: str
+    bias: bool
+    autocast: bool
+
+    def are_declared_by(self, support: Support) -> bool:
+        return (
+            self.device in support.devices
+            and self.dtype in support.dtypes
+            and self.activation in support.activations
+            and self.output_activation in support.output_activations
+            and self.combine in support.combines
+            and self.bias in support.biases
+            and (support.gradients or not self.gradients)
+            and (support.autocast or not self.autocast)
+        )
+
+
 @functools.lru_cache(maxsize=4096)
 def _nearest(
-    kind: tuple[Any, ...], sizes: tuple[int, ...], needs: tuple[Any, ...], without: tuple[str, ...] = ()
+    needs: _Needs, T: int, K: int, w_in_shape: tuple[int, int, int], without: tuple[str, ...] = ()
 ) -> Implementation:
+    E, features, D = w_in_shape
+    gated = needs.activation in GATED_ACTIVATIONS
+    kind = (needs.device, dtype_name(needs.dtype), needs.gradients, gated)
+    place = _place(T, D, features // 2 if gated else features, E, K)
+
     def distance(cell: Cell) -> float:
-        return math.dist(_place(*sizes), _place(cell.T, cell.D, cell.H, cell.E, cell.K)) ** 2
+        return math.dist(place, _place(cell.T, cell.D, cell.H, cell.E, cell.K)) ** 2
 
     def takes(name: str) -> bool:
         found = _resolved(name)
-        return name not in without and _takes(found.support, *needs) and found.is_available()
+        return name not in without and needs.are_declared_by(found.support) and found.is_available()
 
-    T, D, H, E, K = sizes
     if K == E and not without and takes(ALL_EXPERTS):
         return _resolved(ALL_EXPERTS)
     alike = [c for c in table() if (c.device, c.dtype, c.gradients, c.gated) == kind and c.times_ms]
@@ -135,7 +165,7 @@ def _nearest(
         for name in names:
             slower = math.log(cell.times_ms.get(name, LEFT_OUT * fastest) / fastest)
             slowness[name] = slowness.get(name, 0.0) + slower / (distance(cell) + 0.05) ** 2
-    if not names and takes(unmeasured := UNMEASURED.get(kind[0], ALWAYS)):
+    if not names and takes(unmeasured := UNMEASURED.get(needs.device, ALWAYS)):
         return _resolved(unmeasured)
     return _resolved(min(sorted(names), key=slowness.__getitem__, default=ALWAYS))
 
@@ -146,29 +176,6 @@ def _place(T: int, D: int, H: int, E: int, K: int) -> tuple[float, float, float]
     Rows decide most; with these weights of the others the shipped table agrees best with a default sweep.
     """
     return math.log2(max(T * K, 1) / E), 0.7 * math.log2(max(D * H, 1)), 0.7 * math.log2(E)
-
-
-def _takes(
-    support: Support,
-    device: str,
-    dtype: torch.dtype,
-    gradients: bool,
-    activation: str,
-    output_activation: str,
-    combine: str,
-    bias: bool,
-    autocast: bool,
-) -> bool:
-    return (
-        device in support.devices
-        and dtype in support.dtypes
-        and activation in support.activations
-        and output_activation in support.output_activations
-        and combine in support.combines
-        and bias in support.biases
-        and (support.gradients or not gradients)
-        and (support.autocast or not autocast)
-    )
 
 
 def _experts_in_use(expert_ids: Tensor, E: int) -> int:
@@ -187,24 +194,22 @@ def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") 
     """The implementation for a call with these arguments; of their values only ``expert_ids`` may count."""
     if torch.compiler.is_compiling():
         return _resolved("dense_mask")  # the one that is one graph
-    device, dtype = x.device.type, x.dtype
+    w_in, b_in, w_out, b_out = experts.w_in, experts.b_in, experts.w_out, experts.b_out
+    device, expert_ids = x.device.type, routing.expert_ids
     gradients = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, routing.gates, *experts.tensors.values())
+        t is not None and t.requires_grad for t in (x, routing.gates, w_in, b_in, w_out, b_out)
     )
-    E, features, D = experts.w_in.shape
-    gated = experts.activation in GATED_ACTIVATIONS
-    bias = experts.b_in is not None or experts.b_out is not None
-    kind = (device, dtype_name(dtype), gradients, gated)
-    T, D, H, K = x.shape[0], D, features // 2 if gated else features, routing.expert_ids.shape[1]
-    needs = (
-        device, dtype, gradients, experts.activation, experts.output_activation, combine, bias,
-        torch.is_autocast_enabled(device),
+    needs = _Needs(
+        device, x.dtype, gradients, experts.activation, experts.output_activation, combine,
+        b_in is not None or b_out is not None, torch.is_autocast_enabled(device),
     )  # fmt: skip
-    found = _nearest(kind, (T, D, H, E, K), needs)
-    if found.name not in (*FOR_EVEN_LOADS, *FOR_FEW_ROWS):
+    T, K = expert_ids.shape
+    found = _nearest(needs, T, K, w_in.shape)
+    if found.name not in FOR_EVEN_LOADS and (found.name not in FOR_FEW_ROWS or T <= FEW_ROWS):
         return found
-    in_use = _experts_in_use(routing.expert_ids, E)
-    return found if in_use == E else _nearest(kind, (T, D, H, in_use, K), needs, FOR_EVEN_LOADS)
+    E, features, D = w_in.shape
+    in_use = _experts_in_use(expert_ids, E)
+    return found if in_use == E else _nearest(needs, T, K, (in_use, features, D), FOR_EVEN_LOADS)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
