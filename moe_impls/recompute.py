@@ -32,12 +32,12 @@ class _Weights:
     """The matrices of a layer [E, N, M], one after the other in the dtype that products are made in."""
 
     def __init__(self, w: Tensor) -> None:
-        self.w = w
+        self.matrices = w.unbind(0)
         self.converts = not multiplies(w.dtype)
         self.buffer = take(w.shape[1:] if self.converts else [0], torch.float32)
 
     def __getitem__(self, e: int) -> Tensor:
-        return self.buffer.copy_(self.w[e]) if self.converts else self.w[e]
+        return self.buffer.copy_(self.matrices[e]) if self.converts else self.matrices[e]
 
     def write_product(self, a: Tensor, b: Tensor, to: Tensor) -> None:
         """``a @ b`` of the shape of a matrix; what was got before is no longer there."""
@@ -68,20 +68,19 @@ class _Sum(torch.autograd.Function):
         wide = accumulation_dtype(x.dtype)
         slot_gates = gates.flatten()[order].to(wide).unsqueeze(1)  # [T * K, 1]
         kept = x.new_empty(len(order) if keep else 0, w_in.shape[1])  # h, [T * K, F]
+        kept_parts = kept.split(sizes) if keep else [None] * len(sizes)
         y = torch.zeros(len(x), w_out.shape[1], dtype=wide)
         of_in, of_out = _Weights(w_in), _Weights(w_out)
-        begin = 0
-        for e, size in enumerate(sizes):
-            if size == 0:
+        parts = zip((order // K).split(sizes), slot_gates.split(sizes), kept_parts, strict=True)
+        for e, (tokens, gate, kept_part) in enumerate(parts):
+            if len(tokens) == 0:
                 continue
-            part = slice(begin, begin := begin + size)
-            tokens = order[part] // K
             w = of_in[e]
             h = F.linear(x[tokens].to(w.dtype), w, None if b_in is None else b_in[e].to(w.dtype))
-            if keep:
-                kept[part] = h
+            if kept_part is not None:
+                kept_part.copy_(h)
             f = F.linear(activate(h, activation), of_out[e], None if b_out is None else b_out[e].to(w.dtype))
-            y.index_add_(0, tokens, slot_gates[part] * f)
+            y.index_add_(0, tokens, gate * f)
         ctx.save_for_backward(x, w_in, w_out, b_out, order, slot_gates, kept)
         ctx.sizes, ctx.K, ctx.activation, ctx.gates_dtype = sizes, K, activation, gates.dtype
         return y.to(x.dtype)
@@ -98,26 +97,24 @@ class _Sum(torch.autograd.Function):
         dw_out = take(w_out.shape if wants_w_out else [0], w_out.dtype)
         db_in, db_out = (torch.zeros(w.shape[:2], dtype=w.dtype) for w in (w_in, w_out))
         of_in, of_out = _Weights(w_in), _Weights(w_out)
-        begin = 0
-        for e, size in enumerate(ctx.sizes):
-            if size == 0:
+        per_slot = (order // ctx.K, slot_gates, kept, d_slot_gates)
+        parts = zip(*(t.split(ctx.sizes) for t in per_slot), strict=True)
+        for e, (tokens, gate, h, d_gates) in enumerate(parts):
+            if len(tokens) == 0:
                 for wanted, dw in ((wants_w_in, dw_in), (wants_w_out, dw_out)):
                     if wanted:
                         dw[e].zero_()
                 continue
-            part = slice(begin, begin := begin + size)
-            tokens = order[part] // ctx.K
             w = of_out[e]
-            rows, dy_rows, gate = x[tokens].to(w.dtype), dy[tokens].to(w.dtype), slot_gates[part]
+            rows, dy_rows = x[tokens].to(w.dtype), dy[tokens].to(w.dtype)
             with torch.enable_grad():
-                h = kept[part].to(w.dtype).requires_grad_()
+                h = h.detach().to(w.dtype).requires_grad_()
                 a = activate(h, ctx.activation)  # [N, H]
             da = dy_rows @ w  # [N, H], without the gate
             if wants_gates:
-                d_gate = (da.to(wide) * a.detach()).sum(1)
+                torch.sum(da.to(wide) * a.detach(), 1, out=d_gates)
                 if b_out is not None:
-                    d_gate += dy_rows.to(wide) @ b_out[e].to(wide)
-                d_slot_gates[part] = d_gate
+                    d_gates += dy_rows.to(wide) @ b_out[e].to(wide)
             if wants_w_out or wants_b_out:
                 df = gate * dy_rows  # [N, O]
                 if wants_w_out:
