@@ -76,6 +76,14 @@ def without_library(monkeypatch: pytest.MonkeyPatch, cache: object, compiler: st
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
 
 
+@pytest.mark.parametrize("wrong", [-1, SMALL.E])
+def test_native_refuses_ids_of_no_expert_before_it_reads_a_weight(wrong: int) -> None:
+    inputs = small()
+    inputs.routing.expert_ids[3, 1] = wrong
+    with pytest.raises(ValueError, match=rf"expert_ids holds an id that is not in \[0, {SMALL.E}\)"):
+        native.forward(*inputs[:3])
+
+
 def test_native_without_a_compiler_says_what_is_missing(monkeypatch, tmp_path) -> None:
     without_library(monkeypatch, tmp_path, "no-such-compiler")
     inputs = small()

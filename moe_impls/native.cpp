@@ -224,6 +224,41 @@ EXPORT(products_float32, float)
 EXPORT(products_bfloat16, BFloat16)
 EXPORT(products_float16, _Float16)
 
+// Slots by expert, in each by token: where the slots of each expert begin [E + 1], the token of each place [N],
+// and the place of each slot [N], one after the other. False if an id is not in [0, E).
+extern "C" bool sort_slots(const int64_t* ids, int64_t N, int64_t E, int64_t K, int64_t* sorted) {
+    int64_t *begin = sorted, *token = begin + E + 1, *place = token + N;
+    std::fill(begin, begin + E + 1, 0);
+    for (int64_t n = 0; n < N; n++) {
+        if (ids[n] < 0 || ids[n] >= E) return false;
+        begin[ids[n] + 1]++;
+    }
+    for (int64_t e = 0; e < E; e++) begin[e + 1] += begin[e];
+    for (int64_t n = 0; n < N; n++) {
+        place[n] = begin[ids[n]]++;
+        token[place[n]] = n / K;
+    }
+    std::move_backward(begin, begin + E, begin + E + 1);
+    begin[0] = 0;
+    return true;
+}
+
+// y[t] = sum_k gates[t][k] * out[place[t][k]], of out or of its positive part.
+extern "C" void combine_sum(const float* out, const int64_t* place, const float* gates, float* y, int64_t T, int64_t K,
+                            int64_t O, bool positive, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && T * K * O > 65536)
+    for (int64_t t = 0; t < T; t++) {
+        float* to = y + t * O;
+        for (int64_t k = t * K; k < (t + 1) * K; k++) {
+            const float *from = out + place[k] * O, gate = gates[k];
+            for (int64_t o = 0; o < O; o++) {
+                const float v = positive && from[o] < 0 ? 0 : from[o];
+                to[o] = k == t * K ? gate * v : to[o] + gate * v;
+            }
+        }
+    }
+}
+
 // Bytes of a number in the rows that products_bfloat16 takes: bfloat16 or float.
 extern "C" int bfloat16_row_bytes() { return sizeof(Multiply<BFloat16>::Row); }
 // Rows are packed as a multiple of this many numbers.

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Routing, Support, dtype_name
 
@@ -71,7 +70,24 @@ def library() -> ctypes.CDLL:
                 if done.returncode:
                     raise RuntimeError(f"compiling {SOURCE.name} failed: {done.stderr.strip()[-500:]}")
             os.replace(shared, path)
-    return ctypes.CDLL(str(path))
+    found = ctypes.CDLL(str(path))
+    found.sort_slots.restype = ctypes.c_bool
+    return found
+
+
+def _pointer(t: Tensor | None) -> ctypes.c_void_p | None:
+    return None if t is None else ctypes.c_void_p(t.data_ptr())
+
+
+def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
+    """Where each expert's slots begin [E + 1], the token of each place and the place of each slot [T * K]."""
+    T, K = expert_ids.shape
+    found = torch.empty(E + 1 + 2 * T * K, dtype=torch.int64)
+    ids = expert_ids.contiguous()
+    sizes = [ctypes.c_int64(size) for size in (T * K, E, K)]
+    if not library().sort_slots(_pointer(ids), *sizes, _pointer(found)):
+        raise ValueError(f"expert_ids holds an id that is not in [0, {E})")
+    return found.split([E + 1, T * K, T * K])
 
 
 def _products(
@@ -87,13 +103,21 @@ def _products(
     step = kernels.widest_step()
     packed = torch.empty(count, -(-D // step) * step, dtype=rows.dtype)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    pointers = [
-        None if t is None else ctypes.c_void_p(t.data_ptr())
-        for t in (rows, index, begin, weight, bias, out, packed)
-    ]
+    pointers = [_pointer(t) for t in (rows, index, begin, weight, bias, out, packed)]
     sizes = [ctypes.c_int64(size) for size in (E, features, D)]
     getattr(kernels, f"products_{name}")(*pointers, *sizes, torch.get_num_threads())
     return out
+
+
+def _combine_sum(out: Tensor, places: Tensor, gates: Tensor, positive: bool) -> Tensor:
+    """out [T * K, O], places [T * K], gates [T, K] -> y [T, O] float32."""
+    (T, K), O = gates.shape, out.shape[1]
+    y = torch.empty(T, O, dtype=torch.float32)
+    gates = gates.to(torch.float32).contiguous()
+    pointers = [_pointer(t) for t in (out, places, gates, y)]
+    sizes = [ctypes.c_int64(size) for size in (T, K, O)]
+    library().combine_sum(*pointers, *sizes, ctypes.c_bool(positive), torch.get_num_threads())
+    return y
 
 
 @torch.no_grad()
@@ -101,12 +125,12 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     T, K = routing.expert_ids.shape
     E, O, _ = experts.w_out.shape
-    order, counts = sort_by_expert(routing.expert_ids, E)  # [T * K], [E]
-    begin = F.pad(counts.cumsum(0), (1, 0))
-    h = _products(x, order // K, begin, experts.w_in, experts.b_in)  # [T * K, F]
+    begin, tokens, places = _sorted(routing.expert_ids, E)
+    h = _products(x, tokens, begin, experts.w_in, experts.b_in)  # [T * K, F]
     a = activate(h, experts.activation)  # [T * K, H]
     out = _products(a, None, begin, experts.w_out, experts.b_out)  # [T * K, O]
-    if experts.output_activation == "relu":
-        out = F.relu(out)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(T * K))
-    return combine_slots(out[inverse].view(T, K, O), routing.gates, combine).to(x.dtype)
+    positive = experts.output_activation == "relu"
+    if combine == "sum":
+        return _combine_sum(out, places, routing.gates, positive).to(x.dtype)
+    out = F.relu(out) if positive else out
+    return combine_slots(out[places].view(T, K, O), routing.gates, combine).to(x.dtype)
