@@ -31,10 +31,12 @@ SUPPORT = Support(autocast=True)
 VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
 UNMEASURED = {"cuda": "triton_fused"}  # where no table knows the device: two products, not two an expert
-ALL_EXPERTS = "dense_mask"  # computes every expert for every token, which with K = E is what is asked for
+# Computes every expert for every token, which with K = E is what is asked for; of few, reading the weights
+# takes longer than that.
+ALL_EXPERTS, LEAST_TOKENS = "dense_mask", 64
 FOR_EVEN_LOADS = ("padded",)  # computes as many rows for every expert as the busiest one has
 FOR_FEW_ROWS = ("native",)  # reads the weights fast, and multiplies many rows slower than others
-FEW_ROWS = 64  # of one expert, for which it is no slower
+FEW_ROWS = 512  # of one expert, for which it is about as fast
 NEIGHBOURS = 4
 LEFT_OUT = 1.5  # times the fastest: who takes longer is not in a cell, and counts as that slow there
 
@@ -154,7 +156,7 @@ def _nearest(
         found = _resolved(name)
         return name not in without and needs.are_declared_by(found.support) and found.is_available()
 
-    if K == E and not without and takes(ALL_EXPERTS):
+    if K == E and (T >= LEAST_TOKENS or needs.gradients) and not without and takes(ALL_EXPERTS):
         return _resolved(ALL_EXPERTS)
     alike = [c for c in table() if (c.device, c.dtype, c.gradients, c.gated) == kind and c.times_ms]
     slowness: dict[str, float] = {}
