@@ -50,6 +50,7 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def _forget() -> None:
     auto.table.cache_clear()
     auto._nearest.cache_clear()
+    auto._on_an_even_load.cache_clear()
 
 
 def put(path: Path, *cells: Cell) -> None:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,17 +201,29 @@ def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") 
     gradients = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, routing.gates, w_in, b_in, w_out, b_out)
     )
-    needs = _Needs(
+    found, needs = _on_an_even_load(
         device, x.dtype, gradients, experts.activation, experts.output_activation, combine,
         b_in is not None or b_out is not None, torch.is_autocast_enabled(device),
+        expert_ids.shape, w_in.shape,
     )  # fmt: skip
-    T, K = expert_ids.shape
-    found = _nearest(needs, T, K, w_in.shape)
-    if found.name not in FOR_EVEN_LOADS and (found.name not in FOR_FEW_ROWS or T <= FEW_ROWS):
+    if needs is None:
         return found
     E, features, D = w_in.shape
     in_use = _experts_in_use(expert_ids, E)
-    return found if in_use == E else _nearest(needs, T, K, (in_use, features, D), FOR_EVEN_LOADS)
+    return found if in_use == E else _nearest(needs, *expert_ids.shape, (in_use, features, D), FOR_EVEN_LOADS)
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_an_even_load(*key: Any) -> tuple[Implementation, _Needs | None]:
+    """What a call takes, and where that depends on how even its load is, what the call needs.
+
+    One look-up by values that are read off the call in microseconds.
+    """
+    *declared, (T, K), w_in_shape = key
+    needs = _Needs(*declared)
+    found = _nearest(needs, T, K, w_in_shape)
+    counts = found.name in FOR_EVEN_LOADS or (found.name in FOR_FEW_ROWS and T > FEW_ROWS)
+    return found, needs if counts else None
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
