@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,15 @@ def test_recompute_refuses_what_it_does_not_declare(changes: dict[str, str], mes
         recompute.forward(*inputs[:3], combine=changes.get("combine", "sum"))
 
 
+@pytest.mark.parametrize("constant_dy", [True, False])
+def test_recompute_refuses_gradients_of_gradients(constant_dy: bool) -> None:
+    inputs = small().map(lambda t: t.requires_grad_())
+    y = recompute.forward(*inputs[:3])
+    loss = y.sum() if constant_dy else y.square().sum()
+    with pytest.raises(RuntimeError, match="'recompute' has no gradients of gradients .* 'sorted_dispatch'"):
+        torch.autograd.grad(loss, inputs.x, create_graph=True)
+
+
 @pytest.mark.parametrize("multiplies", [True, False])
 @pytest.mark.parametrize("check", dict.fromkeys(CHECKS), ids=lambda check: check.name)
 def test_recompute_is_right_on_cpus_that_multiply_a_dtype_and_on_those_that_do_not(
@@ -99,6 +109,30 @@ def test_native_passes_on_what_the_compiler_says_and_keeps_nothing(monkeypatch, 
     with pytest.raises(RuntimeError, match=r"compiling native.cpp failed: no such flag"):
         native.library()
     assert list((tmp_path / "cache" / "moe_impls").iterdir()) == []
+
+
+def test_native_that_cannot_be_compiled_is_not_available(monkeypatch, tmp_path) -> None:
+    without_library(monkeypatch, tmp_path, "false")
+    assert not native.is_available.__wrapped__()
+    with pytest.raises(RuntimeError, match=r"compiling native.cpp failed: .*false ended with status 1"):
+        native.library()
+
+
+def test_native_is_compiled_anew_where_what_is_kept_is_torn_and_where_nothing_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = native.library.__wrapped__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    library()
+    (whole,) = (tmp_path / "whole" / "moe_impls").iterdir()
+    torn = tmp_path / "torn" / "moe_impls" / whole.name
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"torn")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "torn"))
+    library()
+    assert torn.stat().st_size == whole.stat().st_size
+    monkeypatch.setenv("XDG_CACHE_HOME", str(whole))  # no directory
+    library()
 
 
 def test_native_is_compiled_once(monkeypatch, tmp_path) -> None:

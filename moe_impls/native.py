@@ -8,6 +8,7 @@ are rounded to bfloat16 beside such weights, where the processor multiplies pair
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -37,9 +38,14 @@ def _processor() -> str:
     return "\n".join(line for line in first.splitlines() if "MHz" not in line)
 
 
+@functools.cache
 def is_available() -> bool:
-    """Whether there is a compiler."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether the kernel can be compiled here, or is; tries it, once."""
+    try:
+        library()
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache
@@ -49,27 +55,40 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: there is no C++ compiler, or it fails; the message holds what it says.
     """
-    if not is_available():
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
         raise RuntimeError("implementation 'native' needs a C++ compiler: install g++ or set CXX")
-    compiler = str(shutil.which(os.environ.get("CXX", "g++")))
     text = SOURCE.read_text(encoding="utf-8")
     key = hashlib.sha256("\0".join([text, *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_impls"
     path = cache / f"native-{key}.so"
-    if not path.exists():
+    with contextlib.suppress(OSError):  # none is there, or what is there was torn
+        return _loaded(path)
+    with contextlib.suppress(OSError):  # a home that cannot be written to: compiled again in the next process
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            # Compiled with OpenMP and linked without: its symbols are those of the runtime that torch has
-            # loaded, so that both share one set of threads.
-            object_, shared = f"{folder}/native.o", f"{folder}/native.so"
-            for command in (
-                [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", object_],
-                [compiler, "-shared", object_, "-o", shared],
-            ):
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"compiling {SOURCE.name} failed: {done.stderr.strip()[-500:]}")
-            os.replace(shared, path)
+            os.replace(_compiled(compiler, folder), path)
+        return _loaded(path)
+    with tempfile.TemporaryDirectory() as folder:
+        return _loaded(_compiled(compiler, folder))
+
+
+def _compiled(compiler: str, folder: str) -> Path:
+    # Compiled with OpenMP and linked without: its symbols are those of the runtime that torch has loaded, so
+    # that both share one set of threads.
+    object_, shared = f"{folder}/native.o", f"{folder}/native.so"
+    for command in (
+        [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", object_],
+        [compiler, "-shared", object_, "-o", shared],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip()[-500:] or f"{compiler} ended with status {done.returncode}"
+            raise RuntimeError(f"compiling {SOURCE.name} failed: {said}")
+    return Path(shared)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.sort_slots.restype = ctypes.c_bool
     return found

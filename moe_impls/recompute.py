@@ -86,8 +86,11 @@ class _Sum(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # gradients without a graph would be taken for constants
+            raise RuntimeError(
+                "'recompute' has no gradients of gradients (create_graph=True): use 'sorted_dispatch'"
+            )
         x, w_in, w_out, b_out, order, slot_gates, kept = ctx.saved_tensors
         wants_x, wants_gates, wants_w_in, wants_b_in, wants_w_out, wants_b_out, *_ = ctx.needs_input_grad
         wide = slot_gates.dtype
