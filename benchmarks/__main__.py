@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from moe_impls.interface import DEVICES, DTYPES, RouterSpec, check_choice, dtype
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
 
 RESULTS = ROOT / "results"
+HISTORY = RESULTS / "history"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, CheckFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was written before is kept", file=sys.stderr)
+        return 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     kept = commands.add_parser("history", help="keep a summary of a run; plot them over commits")
     kept.add_argument("what", choices=("add", "plot"))
     kept.add_argument("csv", nargs="*", type=Path, metavar="CSV", help="of add: the files of sweeps")
-    kept.add_argument("--folder", type=Path, default=RESULTS / "history", metavar="DIR")
+    kept.add_argument("--folder", type=Path, default=HISTORY, metavar="DIR")
     kept.set_defaults(run=_history)
     compared.set_defaults(run=_compare)
     gated.set_defaults(run=_gate)
@@ -179,8 +184,9 @@ def _figures(options: argparse.Namespace) -> int:
 def _history(options: argparse.Namespace) -> int:
     if (options.what == "add") != bool(options.csv):
         raise ValueError("history add needs the CSV of a sweep, history plot takes none")
-    paths = [history.add(csv, options.folder) for csv in options.csv] or history.plot(options.folder)
-    for path in paths:
+    sweeps = [csv for csv in options.csv if csv.resolve().parent != HISTORY]  # summaries are there already
+    added = [history.add(csv, options.folder) for csv in sweeps]
+    for path in added if options.what == "add" else history.plot(options.folder):
         print(path)
     return 0
 
@@ -260,7 +266,8 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    folders = options.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")})
+    made = {path.parent for path in RESULTS.glob("*/*.csv")} - {HISTORY}
+    folders = options.folders or sorted(made)
     if not folders:
         raise ValueError(f"{RESULTS} holds no CSV file; `pytest benchmarks` makes them")
     for folder in folders:
@@ -301,4 +308,5 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no worktree and no process behind
     sys.exit(main())

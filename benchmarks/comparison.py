@@ -75,7 +75,14 @@ def implementations(
     right = [c for c in found if not c.reason]
     problems = [functools.partial(calls, c.problem, c.mode, (first, other)) for c in right]
     timed = iter(measure.in_turns(problems, seconds=seconds, device=cells[0][0].device))
-    return [c if c.reason else _with_times(c, next(timed)) for c in found]
+    return [c if c.reason else _if_still_right(_with_times(c, next(timed)), (first, other)) for c in found]
+
+
+def _if_still_right(compared: Compared, of: Sequence[Implementation]) -> Compared:
+    """A comparison whose times count, as the results are right after them, too."""
+    wrong = faults(compared.problem, compared.mode, of)
+    reason = "; ".join(f"{name}: {why}, after timing" for name, why in wrong.items())
+    return replace(compared, first_ms=None, second_ms=None, ratio=None, reason=reason) if wrong else compared
 
 
 def calls(problem: Problem, mode: str, of: Sequence[Implementation]) -> dict[str, measure.Call]:
@@ -139,14 +146,17 @@ def show(found: Sequence[Compared], title: str) -> None:
         sizes = " ".join(str(getattr(p, size)) for size in SIZES) + f" {p.load[:7]}"
         mode = {"forward": "fwd", "forward_backward": "fwd+bwd"}[c.mode]
         if c.ratio is None:
-            table.add_row(sizes, mode, "", "", "", "", "", c.reason[:30])
+            table.add_row(sizes, mode, "", "", "", "", "", "none: see below")
             continue
         r = c.ratio
         table.add_row(
             sizes, mode, f"{c.first_ms:.3g}", f"{c.second_ms:.3g}", f"{r.ratio:.3f}",
             f"{r.low:.3f}-{r.high:.3f}", str(r.rounds), r.verdict,
         )  # fmt: skip
-    Console(width=80).print(table)
+    console = Console(width=80)
+    console.print(table)
+    for reason in dict.fromkeys(c.reason for c in found if c.ratio is None):
+        console.print(reason, soft_wrap=True, markup=False, highlight=False)
 
 
 def gate(

@@ -104,6 +104,7 @@ def faults(problem: Problem, mode: str, implementations: Sequence[Implementation
     if live := [i for i in implementations if cells[i.name].status == "ok"]:
         inputs = make_inputs(problem)
         _check_all(problem, mode, inputs, live, cells, Settings(), "check", measure.nobody_watches)
+        _check_on_new_contents(problem, mode, inputs, cells, live, Settings(), measure.nobody_watches)
     return {name: f"{cell.status}, {cell.reason}" for name, cell in cells.items() if cell.status != "ok"}
 
 
@@ -194,12 +195,24 @@ def _check_and_time(
         else:
             cells[name].fail(outcome, "timing")
 
-    # New contents at the same addresses: whatever was remembered from the timed calls is wrong now.
+    _check_on_new_contents(problem, mode, inputs, cells, implementations, settings, running)
+    return timings, limits, checksum
+
+
+def _check_on_new_contents(
+    problem: Problem,
+    mode: str,
+    inputs: Inputs,
+    cells: dict[str, _Cell],
+    implementations: Sequence[Implementation],
+    settings: Settings,
+    running: Running,
+) -> None:
+    """Check with other contents at the same addresses, of which whatever was remembered is wrong."""
     again = replace(problem, seed=problem.seed + 1)
     inputs.overwrite(make_inputs(again))
     live = [i for i in implementations if cells[i.name].status == "ok"]
     _check_all(again, mode, inputs, live, cells, settings, "check on new inputs after timing", running)
-    return timings, limits, checksum
 
 
 def taken(implementation: Implementation, problem: Problem, inputs: Inputs, mode: str) -> str:

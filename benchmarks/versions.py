@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -120,7 +121,7 @@ def write_inputs(path: Path, problem: Problem, inputs: Inputs, gradients: bool) 
 def measure_versions(
     roots: tuple[Path, Path], name: str, problem: Problem, mode: str, *, seconds: float
 ) -> tuple[Timing, Timing]:
-    """Time one implementation of two versions in the same rounds, after a check of both.
+    """Time one implementation of two versions in the same rounds, between checks of both.
 
     Raises:
         VersionError: a process fails.
@@ -130,12 +131,11 @@ def measure_versions(
     inputs = make_inputs(problem)
     reference = compare.make_reference(problem, inputs, gradients)
     with tempfile.TemporaryDirectory(prefix="moe-versions-") as folder, contextlib.ExitStack() as stack:
-        path = Path(folder) / "inputs.pt"
+        path, results = Path(folder) / "inputs.pt", Path(folder) / "results.pt"
         write_inputs(path, problem, inputs, gradients)
         versions = {which: Version(root, name, path) for which, root in zip(WHICH, roots, strict=True)}
         for version in versions.values():
             stack.callback(version.close)
-            results = Path(folder) / "results.pt"
             version.ask(f"results {results}")
             compare.require(torch.load(results), reference)
 
@@ -149,5 +149,13 @@ def measure_versions(
             seconds=seconds,
             clock=lambda which, calls: float(versions[which].ask(f"sample {calls}")),
         )
+        again = replace(problem, seed=problem.seed + 1)  # of which whatever was remembered is wrong
+        other = make_inputs(again)
+        write_inputs(path, again, other, gradients)
+        reference = compare.make_reference(again, other, gradients)
+        for version in versions.values():
+            version.ask(f"overwrite {path}")
+            version.ask(f"results {results}")
+            compare.require(torch.load(results), reference)
     first, second = all_timed(outcomes).values()
     return first, second

@@ -5,7 +5,7 @@
 ROOT is a folder that holds the package ``moe_impls``, NAME an implementation of it, INPUTS a file of tensors.
 Only what every version has in common is used. Commands come line by line on standard input, and answers go
 to standard output: ``results FILE`` writes y and the gradients to a file; ``sample N`` answers the seconds a
-call of N calls; ``anew`` reads the tensors into other memory.
+call of N calls; ``anew`` reads the tensors into other memory; ``overwrite FILE`` reads others into the same.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ def main(root: str, name: str, path: str) -> None:
                 y = forward(leaves["x"], routing, experts, combine=given["combine"])
             return (y, *torch.autograd.grad(y, list(leaves.values()), given["dy"])) if gradients else (y,)
 
-        torch.set_num_threads(given["threads"])
-        return leaves, call
+        def overwrite(other):
+            for n, t in leaves.items():
+                t.data.copy_(other["tensors"][n])
+            for n in ("expert_ids", "dy"):
+                given[n].copy_(other[n])
 
-    leaves, call = read()
+        torch.set_num_threads(given["threads"])
+        return leaves, call, overwrite
+
+    leaves, call, overwrite = read()
 
     def synchronise():
         if leaves["x"].is_cuda:
@@ -58,7 +64,10 @@ def main(root: str, name: str, path: str) -> None:
             torch.save(dict(zip(["y", *leaves], (t.detach() for t in call()), strict=False)), argument)
             print("done", file=answers, flush=True)
         elif command == "anew":
-            leaves, call = read()
+            leaves, call, overwrite = read()
+            print("done", file=answers, flush=True)
+        elif command == "overwrite":
+            overwrite(torch.load(argument))
             print("done", file=answers, flush=True)
         elif command == "sample":
             synchronise()

@@ -72,6 +72,49 @@ def test_a_wrong_implementation_has_no_ratio_but_a_reason(tmp_path: Path) -> Non
     assert all(row["ratio"] == "" and "incorrect" in row["reason"] for row in table)
 
 
+REMEMBERS = (
+    "seen = {}\n\ndef forward(x, routing, experts, *, combine='sum'):\n"
+    "    y = sorted_dispatch.forward(x, routing, experts, combine=combine)\n"
+    "    return seen.setdefault(x.data_ptr(), y)\n"
+)
+COUNTS = (
+    "calls = []\n\ndef forward(x, routing, experts, *, combine='sum'):\n    calls.append(1)\n"
+    "    y = sorted_dispatch.forward(x, routing, experts, combine=combine)\n"
+    "    return y if len(calls) < 5 else 0 * y\n"
+)
+
+
+@pytest.mark.parametrize("text", [REMEMBERS, COUNTS], ids=["remembers", "counts"])
+def test_what_is_right_only_before_it_is_timed_has_no_ratio(tmp_path: Path, capsys, text: str) -> None:
+    mine, path = tmp_path / "mine.py", tmp_path / "c.csv"
+    mine.write_text(IMPORT + text)
+    given = ["compare", "sorted_dispatch", f"{mine}:forward", QUICK, "--mode=forward", f"--csv={path}"]
+    assert main(given) == 1
+    (reason,) = pd.read_csv(path)["reason"]
+    assert "mine.py:forward: incorrect" in reason
+    assert reason in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize("text", [REMEMBERS, COUNTS], ids=["remembers", "counts"])
+def test_a_version_that_is_right_only_before_it_is_timed_is_refused(tmp_path: Path, text: str) -> None:
+    base = version(tmp_path / "base")
+    changed = base / "moe_impls" / "index_add.py"
+    changed.write_text(
+        "from moe_impls import sorted_dispatch\nfrom moe_impls.interface import Support\n"
+        "SUPPORT = Support()\n" + text
+    )
+    assert main(["compare", f"--base={base}", "index_add", QUICK, "--mode=forward"]) == 2
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "implementations", interrupted)
+    assert main(["compare"]) == 130
+    assert capsys.readouterr().err == "interrupted: what was written before is kept\n"
+
+
 def test_the_problems_of_a_comparison_can_be_chosen(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
     sizes = ["--T=4", "--T=9", "--D=16", "--H=8", "--E=4", "--K=2"]

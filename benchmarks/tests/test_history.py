@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import history
-from benchmarks.__main__ import main
+from benchmarks.__main__ import HISTORY, main
 from benchmarks.record import RecordError
 from benchmarks.tests.test_record import failed_row, make_row, write
 
@@ -62,3 +62,9 @@ def test_what_is_no_history_is_refused(tmp_path: Path, capsys) -> None:
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(RecordError, match="x.csv has columns a, b; valid are"):
         history.read(tmp_path / "." if (tmp_path / "r.csv").unlink() is None else tmp_path)
+
+
+def test_summaries_among_the_files_to_add_are_passed_over(tmp_path: Path) -> None:
+    sweep, summaries = write(tmp_path / "r.csv", make_row(run_id="mine")), sorted(HISTORY.glob("*.csv"))
+    assert main(["history", "add", *map(str, [*summaries, sweep]), f"--folder={tmp_path / 'kept'}"]) == 0
+    assert summaries and [path.name for path in (tmp_path / "kept").iterdir()] == ["mine.csv"]
