@@ -177,8 +177,13 @@ def test_ctrl_c_while_a_record_starts_or_stops_waits_until_it_has_ended(where: s
         return result
 
     monkeypatch.setattr(profile, where, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        memory.peak_memory_bytes(lambda: torch.zeros(8), "cpu")
+    # Python ignores Ctrl-C where its parent did, as under nohup.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            memory.peak_memory_bytes(lambda: torch.zeros(8), "cpu")
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     assert done
     assert memory.peak_memory_bytes(lambda: torch.zeros(8), "cpu") == 32  # no record is left open
