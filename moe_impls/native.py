@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernel, from the cache directory if it is there.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails; the message holds what it says.
+        RuntimeError: there is no C++ compiler, or it or the loader fails; the message holds what it says.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -70,7 +70,11 @@ def library() -> ctypes.CDLL:
             os.replace(_compiled(compiler, folder), path)
         return _loaded(path)
     with tempfile.TemporaryDirectory() as folder:
-        return _loaded(_compiled(compiler, folder))
+        compiled = _compiled(compiler, folder)
+        try:
+            return _loaded(compiled)
+        except OSError as error:
+            raise RuntimeError(f"the compiled {SOURCE.name} cannot be loaded: {error}") from error
 
 
 def _compiled(compiler: str, folder: str) -> Path:
