@@ -80,8 +80,8 @@ def implementations(
 
 def _if_still_right(compared: Compared, of: Sequence[Implementation]) -> Compared:
     """A comparison whose times count, as the results are right after them, too."""
-    wrong = faults(compared.problem, compared.mode, of)
-    reason = "; ".join(f"{name}: {why}, after timing" for name, why in wrong.items())
+    wrong = faults(compared.problem, compared.mode, of, timed=True)
+    reason = "; ".join(f"{name}: {why}" for name, why in wrong.items())
     return replace(compared, first_ms=None, second_ms=None, ratio=None, reason=reason) if wrong else compared
 
 
