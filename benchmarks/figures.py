@@ -210,8 +210,7 @@ def all_figures(quick: bool) -> list[Figure]:
 
 def write(folder: Path, found: list[Figure], quick: bool) -> list[Path]:
     """measurement.csv and measurement.md."""
-    made = provenance.columns() | {"threads": torch.get_num_threads(), "threads_wait": record.threads_wait()}
-    made |= {"quick": quick}
+    made = {**provenance.columns(), **record.threads(), "quick": quick}
     table = pd.DataFrame([made | asdict(figure) for figure in found])
     shown = pd.DataFrame(
         {

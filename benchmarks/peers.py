@@ -211,8 +211,7 @@ def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
 
 
 def _made(quick: bool) -> dict[str, object]:
-    threads = {"threads": torch.get_num_threads(), "threads_wait": record.threads_wait()}
-    return {**provenance.columns(), **threads, "quick": quick}
+    return {**provenance.columns(), **record.threads(), "quick": quick}
 
 
 def _begun(part: Path, made: dict[str, object]) -> list[dict[str, object]]:

@@ -130,6 +130,11 @@ def environment(device: str, grid: str, cache: str = "warm") -> Environment:
     )
 
 
+def threads() -> dict[str, object]:
+    """How many threads torch computes with, and what they do while they wait: columns of other tables."""
+    return {"threads": torch.get_num_threads(), "threads_wait": threads_wait()}
+
+
 def threads_wait() -> str:
     """What OpenMP's threads do between operations: look for work in a loop (active) or sleep (passive).
 
