@@ -7,6 +7,7 @@ figures are ratios of the best peer and the best of ours, each chosen by its med
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -63,8 +64,6 @@ SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
 HOPELESS = 1.2  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 FIRST = "sorted_dispatch"  # of ours: what others take in a first try is limited by what it took
-# Those that run on a CPU and combine by sums.
-COMPARED = tuple(name for name in PEERS if not name.startswith(("liger.", "notebook.")))
 PART = "peers.part.csv"  # what is measured so far
 
 
@@ -102,6 +101,16 @@ class Cell:
     times_ms: str
 
 
+def compared() -> tuple[str, ...]:
+    """The peers that run on a CPU and combine by sums; torchtitan, of an extra of its own, if it is there."""
+    without = (
+        "liger.",
+        "notebook.",
+        *(["torchtitan."] if not importlib.util.find_spec("torchtitan") else []),
+    )
+    return tuple(name for name in PEERS if not name.startswith(without))
+
+
 def subjects() -> tuple[list[Implementation], list[Implementation]]:
     """Ours, without what compiles for each shape, and the peers.
 
@@ -110,7 +119,7 @@ def subjects() -> tuple[list[Implementation], list[Implementation]]:
     """
     ours = [resolve(name) for name in IMPLEMENTATIONS]
     ours = [i for i in ours if not i.support.compiles_per_case and i.is_available()]
-    return ours, [resolve(name) for name in COMPARED]
+    return ours, [resolve(name) for name in compared()]
 
 
 def samples(
@@ -350,7 +359,7 @@ def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -
 
 Written by `python -m benchmarks peers{" --quick" * quick}` at commit {commit} with torch
 {made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. *Ours* is the fastest
-implementation of this project in a cell, *peer* the fastest of the others: {", ".join(COMPARED)}.
+implementation of this project in a cell, *peer* the fastest of the others: {", ".join(compared())}.
 Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
 first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
 was not timed further. *auto_ratio*: `auto` over the fastest of ours that needs no `prepare`.

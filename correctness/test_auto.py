@@ -231,7 +231,11 @@ def test_a_layer_that_was_given_a_name_takes_no_other(tuned: Path, name: str) ->
 
 @pytest.mark.parametrize(
     "name, package, extra",
-    [("transformers.eager", "transformers", "peers"), ("liger.fused_moe", "liger_kernel", "peers-cuda")],
+    [
+        ("transformers.eager", "transformers", "peers"),
+        ("liger.fused_moe", "liger_kernel", "peers-cuda"),
+        ("torchtitan.grouped_mm", "torchtitan", "peers-torchtitan"),
+    ],
 )
 def test_a_peer_whose_package_is_missing_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str

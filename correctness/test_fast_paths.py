@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from correctness.checks import CHECKS, Check, cases
-from correctness.problems import SMALL, Inputs, make_inputs
+from correctness.checks import CHECKS, Check, cases, exact, values
+from correctness.problems import SMALL, Inputs, Problem, make_inputs
 from moe_impls import native, packed, recompute
+from moe_impls.interface import dtype_name
 from moe_impls.registry import resolve
 
 
@@ -78,6 +80,46 @@ def test_recompute_is_right_on_cpus_that_multiply_a_dtype_and_on_those_that_do_n
     for case in cases([resolve("recompute")], [check]):
         if case.skip is None and case.problem.T <= 100 and case.problem.dtype.itemsize == 2:
             case.run()
+
+
+@pytest.mark.parametrize("D", [16, 37])  # one that is a whole number of vectors, and one that is not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_native_is_right_for_every_number_of_rows_of_an_expert(dtype: torch.dtype, D: int) -> None:
+    for rows in range(1, 150):
+        layer = Problem(
+            "rows", T=rows, D=D, H=11, O=D, E=1, K=1, activation="swiglu", dtype=dtype, exact=True
+        )
+        exact(resolve("native"), layer)
+
+
+@pytest.mark.parametrize("numbers", [1, 30, 400, 5000])  # from one slot at a time to a few experts
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+@pytest.mark.parametrize("load", ["uniform", "one_hot_expert", "half_empty"])
+def test_native_is_right_for_groups_of_slots_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, load: str, combine: str, numbers: int
+) -> None:
+    monkeypatch.setattr(native, "GROUP", numbers)
+    values(resolve("native"), replace(SMALL, T=100, load=load, combine=combine))
+
+
+def test_the_groups_of_native_hold_every_slot_of_every_expert_once() -> None:
+    begin = torch.tensor([0, 0, 3, 3, 30, 31, 36, 36])
+    for numbers in range(1, 200):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "GROUP", numbers)
+            groups = native._groups(begin, 36, width=5)
+        assert [(e, n) for g in groups for e, n in held(g)] == [
+            (e, n) for e, n in held(native._Group(0, 0, 36, begin))
+        ]
+        assert all(g.stop - g.start <= max(numbers // 5, 1) for g in groups)
+
+
+def held(group: native._Group) -> list[tuple[int, int]]:
+    """The experts and slots of a group."""
+    bounds = group.begin.tolist()
+    assert (bounds[0], bounds[-1]) == (group.start, group.stop)
+    slots = [range(*pair) for pair in itertools.pairwise(bounds)]
+    return [(group.first + e, n) for e, of_expert in enumerate(slots) for n in of_expert]
 
 
 def without_library(monkeypatch: pytest.MonkeyPatch, cache: object, compiler: str) -> None:

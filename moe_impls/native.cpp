@@ -1,30 +1,39 @@
 // Products of rows with the weights of their experts, each active expert's weights read from memory once.
 //
-// out[n][f] = sum_d rows[index[n]][d] * weight[e][f][d] + bias[e][f]   for begin[e] <= n < begin[e + 1]
+// out[n][f] = sum_d rows[index[n]][d] * weight[e][f][d] + bias[e][f]   for begin[e] <= n + begin[0] < begin[e + 1]
 //
 // Sums are float32; weights float32, bfloat16 or float16; rows float32, or bfloat16 beside weights of that dtype
 // where the processor has an instruction that multiplies pairs of those (it takes subnormal numbers as zeros).
-// Both operands lie along d, so a tile of rows times features is a set of dot products, in vectors as wide as the
+// A few rows are multiplied along d: a tile of rows times features is a set of dot products. Where an expert has more,
+// they lie side by side in panels, and a vector of them is multiplied with one weight. Vectors are as wide as the
 // processor's. Written with the vector extensions of GCC and Clang; compiled for the machine that it runs on.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 #ifdef __AVX512F__
 constexpr int WIDTH = 16, ROWS = 6;  // 6 rows x 4 features of sums in 32 registers
+constexpr int FEATURES = 8;          // of a tile of a panel: 3 vectors x 8 features of sums
 #else
 constexpr int WIDTH = 8, ROWS = 2;
+constexpr int FEATURES = 4;
 #endif
-constexpr int64_t BLOCK = 16;  // features of one expert that a thread takes at a time
-constexpr int BLOCKS = 8;      // at most, of those one after the other
+constexpr int VECTORS = 3;           // of rows in a panel, at most
+constexpr int64_t BLOCK = 16;        // features of one expert that a thread takes at a time
+constexpr int BLOCKS = 8;            // at most, of those one after the other
+constexpr int64_t PANELS = 1 << 17;  // numbers, about, in the panels that stay in a cache for all features
+constexpr int64_t LONG = 1024;       // numbers of a feature from which on the processor fetches what comes next itself
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef float Quad __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Places __attribute__((vector_size(4 * WIDTH)));
 typedef _Float16 Float16s __attribute__((vector_size(2 * WIDTH), aligned(2)));
 struct BFloat16 { uint16_t bits; };
 
@@ -100,7 +109,7 @@ static void pack(const typename Multiply<W>::Row* rows, const int64_t* index, in
     }
 }
 
-// The rows of an expert go over its weights in passes of about the same number of rows, at most ROWS.
+// Rows go over weights in passes of about the same number of rows, at most ROWS.
 struct Passes {
     int64_t size, count;
     explicit Passes(int64_t size) : size(size), count((size + ROWS - 1) / ROWS) {}
@@ -173,41 +182,197 @@ static void pass_of(int64_t pass, int64_t passes, const typename Multiply<W>::Ro
         features<R, 0>(rows, weight, bias, D, count, 0, out, F);
 }
 
+// Rows become columns.
+static void transpose(Floats* v) {
+#ifdef __clang__  // has no shuffle that takes its places as a vector
+    float from[WIDTH][WIDTH];
+    std::memcpy(from, v, sizeof from);
+    for (int i = 0; i < WIDTH; i++)
+        for (int l = 0; l < WIDTH; l++) v[i][l] = from[l][i];
+#else
+    for (int s = 1; s < WIDTH; s *= 2) {  // of each square of 2 s the two squares of s that are off the diagonal
+        Places upper, lower;
+        for (int l = 0; l < WIDTH; l++) {
+            upper[l] = l & s ? WIDTH + (l ^ s) : l;
+            lower[l] = l & s ? WIDTH + l : l | s;
+        }
+        for (int i = 0; i < WIDTH; i++)
+            if (!(i & s)) {
+                const Floats a = v[i], b = v[i | s];
+                v[i] = __builtin_shuffle(a, b, upper);
+                v[i | s] = __builtin_shuffle(a, b, lower);
+            }
+    }
+#endif
+}
+
+// The rows [n, end) side by side, all of one d before those of the next, and zeros up to V whole vectors.
+static void pack_panel(const float* rows, const int64_t* index, int64_t n, int64_t end, int64_t V, int64_t D,
+                       float* to) {
+    for (int64_t v = 0; v < V; v++, n += WIDTH, to += WIDTH) {
+        const float* from[WIDTH];
+        const int64_t some = std::min<int64_t>(end - n, WIDTH);
+        for (int64_t r = 0; r < some; r++) from[r] = rows + (index ? index[n + r] : n + r) * D;
+        for (int64_t d = 0; d < D; d += WIDTH) {
+            const int64_t numbers = std::min<int64_t>(D - d, WIDTH);
+            Floats square[WIDTH] = {};
+            if (numbers == WIDTH)
+                for (int64_t r = 0; r < some; r++) square[r] = load(from[r] + d);
+            else
+                for (int64_t r = 0; r < some; r++) std::memcpy(square + r, from[r] + d, numbers * sizeof(float));
+            transpose(square);
+            for (int64_t i = 0; i < numbers; i++) std::memcpy(to + (d + i) * V * WIDTH, square + i, sizeof(Floats));
+        }
+    }
+}
+
+// The products of a panel of V vectors of rows with N features, of which the first `rows` rows are kept. Meanwhile
+// `lines` cache lines are fetched for every WIDTH numbers.
+template <int V, int N, class W>
+static void panel_tile(const float* panel, const float* weight, const W* bias, int64_t D, const char* fetched,
+                       int64_t lines, int64_t rows, float* out, int64_t F) {
+    Floats sums[N][V] = {};
+    auto add = [&](int64_t d) {
+        Floats x[V];
+        for (int v = 0; v < V; v++) x[v] = load(panel + (d * V + v) * WIDTH);
+        for (int n = 0; n < N; n++) {
+            const float w = weight[n * D + d];
+            for (int v = 0; v < V; v++) sums[n][v] += x[v] * w;
+        }
+    };
+    int64_t d = 0;
+    for (; d + WIDTH <= D; d += WIDTH) {
+        for (int64_t line = 0; line < lines; line++, fetched += 64) __builtin_prefetch(fetched, 0, 2);
+#pragma GCC unroll 4
+        for (int i = 0; i < WIDTH; i++) add(d + i);
+    }
+    for (; d < D; d++) add(d);
+    for (int v = 0; v < V; v++)
+        for (int r = 0; r < WIDTH && v * WIDTH + r < rows; r++)
+            for (int n = 0; n < N; n++) out[(v * WIDTH + r) * F + n] = sums[n][v][r] + (bias ? value(bias[n]) : 0);
+}
+
+// The products of one of so many panels with `count` features. Each panel fetches its share of the next `block`,
+// whose numbers are of type W.
+template <int V, class W>
+static void panel_of(int64_t number, int64_t panels, const float* panel, const float* weight, const W* next,
+                     const W* bias, int64_t D, int64_t count, int64_t rows, float* out, int64_t F) {
+    constexpr int64_t LINES = FEATURES * WIDTH * sizeof(W) / 64;  // of a tile, for WIDTH of its numbers
+    const int64_t first = LINES * number / panels, lines = D < LONG ? LINES * (number + 1) / panels - first : 0;
+    int64_t f = 0;
+    for (; f + FEATURES <= count; f += FEATURES)
+        panel_tile<V, FEATURES>(panel, weight + f * D, bias ? bias + f : bias, D,
+                                (const char*)(next + f * D) + first * (D / WIDTH) * 64, lines, rows, out + f, F);
+    for (; f < count; f++)
+        panel_tile<V, 1>(panel, weight + f * D, bias ? bias + f : bias, D, nullptr, 0, rows, out + f, F);
+}
+
+static const float* floats(const float* weight, int64_t, std::vector<float>&) { return weight; }
+template <class W>
+static const float* floats(const W* weight, int64_t count, std::vector<float>& to) {
+    to.resize(count);
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) {
+        const Floats v = load(weight + i);
+        std::memcpy(to.data() + i, &v, sizeof v);
+    }
+    for (; i < count; i++) to[i] = value(weight[i]);
+    return to.data();
+}
+
+// How the rows [first, end) of expert e are multiplied: from LEAST of them on, as many as fill more than half of a
+// vector in panels of float32, the rest in passes.
+template <class W>
+struct Rows {
+    static constexpr bool IN_PANELS = std::is_same_v<typename Multiply<W>::Row, float>;
+    static constexpr int64_t FEW = WIDTH / 2, LEAST = sizeof(W) == 4 ? FEW + 1 : 2 * WIDTH - 4;  // others are converted
+    int64_t first, end, vectors, panels;
+    int64_t place;  // of the first, packed, behind those of the experts before and what fills their vectors
+    Passes rest;
+    Rows(int64_t e, int64_t first, int64_t end)
+        : first(first),
+          end(end),
+          vectors(IN_PANELS && end - first >= LEAST ? (end - first + WIDTH - 1 - FEW) / WIDTH : 0),
+          panels((vectors + VECTORS - 1) / VECTORS),
+          place(first + (IN_PANELS ? (FEW - 1) * std::min(e, first / LEAST) : 0)),
+          rest(std::max<int64_t>(end - first - vectors * WIDTH, 0)) {}
+    int64_t vectors_of(int64_t panel) const { return std::min<int64_t>(vectors - panel * VECTORS, VECTORS); }
+};
+
+// Panels of an expert, about PANELS numbers, and beside the last of them the rest of its rows.
+struct Part {
+    int64_t e, first, end;
+};
+
 template <class W>
 static void products(const typename Multiply<W>::Row* rows, const int64_t* index, const int64_t* begin, const W* weight,
                      const W* bias, float* out, typename Multiply<W>::Row* packed, int64_t E, int64_t F, int64_t D,
                      int threads) {
     const int64_t blocks = (F + BLOCK - 1) / BLOCK, wide = padded<W>(D);
-    const int64_t chunk = std::clamp<int64_t>(E * blocks / (4 * threads), 1, BLOCKS);
+    auto rows_of = [begin](int64_t e) { return Rows<W>(e, begin[e] - begin[0], begin[e + 1] - begin[0]); };
+    std::vector<Part> parts;
+    for (int64_t e = 0; e < E; e++) {
+        const auto of = rows_of(e);
+        const int64_t wanted = of.panels * VECTORS * WIDTH * D / PANELS, least = of.end > of.first;
+        const int64_t count = std::clamp(wanted, least, std::max(of.panels, least));
+        for (int64_t part = 0; part < count; part++)
+            parts.push_back({e, of.panels * part / count, of.panels * (part + 1) / count});
+    }
+    const int64_t items = int64_t(parts.size()) * blocks, chunk = std::clamp<int64_t>(items / (4 * threads), 1, BLOCKS);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t e = 0; e < E; e++) {
-            const Passes passes(begin[e + 1] - begin[e]);
-            for (int64_t pass = 0; pass < passes.count; pass++) {
-                const int64_t n = begin[e] + passes.first(pass);
-                pack<W>(rows, index, n, passes.rows(pass), D, packed + n * wide);
+        for (const Part& part : parts) {
+            const auto of = rows_of(part.e);
+            if constexpr (Rows<W>::IN_PANELS)
+                for (int64_t panel = part.first; panel < part.end; panel++) {
+                    const int64_t r = panel * VECTORS * WIDTH;
+                    pack_panel(rows, index, of.first + r, of.end, of.vectors_of(panel), D, packed + (of.place + r) * wide);
+                }
+            for (int64_t pass = 0; pass < of.rest.count && part.end == of.panels; pass++) {
+                const int64_t r = of.vectors * WIDTH + of.rest.first(pass);
+                pack<W>(rows, index, of.first + r, of.rest.rows(pass), D, packed + (of.place + r) * wide);
             }
         }
+        std::vector<float> converted;
 #pragma omp for schedule(dynamic, chunk)
-        for (int64_t item = 0; item < E * blocks; item++) {
-            const int64_t e = item / blocks, f = item % blocks * BLOCK, count = std::min(BLOCK, F - f);
-            const W* w = weight + (e * F + f) * D;
-            const W* b = bias ? bias + e * F + f : nullptr;
-            const Passes passes(begin[e + 1] - begin[e]);
-            for (int64_t pass = 0; pass < passes.count; pass++) {
-                const int64_t n = begin[e] + passes.first(pass);
-                const auto* in = packed + n * wide;
-                float* to = out + n * F + f;
-                switch (passes.rows(pass)) {
-                    case 1: pass_of<1>(pass, passes.count, in, w, b, D, count, to, F); break;
+        for (int64_t item = 0; item < items; item++) {
+            const Part part = parts[item / blocks];
+            const auto of = rows_of(part.e);
+            const int64_t f = item % blocks * BLOCK, count = std::min(BLOCK, F - f), panels = part.end - part.first;
+            const W* w = weight + (part.e * F + f) * D;
+            const W* b = bias ? bias + part.e * F + f : nullptr;
+            if constexpr (Rows<W>::IN_PANELS)
+                if (panels > 0) {
+                    const float* v = floats(w, count * D, converted);
+                    for (int64_t panel = 0; panel < panels; panel++) {
+                        const int64_t r = (part.first + panel) * VECTORS * WIDTH, n = of.first + r;
+                        const auto* in = packed + (of.place + r) * wide;
+                        float* to = out + n * F + f;
+                        const W* next = w + BLOCK * D;
+                        switch (of.vectors_of(part.first + panel)) {
+                            case 1: panel_of<1>(panel, panels, in, v, next, b, D, count, of.end - n, to, F); break;
+                            case 2: panel_of<2>(panel, panels, in, v, next, b, D, count, of.end - n, to, F); break;
+                            default: panel_of<3>(panel, panels, in, v, next, b, D, count, of.end - n, to, F);
+                        }
+                    }
+                    if (part.end < of.panels) continue;
+                }
+            // Beside panels the rest fetches nothing, as where many passes went before it.
+            const int64_t before = panels > 0 ? 4 : 0, passes = before + of.rest.count;
+            for (int64_t pass = 0; pass < of.rest.count; pass++) {
+                const int64_t r = of.vectors * WIDTH + of.rest.first(pass);
+                const auto* in = packed + (of.place + r) * wide;
+                float* to = out + (of.first + r) * F + f;
+                switch (of.rest.rows(pass)) {
+                    case 1: pass_of<1>(before + pass, passes, in, w, b, D, count, to, F); break;
 #ifdef __AVX512F__
-                    case 2: pass_of<2>(pass, passes.count, in, w, b, D, count, to, F); break;
-                    case 3: pass_of<3>(pass, passes.count, in, w, b, D, count, to, F); break;
-                    case 4: pass_of<4>(pass, passes.count, in, w, b, D, count, to, F); break;
-                    case 5: pass_of<5>(pass, passes.count, in, w, b, D, count, to, F); break;
+                    case 2: pass_of<2>(before + pass, passes, in, w, b, D, count, to, F); break;
+                    case 3: pass_of<3>(before + pass, passes, in, w, b, D, count, to, F); break;
+                    case 4: pass_of<4>(before + pass, passes, in, w, b, D, count, to, F); break;
+                    case 5: pass_of<5>(before + pass, passes, in, w, b, D, count, to, F); break;
 #endif
-                    default: pass_of<ROWS>(pass, passes.count, in, w, b, D, count, to, F);
+                    default: pass_of<ROWS>(before + pass, passes, in, w, b, D, count, to, F);
                 }
             }
         }
@@ -224,10 +389,10 @@ EXPORT(products_float32, float)
 EXPORT(products_bfloat16, BFloat16)
 EXPORT(products_float16, _Float16)
 
-// Slots by expert, in each by token: where the slots of each expert begin [E + 1], the token of each place [N],
-// and the place of each slot [N], one after the other. False if an id is not in [0, E).
+// Slots by expert, in each by token: where the slots of each expert begin [E + 1], the slot of each place [N], and its
+// token [N], one after the other. False if an id is not in [0, E).
 extern "C" bool sort_slots(const int64_t* ids, int64_t N, int64_t E, int64_t K, int64_t* sorted) {
-    int64_t *begin = sorted, *token = begin + E + 1, *place = token + N;
+    int64_t *begin = sorted, *slot = begin + E + 1, *token = slot + N;
     std::fill(begin, begin + E + 1, 0);
     for (int64_t n = 0; n < N; n++) {
         if (ids[n] < 0 || ids[n] >= E) return false;
@@ -235,30 +400,35 @@ extern "C" bool sort_slots(const int64_t* ids, int64_t N, int64_t E, int64_t K, 
     }
     for (int64_t e = 0; e < E; e++) begin[e + 1] += begin[e];
     for (int64_t n = 0; n < N; n++) {
-        place[n] = begin[ids[n]]++;
-        token[place[n]] = n / K;
+        const int64_t place = begin[ids[n]]++;
+        slot[place] = n;
+        token[place] = n / K;
     }
     std::move_backward(begin, begin + E, begin + E + 1);
     begin[0] = 0;
     return true;
 }
 
-// y[t] = sum_k gates[t][k] * out[place[t][k]], of out or of its positive part.
-extern "C" void combine_sum(const float* out, const int64_t* place, const float* gates, float* y, int64_t T, int64_t K,
-                            int64_t O, bool positive, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && T * K * O > 65536)
-    for (int64_t t = 0; t < T; t++) {
-        float* to = y + t * O;
-        for (int64_t k = t * K; k < (t + 1) * K; k++) {
-            const float *from = out + place[k] * O, gate = gates[k];
-            for (int64_t o = 0; o < O; o++) {
-                const float v = positive && from[o] < 0 ? 0 : from[o];
-                to[o] = k == t * K ? gate * v : to[o] + gate * v;
-            }
+// y[token[n]] += gates[slot[n]] * out[n], of out or of its positive part. Each thread takes columns of its own.
+extern "C" void add_slots(const float* out, const int64_t* slot, const int64_t* token, const float* gates, float* y,
+                          int64_t N, int64_t O, bool positive, int threads) {
+    const int64_t columns = (O + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && N * O > 65536)
+    for (int64_t begin = 0; begin < O; begin += columns) {
+        const int64_t count = std::min(columns, O - begin);
+        for (int64_t n = 0; n < N; n++) {
+            const float *__restrict from = out + n * O + begin, gate = gates[slot[n]];
+            float* __restrict to = y + token[n] * O + begin;
+            if (positive)
+                for (int64_t o = 0; o < count; o++) to[o] += gate * (from[o] < 0 ? 0 : from[o]);
+            else
+                for (int64_t o = 0; o < count; o++) to[o] += gate * from[o];
         }
     }
 }
 
+// How many rows the packed ones of N slots take at most, with what fills vectors.
+extern "C" int64_t packed_rows(int64_t E, int64_t N) { return Rows<float>(E, N, N).place; }
 // Bytes of a number in the rows that products_bfloat16 takes: bfloat16 or float.
 extern "C" int bfloat16_row_bytes() { return sizeof(Multiply<BFloat16>::Row); }
 // Rows are packed as a multiple of this many numbers.

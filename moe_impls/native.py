@@ -1,9 +1,10 @@
 """Each expert's rows by a small C++ kernel that reads the weights of an active expert from memory once.
 
 For few tokens the layer is bound by that reading, and products of one to a few dozen rows are what matrix
-libraries are slowest at. ``native.cpp`` is compiled by the first call for the processor at hand, in seconds,
-and kept in the user's cache directory. Sums and activations are in float32 in every dtype; hidden features
-are rounded to bfloat16 beside such weights, where the processor multiplies pairs of them.
+libraries are slowest at. Many tokens are computed in groups of slots, so that their hidden features take
+memory that the process has already. ``native.cpp`` is compiled by the first call for the processor at hand,
+in seconds, and kept in the user's cache directory. Sums and activations are in float32 in every dtype;
+hidden features are rounded to bfloat16 beside such weights, where the processor multiplies pairs of them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_impls.functional import activate, combine_slots
@@ -28,6 +29,9 @@ from moe_impls.interface import Experts, Routing, Support, dtype_name
 
 SUPPORT = Support(devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), gradients=False)
 SOURCE = Path(__file__).with_suffix(".cpp")
+GROUP = (
+    2**22
+)  # numbers of hidden features at a time: memory of this size is taken again, more would be new pages
 FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno-psabi")
 
 
@@ -95,15 +99,17 @@ def _compiled(compiler: str, folder: str) -> Path:
 def _loaded(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.sort_slots.restype = ctypes.c_bool
+    found.packed_rows.restype = ctypes.c_int64
     return found
 
 
-def _pointer(t: Tensor | None) -> ctypes.c_void_p | None:
-    return None if t is None else ctypes.c_void_p(t.data_ptr())
+def _pointer(t: Tensor | None, first: int = 0) -> ctypes.c_void_p | None:
+    """Of the first-th number."""
+    return None if t is None else ctypes.c_void_p(t.data_ptr() + first * t.element_size())
 
 
 def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
-    """Where each expert's slots begin [E + 1], the token of each place and the place of each slot [T * K]."""
+    """Where each expert's slots begin [E + 1], the slot of each place and its token [T * K]."""
     T, K = expert_ids.shape
     found = torch.empty(E + 1 + 2 * T * K, dtype=torch.int64)
     ids = expert_ids.contiguous()
@@ -113,47 +119,90 @@ def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
     return found.split([E + 1, T * K, T * K])
 
 
+def _rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as the kernel takes them beside weights of a dtype."""
+    pairs = dtype == torch.bfloat16 and library().bfloat16_row_bytes() == 2
+    return rows.to(torch.bfloat16 if pairs else torch.float32).contiguous()
+
+
+class _Group(NamedTuple):
+    """The places [start, stop) of the slots of some experts from the first on; begin [n + 1] of each."""
+
+    first: int
+    start: int
+    stop: int
+    begin: Tensor
+
+
+def _groups(begin: Tensor, places: int, width: int) -> list[_Group]:
+    """All places, as many together as have about GROUP numbers in rows of this width."""
+    most = max(GROUP // max(width, 1), 1)
+    if places <= most:
+        return [_Group(0, 0, places, begin)]
+    groups: list[_Group] = []
+    first, cuts = 0, [0]
+
+    def end() -> None:
+        groups.append(_Group(first, cuts[0], cuts[-1], torch.tensor(cuts)))
+
+    for e, stop in enumerate(begin[1:].tolist()):
+        while stop - cuts[0] > most:
+            if len(cuts) == 1:  # an expert with more of them
+                cuts.append(cuts[0] + most)
+            end()
+            first, cuts = e, cuts[-1:]
+        cuts.append(stop)
+    end()
+    return groups
+
+
 def _products(
-    rows: Tensor, index: Tensor | None, begin: Tensor, weight: Tensor, bias: Tensor | None
+    rows: Tensor, index: Tensor | None, weight: Tensor, bias: Tensor | None, group: _Group
 ) -> Tensor:
-    """rows [N', D], index [N] of those to take or None, begin [E + 1] -> [N, F] float32."""
-    E, features, D = weight.shape
-    kernels, name = library(), dtype_name(weight.dtype)
-    pairs = weight.dtype == torch.bfloat16 and kernels.bfloat16_row_bytes() == 2
-    rows = rows.to(torch.bfloat16 if pairs else torch.float32).contiguous()
-    count = len(rows) if index is None else len(index)
+    """The products [N, F] in float32 of a group's rows [N, D], or of those that index [T * K] holds."""
+    first, start, stop, begin = group
+    (_, features, D), experts, count = weight.shape, len(begin) - 1, stop - start
+    rows, kernels = _rows(rows, weight.dtype), library()
     out = torch.empty(count, features, dtype=torch.float32)
+    packed_rows = kernels.packed_rows(ctypes.c_int64(experts), ctypes.c_int64(count))
     step = kernels.widest_step()
-    packed = torch.empty(count, -(-D // step) * step, dtype=rows.dtype)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    pointers = [_pointer(t) for t in (rows, index, begin, weight, bias, out, packed)]
-    sizes = [ctypes.c_int64(size) for size in (E, features, D)]
-    getattr(kernels, f"products_{name}")(*pointers, *sizes, torch.get_num_threads())
+    packed = torch.empty(packed_rows, -(-D // step) * step, dtype=rows.dtype)
+    of_weight, of_bias = _pointer(weight, first * features * D), _pointer(bias, first * features)
+    pointers = _pointer(rows), _pointer(index, start), _pointer(begin), of_weight, of_bias
+    sizes = [ctypes.c_int64(size) for size in (experts, features, D)]
+    products = getattr(kernels, f"products_{dtype_name(weight.dtype)}")
+    products(*pointers, _pointer(out), _pointer(packed), *sizes, torch.get_num_threads())
     return out
 
 
-def _combine_sum(out: Tensor, places: Tensor, gates: Tensor, positive: bool) -> Tensor:
-    """out [T * K, O], places [T * K], gates [T, K] -> y [T, O] float32."""
-    (T, K), O = gates.shape, out.shape[1]
-    y = torch.empty(T, O, dtype=torch.float32)
-    gates = gates.to(torch.float32).contiguous()
-    pointers = [_pointer(t) for t in (out, places, gates, y)]
-    sizes = [ctypes.c_int64(size) for size in (T, K, O)]
-    library().combine_sum(*pointers, *sizes, ctypes.c_bool(positive), torch.get_num_threads())
-    return y
+def _add_slots(
+    out: Tensor, slots: Tensor, tokens: Tensor, gates: Tensor, y: Tensor, group: _Group, positive: bool
+) -> None:
+    """Add a group's out [N, O], or its positive part, times the gates [T, K] of its slots to y [T, O]."""
+    start = group.start
+    pointers = _pointer(out), _pointer(slots, start), _pointer(tokens, start), _pointer(gates), _pointer(y)
+    sizes = [ctypes.c_int64(size) for size in out.shape]
+    library().add_slots(*pointers, *sizes, ctypes.c_bool(positive), torch.get_num_threads())
 
 
 @torch.no_grad()
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
-    T, K = routing.expert_ids.shape
-    E, O, _ = experts.w_out.shape
-    begin, tokens, places = _sorted(routing.expert_ids, E)
-    h = _products(x, tokens, begin, experts.w_in, experts.b_in)  # [T * K, F]
-    a = activate(h, experts.activation)  # [T * K, H]
-    out = _products(a, None, begin, experts.w_out, experts.b_out)  # [T * K, O]
+    (T, K), (E, F, D), (_, O, _) = routing.expert_ids.shape, experts.w_in.shape, experts.w_out.shape
+    begin, slots, tokens = _sorted(routing.expert_ids, E)
+    rows, gates = _rows(x, experts.w_in.dtype), routing.gates.to(torch.float32).contiguous()
+    w_in, w_out = experts.w_in.contiguous(), experts.w_out.contiguous()
+    b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
     positive = experts.output_activation == "relu"
-    if combine == "sum":
-        return _combine_sum(out, places, routing.gates, positive).to(x.dtype)
-    out = F.relu(out) if positive else out
-    return combine_slots(out[places].view(T, K, O), routing.gates, combine).to(x.dtype)
+    y = torch.zeros(T, O, dtype=torch.float32)
+    outputs = None if combine == "sum" else torch.empty(T * K, O, dtype=torch.float32)
+    for group in _groups(begin, T * K, max(D, F)):
+        h = _products(rows, tokens, w_in, b_in, group)
+        out = _products(activate(h, experts.activation), None, w_out, b_out, group)
+        if outputs is None:
+            _add_slots(out, slots, tokens, gates, y, group, positive)
+        else:
+            outputs[slots[group.start : group.stop]] = out.relu_() if positive else out
+    if outputs is not None:
+        y = combine_slots(outputs.view(T, K, O), routing.gates, combine)
+    return y.to(x.dtype)

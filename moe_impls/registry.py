@@ -37,15 +37,18 @@ IMPLEMENTATIONS = (
     "packed+prepared",
 )
 
-# Other libraries' experts, by the package that each needs; not measured or checked unless asked for.
+# Other libraries' experts, by library and backend; not measured or checked unless asked for.
 PEERS = (
     "transformers.eager",
     "transformers.batched_mm",
     "transformers.grouped_mm",
+    "torchtitan.grouped_mm",
     "liger.fused_moe",
     "einsum.capacity",
     "notebook.log_space",
 )
+# Of this project, the extra that installs a library; `peers` does the others.
+EXTRAS = {"liger": "peers-cuda", "torchtitan": "peers-torchtitan"}
 
 
 class ResolveError(ValueError):
@@ -95,7 +98,7 @@ def _peer(name: str) -> Implementation:
     try:
         module = importlib.import_module(f"moe_impls.peers.{library}")
     except ModuleNotFoundError as error:
-        extra = "peers-cuda" if library == "liger" else "peers"
+        extra = EXTRAS.get(library, "peers")
         raise ResolveError(f"{name} needs {error.name}: pip install 'moe-impls[{extra}]'") from error
     return Implementation(name, *module.BACKENDS[backend])
 
