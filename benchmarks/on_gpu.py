@@ -30,6 +30,7 @@ PEERS = {
     "transformers.grouped_mm": "transformers",
     "transformers.batched_mm": "transformers",
     "liger.fused_moe": "liger_kernel",
+    "scattermoe.parallel_experts": "scattermoe",
     "torchtitan.grouped_mm": "torchtitan",
 }
 REPORT_S = 30.0  # kept for the report

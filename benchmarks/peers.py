@@ -102,13 +102,13 @@ class Cell:
 
 
 def compared() -> tuple[str, ...]:
-    """The peers that run on a CPU and combine by sums; torchtitan, of an extra of its own, if it is there."""
-    without = (
-        "liger.",
-        "notebook.",
-        *(["torchtitan."] if not importlib.util.find_spec("torchtitan") else []),
-    )
-    return tuple(name for name in PEERS if not name.startswith(without))
+    """The peers that run on a CPU and combine by sums; torchtitan's, if it is there."""
+    libraries = [
+        "transformers",
+        "einsum",
+        *(["torchtitan"] if importlib.util.find_spec("torchtitan") else []),
+    ]
+    return tuple(name for name in PEERS if name.partition(".")[0] in libraries)
 
 
 def subjects() -> tuple[list[Implementation], list[Implementation]]:

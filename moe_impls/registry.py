@@ -44,11 +44,16 @@ PEERS = (
     "transformers.grouped_mm",
     "torchtitan.grouped_mm",
     "liger.fused_moe",
+    "scattermoe.parallel_experts",
     "einsum.capacity",
     "notebook.log_space",
 )
-# Of this project, the extra that installs a library; `peers` does the others.
-EXTRAS = {"liger": "peers-cuda", "torchtitan": "peers-torchtitan"}
+# What installs a library; the others come with the extra `peers`.
+INSTALLED_BY = {
+    "liger": "'moe-impls[peers-cuda]'",
+    "scattermoe": "git+https://github.com/shawntan/scattermoe",
+    "torchtitan": "'moe-impls[peers-torchtitan]'",
+}
 
 
 class ResolveError(ValueError):
@@ -98,8 +103,8 @@ def _peer(name: str) -> Implementation:
     try:
         module = importlib.import_module(f"moe_impls.peers.{library}")
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(library, "peers")
-        raise ResolveError(f"{name} needs {error.name}: pip install 'moe-impls[{extra}]'") from error
+        package = INSTALLED_BY.get(library, "'moe-impls[peers]'")
+        raise ResolveError(f"{name} needs {error.name}: pip install {package}") from error
     return Implementation(name, *module.BACKENDS[backend])
 
 
