@@ -302,6 +302,8 @@ def _profile(options: argparse.Namespace) -> int:
         shown = " ".join(name.removeprefix("aten::") for name in operators.split()[:8])
         table.add_row(stage, f"{forward_ms:.3f}", f"{backward_ms:.3f}", f"{percent:.1f}", shown)
     Console().print(table)
+    if profiled.device is not None:
+        print(profiled.device.to_string(index=False))
     for path in paths:
         print(path)
     return 0

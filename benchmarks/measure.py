@@ -218,15 +218,18 @@ TRY_S, TRIES = 0.1, (2, 6)  # a try of so many calls, at least and at most, ends
 
 
 def near_the_fastest(
-    calls: Mapping[str, Call], first: str, device: str = "cpu", *, hopeless: float
+    calls: Mapping[str, Call], first: str, device: str = "cpu", *, hopeless: float, most: int | None = None
 ) -> dict[str, Call]:
     """The calls that in a first try, ended when it takes too long or too much memory, come near the fastest.
+
+    The fastest is the first of them.
 
     A try is two calls, or more of short ones; the shortest counts. It ends when two at the limit would have.
 
     Args:
         first: the name of the one that is tried first, from which the limit of the others comes.
         hopeless: times the fastest, what takes longer is left out.
+        most: so many of them at most; all unless given.
 
     Raises:
         Whatever else a call raises.
@@ -247,7 +250,8 @@ def near_the_fastest(
                 raise
             continue
         limit_s = max(hopeless * min(tried_s.values()), LEAST_LIMIT_S)
-    return {name: calls[name] for name, s in tried_s.items() if limit_s is not None and s <= limit_s}
+    near = [name for name, s in tried_s.items() if limit_s is not None and s <= limit_s]
+    return {name: calls[name] for name in sorted(near, key=tried_s.__getitem__)[:most]}
 
 
 CACHES = ("warm", "cold")

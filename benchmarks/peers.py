@@ -63,7 +63,7 @@ QUICK_GROWN = {"E": (8, 32, 128, 256), "K": (1, 4, 8, 16)}
 SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
 HOPELESS = 1.2  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
-FIRST = "sorted_dispatch"  # of ours: what others take in a first try is limited by what it took
+CANDIDATES = 3  # of a side, at most
 PART = "peers.part.csv"  # what is measured so far
 
 
@@ -130,6 +130,8 @@ def samples(
     One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out.
     """
     near: dict[str, Call] = {}
+    # Tried first: what others take is limited by what it took, and it is one of the fastest.
+    first = taken(resolve("auto"), problem, inputs, mode)
     with memory.memory_limit("cpu", min(MEMORY_BYTES, memory.available_memory_bytes("cpu"))):
         for group in groups:
             calls = {
@@ -138,7 +140,7 @@ def samples(
                 if undeclared(i, problem, mode) is None
             }
             auto = {name: calls.pop(name) for name in ("auto",) if name in calls}  # timed however slow it is
-            near |= measure.near_the_fastest(calls, FIRST, hopeless=HOPELESS) | auto
+            near |= measure.near_the_fastest(calls, first, hopeless=HOPELESS, most=CANDIDATES) | auto
     timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
     return {name: timing.samples_s for name, timing in timings.items()}
 
@@ -362,9 +364,9 @@ Written by `python -m benchmarks peers{" --quick" * quick}` at commit {commit} w
 implementation of this project in a cell, *peer* the fastest of the others: {", ".join(compared())}.
 Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
 first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
-was not timed further. *auto_ratio*: `auto` over the fastest of ours that needs no `prepare`.
-*of_products*: the time of dense products of the same FLOPs over ours. *of_reading*: the time of the least
-traffic at the bandwidth measured beside it, over ours.
+or comes after the {CANDIDATES} fastest, was not timed further. *auto_ratio*: `auto` over the fastest of ours
+that needs no `prepare`. *of_products*: the time of dense products of the same FLOPs over ours. *of_reading*:
+the time of the least traffic at the bandwidth measured beside it, over ours.
 
 {markdown_table(by_regime(cells))}
 

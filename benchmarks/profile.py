@@ -15,6 +15,9 @@ implementations know nothing of them:
 An operator of the backward counts for the stage of the forward operator that it differentiates, which the
 profiler's sequence numbers tell. Compiled code is opaque: its matrix products are known by their operators'
 names, the rest is ``other``. ``operators.csv`` names the stage of every operator.
+
+On CUDA ``device.csv`` says how busy the device was kept: its kernels and copies, the gaps between them, and
+how often the host waited for it.
 """
 # pyright: reportArgumentType=false
 # pandas's types are wider than what indexing gives: a Series may be an array or a table to the checker.
@@ -22,9 +25,10 @@ names, the rest is ``other``. ``operators.csv`` names the stage of every operato
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +56,12 @@ GEMMS = {"linear", "mm", "bmm", "addmm", "baddbmm", "addbmm", "matmul", "__matmu
 ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid", "glu", "softplus"}
 SUMS_INTO_ROWS = {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce",
                   "scatter_reduce_", "index_reduce", "index_reduce_"}  # fmt: skip
+# Functions of the CUDA and HIP runtimes in which the host waits for the device.
+WAITS = tuple(
+    f"{runtime}{name}"
+    for runtime in ("cuda", "hip")
+    for name in ("DeviceSynchronize", "StreamSynchronize", "EventSynchronize", "Memcpy", "Memcpy2D")
+)
 RANGE, CALL, BACKWARD = "moe::", "moe::call", "autograd::engine::evaluate_function"
 REPEATS = 5
 
@@ -126,11 +136,13 @@ class Profile:
 
     operators: a line for each (operator, stage, pass): calls, self_ms, total_ms.
     stages: forward_ms and backward_ms of each of STAGES, percent of the call, and its operators.
+    device: one line, see ``device_use``; None on a CPU.
     """
 
     operators: pd.DataFrame
     stages: pd.DataFrame
     trace: bytes
+    device: pd.DataFrame | None = None
 
 
 def profile_call(
@@ -186,8 +198,37 @@ def profile_call(
         path = Path(folder, "trace.json")
         recorded.export_chrome_trace(str(path))
         trace = path.read_bytes()
-    operators, call_ms = _operators(list(recorded.events() or ()), cuda)
-    return Profile(operators, _stages(operators, call_ms), trace)
+    events = list(recorded.events() or ())
+    operators, call_ms = _operators(events, cuda)
+    return Profile(operators, _stages(operators, call_ms), trace, device_use(events) if cuda else None)
+
+
+def device_use(events: Sequence[FunctionEvent]) -> pd.DataFrame:
+    """How a device was used by the calls of a record, as means of one call.
+
+    launches: kernels, copies and fills. busy_ms: time in which any of them ran. gaps_ms: the rest of the time
+    from the first to the last, in which the device waited for the host. host_waits: how often the host waited
+    for the device, by ``WAITS``, while a call was made.
+    """
+    calls = [e.time_range for e in events if e.name == CALL and e.device_type == DeviceType.CPU]
+    on_device = [e for e in events if e.device_type != DeviceType.CPU and not e.name.startswith(RANGE)]
+    busy_us, end = 0.0, -math.inf
+    for time in sorted((e.time_range for e in on_device), key=lambda time: time.start):
+        busy_us += max(0.0, time.end - max(time.start, end))
+        end = max(end, time.end)
+    whole_us = end - min(e.time_range.start for e in on_device) if on_device else 0.0
+    waits = [
+        e for e in events
+        if e.name in WAITS and any(call.start <= e.time_range.start <= call.end for call in calls)
+    ]  # fmt: skip
+    return pd.DataFrame(
+        {
+            "launches": [len(on_device) / len(calls)],
+            "busy_ms": [busy_us / 1e3 / len(calls)],
+            "gaps_ms": [(whole_us - busy_us) / 1e3 / len(calls)],
+            "host_waits": [len(waits) / len(calls)],
+        }
+    )
 
 
 def _operators(events: list[FunctionEvent], cuda: bool) -> tuple[pd.DataFrame, float]:
@@ -256,13 +297,24 @@ def _stages(operators: pd.DataFrame, call_ms: float) -> pd.DataFrame:
 def write(
     profiled: Profile, folder: Path, implementation: Implementation, problem: Problem, mode: str
 ) -> list[Path]:
-    """Write stages.csv, operators.csv and trace.json into a folder named after the cell; returns them."""
+    """Write stages.csv, operators.csv, trace.json and on CUDA device.csv into a folder named after the cell.
+
+    Returns them.
+    """
     p = problem
     sizes = f"T{p.T}-D{p.D}-H{p.H}-E{p.E}-K{p.K}-{p.load}-{dtype_name(p.dtype)}-{p.device}"
     place = folder / f"{slug(implementation.name)}-{p.name}-{slug(sizes)}-{slug(mode)}"
-    paths = [place / name for name in ("stages.csv", "operators.csv", "trace.json")]
-    contents = (profiled.stages, profiled.operators)
-    for path, table in zip(paths, contents, strict=False):
-        write_atomically(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
-    write_atomically(paths[2], profiled.trace)
-    return paths
+    tables = {
+        "stages.csv": profiled.stages,
+        "operators.csv": profiled.operators,
+        "device.csv": profiled.device,
+    }
+    contents = {
+        name: table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+        for name, table in tables.items()
+        if table is not None
+    }
+    contents["trace.json"] = profiled.trace
+    for name, content in contents.items():
+        write_atomically(place / name, content)
+    return [place / name for name in contents]

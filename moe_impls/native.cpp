@@ -27,6 +27,7 @@ constexpr int VECTORS = 3;           // of rows in a panel, at most
 constexpr int64_t BLOCK = 16;        // features of one expert that a thread takes at a time
 constexpr int BLOCKS = 8;            // at most, of those one after the other
 constexpr int64_t PANELS = 1 << 17;  // numbers, about, in the panels that stay in a cache for all features
+constexpr int64_t SUMMED = 512;      // numbers one after the other in a sum: it rounds the more, the longer it is
 constexpr int64_t LONG = 1024;       // numbers of a feature from which on the processor fetches what comes next itself
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -229,9 +230,9 @@ static void pack_panel(const float* rows, const int64_t* index, int64_t n, int64
 // The products of a panel of V vectors of rows with N features, of which the first `rows` rows are kept. Meanwhile
 // `lines` cache lines are fetched for every WIDTH numbers.
 template <int V, int N, class W>
-static void panel_tile(const float* panel, const float* weight, const W* bias, int64_t D, const char* fetched,
+__attribute__((noinline)) static void panel_tile(const float* panel, const float* weight, const W* bias, int64_t D, const char* fetched,
                        int64_t lines, int64_t rows, float* out, int64_t F) {
-    Floats sums[N][V] = {};
+    Floats totals[N][V] = {}, sums[N][V];
     auto add = [&](int64_t d) {
         Floats x[V];
         for (int v = 0; v < V; v++) x[v] = load(panel + (d * V + v) * WIDTH);
@@ -240,16 +241,21 @@ static void panel_tile(const float* panel, const float* weight, const W* bias, i
             for (int v = 0; v < V; v++) sums[n][v] += x[v] * w;
         }
     };
-    int64_t d = 0;
-    for (; d + WIDTH <= D; d += WIDTH) {
-        for (int64_t line = 0; line < lines; line++, fetched += 64) __builtin_prefetch(fetched, 0, 2);
+    for (int64_t d = 0; d < D;) {
+        std::memset(sums, 0, sizeof sums);
+        const int64_t end = std::min(d + SUMMED, D);
+        for (; d + WIDTH <= end; d += WIDTH) {
+            for (int64_t line = 0; line < lines; line++, fetched += 64) __builtin_prefetch(fetched, 0, 2);
 #pragma GCC unroll 4
-        for (int i = 0; i < WIDTH; i++) add(d + i);
+            for (int i = 0; i < WIDTH; i++) add(d + i);
+        }
+        for (; d < end; d++) add(d);
+        for (int n = 0; n < N; n++)
+            for (int v = 0; v < V; v++) totals[n][v] += sums[n][v];
     }
-    for (; d < D; d++) add(d);
     for (int v = 0; v < V; v++)
         for (int r = 0; r < WIDTH && v * WIDTH + r < rows; r++)
-            for (int n = 0; n < N; n++) out[(v * WIDTH + r) * F + n] = sums[n][v][r] + (bias ? value(bias[n]) : 0);
+            for (int n = 0; n < N; n++) out[(v * WIDTH + r) * F + n] = totals[n][v][r] + (bias ? value(bias[n]) : 0);
 }
 
 // The products of one of so many panels with `count` features. Each panel fetches its share of the next `block`,
@@ -322,7 +328,8 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic)
-        for (const Part& part : parts) {
+        for (size_t i = 0; i < parts.size(); i++) {
+            const Part part = parts[i];
             const auto of = rows_of(part.e);
             if constexpr (Rows<W>::IN_PANELS)
                 for (int64_t panel = part.first; panel < part.end; panel++) {

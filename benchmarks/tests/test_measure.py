@@ -300,7 +300,8 @@ def test_calls_that_take_too_long_or_too_much_memory_are_not_near_the_fastest() 
         torch.empty(2**50)
 
     calls = {"fast": busy(0.001), "slow": busy(0.5), "greedy": greedy, "near": busy(0.0015)}
-    assert list(measure.near_the_fastest(calls, "fast", hopeless=3)) == ["fast", "near"]
+    assert list(measure.near_the_fastest(calls, "near", hopeless=3)) == ["fast", "near"]
+    assert list(measure.near_the_fastest(calls, "near", hopeless=3, most=1)) == ["fast"]
 
 
 def test_what_else_a_first_try_raises_is_raised() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks import profile
 from benchmarks.__main__ import main
@@ -63,6 +65,29 @@ def test_sums_into_rows_are_combine() -> None:
     assert stages_of(profiled, "aten::index_add_") == {"combine"}
 
 
+def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CUDA) -> FunctionEvent:
+    return FunctionEvent(1, name, 1, start, end, device_type=device)
+
+
+def test_what_a_device_did_and_how_often_the_host_waited_are_means_of_a_call() -> None:
+    host = DeviceType.CPU
+    events = [
+        event(profile.CALL, 0, 100, host), event(profile.CALL, 1000, 1100, host),
+        event("moe::expert_gemms", 50, 900),  # a range, which the profiler shows on the device as well
+        event("gemm", 50, 250), event("gemm", 200, 300),  # on two streams
+        event("Memcpy DtoH (Device -> Pageable)", 400, 500), event("cudaStreamSynchronize", 90, 510, host),
+        event("cudaLaunchKernel", 10, 20, host),
+        event("gemm", 1050, 1250), event("cudaDeviceSynchronize", 1200, 1300, host),  # after the last call
+    ]  # fmt: skip
+    (use,) = profile.device_use(events).to_dict("records")
+    assert use == {"launches": 2, "busy_ms": 0.275, "gaps_ms": 0.325, "host_waits": 0.5}
+
+
+def test_a_call_that_launches_nothing_leaves_the_device_idle() -> None:
+    (use,) = profile.device_use([event(profile.CALL, 0, 100, DeviceType.CPU)]).to_dict("records")
+    assert set(use.values()) == {0}
+
+
 def test_nothing_stays_patched() -> None:
     before = (functional.activate, functional.combine_slots)
     profile.profile_call(resolve("sorted_dispatch"), PROBLEM, "forward")
@@ -80,7 +105,7 @@ def test_the_command_writes_stages_operators_and_trace(tmp_path: Path, capsys: p
     sizes = [f"--{n}={v}" for n, v in {"T": 8, "D": 16, "H": 8, "E": 4, "K": 2}.items()]
     assert main(["profile", "--impl", "index_add", *sizes, "--mode", "forward", "--out", str(tmp_path)]) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert [path.name for path in paths] == ["stages.csv", "operators.csv", "trace.json"]
+    assert [path.name for path in paths] == ["stages.csv", "operators.csv", "trace.json"]  # no device.csv
     assert pd.read_csv(paths[0])["stage"].tolist() == list(profile.STAGES)
     assert set(pd.read_csv(paths[1]).columns) == {"operator", "stage", "pass", "calls", "self_ms", "total_ms"}
     assert b"moe::expert_gemms" in paths[2].read_bytes()
