@@ -306,7 +306,9 @@ struct Rows {
 };
 
 // Panels of an expert, about PANELS numbers, and beside the last of them the rest of its rows.
+template <class W>
 struct Part {
+    Rows<W> of;
     int64_t e, first, end;
 };
 
@@ -315,22 +317,22 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
                      const W* bias, float* out, typename Multiply<W>::Row* packed, int64_t E, int64_t F, int64_t D,
                      int threads) {
     const int64_t blocks = (F + BLOCK - 1) / BLOCK, wide = padded<W>(D);
-    auto rows_of = [begin](int64_t e) { return Rows<W>(e, begin[e] - begin[0], begin[e + 1] - begin[0]); };
-    std::vector<Part> parts;
+    std::vector<Part<W>> parts;
+    parts.reserve(E);
     for (int64_t e = 0; e < E; e++) {
-        const auto of = rows_of(e);
+        const Rows<W> of(e, begin[e] - begin[0], begin[e + 1] - begin[0]);
         const int64_t wanted = of.panels * VECTORS * WIDTH * D / PANELS, least = of.end > of.first;
         const int64_t count = std::clamp(wanted, least, std::max(of.panels, least));
         for (int64_t part = 0; part < count; part++)
-            parts.push_back({e, of.panels * part / count, of.panels * (part + 1) / count});
+            parts.push_back({of, e, of.panels * part / count, of.panels * (part + 1) / count});
     }
     const int64_t items = int64_t(parts.size()) * blocks, chunk = std::clamp<int64_t>(items / (4 * threads), 1, BLOCKS);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < parts.size(); i++) {
-            const Part part = parts[i];
-            const auto of = rows_of(part.e);
+            const Part<W>& part = parts[i];
+            const Rows<W>& of = part.of;
             if constexpr (Rows<W>::IN_PANELS)
                 for (int64_t panel = part.first; panel < part.end; panel++) {
                     const int64_t r = panel * VECTORS * WIDTH;
@@ -344,8 +346,8 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
         std::vector<float> converted;
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t item = 0; item < items; item++) {
-            const Part part = parts[item / blocks];
-            const auto of = rows_of(part.e);
+            const Part<W>& part = parts[item / blocks];
+            const Rows<W>& of = part.of;
             const int64_t f = item % blocks * BLOCK, count = std::min(BLOCK, F - f), panels = part.end - part.first;
             const W* w = weight + (part.e * F + f) * D;
             const W* b = bias ? bias + part.e * F + f : nullptr;
@@ -416,13 +418,15 @@ extern "C" bool sort_slots(const int64_t* ids, int64_t N, int64_t E, int64_t K, 
     return true;
 }
 
-// y[token[n]] += gates[slot[n]] * out[n], of out or of its positive part. Each thread takes columns of its own.
+// y[token[n]] += gates[slot[n]] * out[n], of out or of its positive part; y [T][O] is 0 before that if it is `anew`.
+// Each thread takes columns of its own.
 extern "C" void add_slots(const float* out, const int64_t* slot, const int64_t* token, const float* gates, float* y,
-                          int64_t N, int64_t O, bool positive, int threads) {
+                          int64_t N, int64_t T, int64_t O, bool anew, bool positive, int threads) {
     const int64_t columns = (O + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && N * O > 65536)
     for (int64_t begin = 0; begin < O; begin += columns) {
         const int64_t count = std::min(columns, O - begin);
+        for (int64_t t = 0; anew && t < T; t++) std::fill_n(y + t * O + begin, count, 0.0f);
         for (int64_t n = 0; n < N; n++) {
             const float *__restrict from = out + n * O + begin, gate = gates[slot[n]];
             float* __restrict to = y + token[n] * O + begin;
@@ -434,9 +438,9 @@ extern "C" void add_slots(const float* out, const int64_t* slot, const int64_t* 
     }
 }
 
-// How many rows the packed ones of N slots take at most, with what fills vectors.
-extern "C" int64_t packed_rows(int64_t E, int64_t N) { return Rows<float>(E, N, N).place; }
+// How many numbers the packed rows of N slots of E experts take at most, with what fills vectors.
+extern "C" int64_t packed_numbers(int64_t E, int64_t N, int64_t D) {
+    return Rows<float>(E, N, N).place * ((D + 2 * WIDTH - 1) / (2 * WIDTH) * (2 * WIDTH));
+}
 // Bytes of a number in the rows that products_bfloat16 takes: bfloat16 or float.
 extern "C" int bfloat16_row_bytes() { return sizeof(Multiply<BFloat16>::Row); }
-// Rows are packed as a multiple of this many numbers.
-extern "C" int widest_step() { return 2 * WIDTH; }

@@ -96,16 +96,31 @@ def _compiled(compiler: str, folder: str) -> Path:
     return Path(shared)
 
 
+POINTER, SIZE, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+# What the functions of native.cpp take and return.
+FUNCTIONS = {
+    **{
+        f"products_{name}": ((*[POINTER] * 7, *[SIZE] * 3, THREADS), None)
+        for name in map(dtype_name, SUPPORT.dtypes)
+    },
+    "add_slots": ((*[POINTER] * 5, *[SIZE] * 3, *[ctypes.c_bool] * 2, THREADS), None),
+    "sort_slots": ((POINTER, *[SIZE] * 3, POINTER), ctypes.c_bool),
+    "packed_numbers": ((SIZE,) * 3, SIZE),
+    "bfloat16_row_bytes": ((), ctypes.c_int),
+}
+
+
 def _loaded(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
-    found.sort_slots.restype = ctypes.c_bool
-    found.packed_rows.restype = ctypes.c_int64
+    for name, (arguments, result) in FUNCTIONS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, result
     return found
 
 
-def _pointer(t: Tensor | None, first: int = 0) -> ctypes.c_void_p | None:
+def _pointer(t: Tensor | None, first: int = 0) -> int | None:
     """Of the first-th number."""
-    return None if t is None else ctypes.c_void_p(t.data_ptr() + first * t.element_size())
+    return None if t is None else t.data_ptr() + first * t.element_size()
 
 
 def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
@@ -113,8 +128,7 @@ def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
     T, K = expert_ids.shape
     found = torch.empty(E + 1 + 2 * T * K, dtype=torch.int64)
     ids = expert_ids.contiguous()
-    sizes = [ctypes.c_int64(size) for size in (T * K, E, K)]
-    if not library().sort_slots(_pointer(ids), *sizes, _pointer(found)):
+    if not library().sort_slots(_pointer(ids), T * K, E, K, _pointer(found)):
         raise ValueError(f"expert_ids holds an id that is not in [0, {E})")
     return found.split([E + 1, T * K, T * K])
 
@@ -162,27 +176,26 @@ def _products(
     """The products [N, F] in float32 of a group's rows [N, D], or of those that index [T * K] holds."""
     first, start, stop, begin = group
     (_, features, D), experts, count = weight.shape, len(begin) - 1, stop - start
-    rows, kernels = _rows(rows, weight.dtype), library()
+    kernels = library()
     out = torch.empty(count, features, dtype=torch.float32)
-    packed_rows = kernels.packed_rows(ctypes.c_int64(experts), ctypes.c_int64(count))
-    step = kernels.widest_step()
-    packed = torch.empty(packed_rows, -(-D // step) * step, dtype=rows.dtype)
+    packed = torch.empty(kernels.packed_numbers(experts, count, D), dtype=rows.dtype)
     of_weight, of_bias = _pointer(weight, first * features * D), _pointer(bias, first * features)
     pointers = _pointer(rows), _pointer(index, start), _pointer(begin), of_weight, of_bias
-    sizes = [ctypes.c_int64(size) for size in (experts, features, D)]
     products = getattr(kernels, f"products_{dtype_name(weight.dtype)}")
-    products(*pointers, _pointer(out), _pointer(packed), *sizes, torch.get_num_threads())
+    products(*pointers, _pointer(out), _pointer(packed), experts, features, D, torch.get_num_threads())
     return out
 
 
 def _add_slots(
     out: Tensor, slots: Tensor, tokens: Tensor, gates: Tensor, y: Tensor, group: _Group, positive: bool
 ) -> None:
-    """Add a group's out [N, O], or its positive part, times the gates [T, K] of its slots to y [T, O]."""
+    """Add a group's out [N, O], or its positive part, times the gates [T, K] of its slots to y [T, O].
+
+    The first group finds y as it was allocated.
+    """
     start = group.start
     pointers = _pointer(out), _pointer(slots, start), _pointer(tokens, start), _pointer(gates), _pointer(y)
-    sizes = [ctypes.c_int64(size) for size in out.shape]
-    library().add_slots(*pointers, *sizes, ctypes.c_bool(positive), torch.get_num_threads())
+    library().add_slots(*pointers, len(out), *y.shape, start == 0, positive, torch.get_num_threads())
 
 
 @torch.no_grad()
@@ -194,11 +207,12 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     w_in, w_out = experts.w_in.contiguous(), experts.w_out.contiguous()
     b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
     positive = experts.output_activation == "relu"
-    y = torch.zeros(T, O, dtype=torch.float32)
+    y = torch.empty(T, O, dtype=torch.float32)
     outputs = None if combine == "sum" else torch.empty(T * K, O, dtype=torch.float32)
     for group in _groups(begin, T * K, max(D, F)):
         h = _products(rows, tokens, w_in, b_in, group)
-        out = _products(activate(h, experts.activation), None, w_out, b_out, group)
+        hidden = _rows(activate(h, experts.activation), w_out.dtype)
+        out = _products(hidden, None, w_out, b_out, group)
         if outputs is None:
             _add_slots(out, slots, tokens, gates, y, group, positive)
         else:
