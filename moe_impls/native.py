@@ -29,9 +29,8 @@ from moe_impls.interface import Experts, Routing, Support, dtype_name
 
 SUPPORT = Support(devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), gradients=False)
 SOURCE = Path(__file__).with_suffix(".cpp")
-GROUP = (
-    2**22
-)  # numbers of hidden features at a time: memory of this size is taken again, more would be new pages
+# Numbers in hidden features at a time: memory of this size is taken again, more would be new pages.
+GROUP = 2**22
 FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno-psabi")
 
 
