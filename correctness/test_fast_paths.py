@@ -92,6 +92,12 @@ def test_native_is_right_for_every_number_of_rows_of_an_expert(dtype: torch.dtyp
         exact(resolve("native"), layer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_native_is_right_where_the_rows_of_an_expert_are_more_than_a_cache_holds(dtype: torch.dtype) -> None:
+    layer = Problem("wide", T=450, D=1501, H=9, O=30, E=2, K=1, activation="swiglu", dtype=dtype)
+    values(resolve("native"), layer)
+
+
 @pytest.mark.parametrize("numbers", [1, 30, 400, 5000])  # from one slot at a time to a few experts
 @pytest.mark.parametrize("combine", ["sum", "logsumexp"])
 @pytest.mark.parametrize("load", ["uniform", "one_hot_expert", "half_empty"])
