@@ -229,9 +229,10 @@ static void pack_panel(const float* rows, const int64_t* index, int64_t n, int64
 
 // The products of a panel of V vectors of rows with N features, of which the first `rows` rows are kept. Meanwhile
 // `lines` cache lines are fetched for every WIDTH numbers.
-template <int V, int N, class W>
-__attribute__((noinline)) static void panel_tile(const float* panel, const float* weight, const W* bias, int64_t D, const char* fetched,
-                       int64_t lines, int64_t rows, float* out, int64_t F) {
+template <int V, int N>
+__attribute__((noinline)) static void panel_tile(const float* panel, const float* weight, const float* bias, int64_t D,
+                                                 const char* fetched, int64_t lines, int64_t rows, float* out,
+                                                 int64_t F) {
     Floats totals[N][V] = {}, sums[N][V];
     auto add = [&](int64_t d) {
         Floats x[V];
@@ -255,22 +256,22 @@ __attribute__((noinline)) static void panel_tile(const float* panel, const float
     }
     for (int v = 0; v < V; v++)
         for (int r = 0; r < WIDTH && v * WIDTH + r < rows; r++)
-            for (int n = 0; n < N; n++) out[(v * WIDTH + r) * F + n] = totals[n][v][r] + (bias ? value(bias[n]) : 0);
+            for (int n = 0; n < N; n++) out[(v * WIDTH + r) * F + n] = totals[n][v][r] + bias[n];
 }
 
-// The products of one of so many panels with `count` features. Each panel fetches its share of the next `block`,
-// whose numbers are of type W.
-template <int V, class W>
-static void panel_of(int64_t number, int64_t panels, const float* panel, const float* weight, const W* next,
-                     const W* bias, int64_t D, int64_t count, int64_t rows, float* out, int64_t F) {
-    constexpr int64_t LINES = FEATURES * WIDTH * sizeof(W) / 64;  // of a tile, for WIDTH of its numbers
-    const int64_t first = LINES * number / panels, lines = D < LONG ? LINES * (number + 1) / panels - first : 0;
+// The products of one of so many panels with `count` features. Each panel fetches its share of the block that is
+// next, of numbers of so many bytes.
+template <int V>
+static void panel_of(int64_t number, int64_t panels, const float* panel, const float* weight, const char* next,
+                     int64_t bytes, const float* bias, int64_t D, int64_t count, int64_t rows, float* out, int64_t F) {
+    const int64_t all = FEATURES * WIDTH * bytes / 64;  // cache lines of a tile, for WIDTH numbers of its features
+    const int64_t first = all * number / panels, lines = D < LONG ? all * (number + 1) / panels - first : 0;
     int64_t f = 0;
     for (; f + FEATURES <= count; f += FEATURES)
-        panel_tile<V, FEATURES>(panel, weight + f * D, bias ? bias + f : bias, D,
-                                (const char*)(next + f * D) + first * (D / WIDTH) * 64, lines, rows, out + f, F);
+        panel_tile<V, FEATURES>(panel, weight + f * D, bias + f, D, next + f * D * bytes + first * (D / WIDTH) * 64,
+                                lines, rows, out + f, F);
     for (; f < count; f++)
-        panel_tile<V, 1>(panel, weight + f * D, bias ? bias + f : bias, D, nullptr, 0, rows, out + f, F);
+        panel_tile<V, 1>(panel, weight + f * D, bias + f, D, nullptr, 0, rows, out + f, F);
 }
 
 static const float* floats(const float* weight, int64_t, std::vector<float>&) { return weight; }
@@ -354,15 +355,18 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
             if constexpr (Rows<W>::IN_PANELS)
                 if (panels > 0) {
                     const float* v = floats(w, count * D, converted);
+                    float biases[BLOCK] = {};
+                    for (int64_t i = 0; b && i < count; i++) biases[i] = value(b[i]);
                     for (int64_t panel = 0; panel < panels; panel++) {
                         const int64_t r = (part.first + panel) * VECTORS * WIDTH, n = of.first + r;
                         const auto* in = packed + (of.place + r) * wide;
                         float* to = out + n * F + f;
-                        const W* next = w + BLOCK * D;
+                        const char* next = (const char*)(w + BLOCK * D);
+                        const int64_t left = of.end - n, bytes = sizeof(W);
                         switch (of.vectors_of(part.first + panel)) {
-                            case 1: panel_of<1>(panel, panels, in, v, next, b, D, count, of.end - n, to, F); break;
-                            case 2: panel_of<2>(panel, panels, in, v, next, b, D, count, of.end - n, to, F); break;
-                            default: panel_of<3>(panel, panels, in, v, next, b, D, count, of.end - n, to, F);
+                            case 1: panel_of<1>(panel, panels, in, v, next, bytes, biases, D, count, left, to, F); break;
+                            case 2: panel_of<2>(panel, panels, in, v, next, bytes, biases, D, count, left, to, F); break;
+                            default: panel_of<3>(panel, panels, in, v, next, bytes, biases, D, count, left, to, F);
                         }
                     }
                     if (part.end < of.panels) continue;
