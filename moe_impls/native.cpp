@@ -86,11 +86,7 @@ static float total(Floats v) {
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-template <class W>
-static int64_t padded(int64_t D) {
-    constexpr int STEP = Multiply<W>::STEP;
-    return (D + STEP - 1) / STEP * STEP;
-}
+static int64_t padded(int64_t D, int64_t step) { return (D + step - 1) / step * step; }
 
 // R rows, STEP numbers of each in turn and zeros after the last: read one after the other, and not at distances
 // of D, at which the lines of all rows would share one set of a cache.
@@ -317,7 +313,7 @@ template <class W>
 static void products(const typename Multiply<W>::Row* rows, const int64_t* index, const int64_t* begin, const W* weight,
                      const W* bias, float* out, typename Multiply<W>::Row* packed, int64_t E, int64_t F, int64_t D,
                      int threads) {
-    const int64_t blocks = (F + BLOCK - 1) / BLOCK, wide = padded<W>(D);
+    const int64_t blocks = (F + BLOCK - 1) / BLOCK, wide = padded(D, Multiply<W>::STEP);
     std::vector<Part<W>> parts;
     parts.reserve(E);
     for (int64_t e = 0; e < E; e++) {
@@ -444,7 +440,7 @@ extern "C" void add_slots(const float* out, const int64_t* slot, const int64_t* 
 
 // How many numbers the packed rows of N slots of E experts take at most, with what fills vectors.
 extern "C" int64_t packed_numbers(int64_t E, int64_t N, int64_t D) {
-    return Rows<float>(E, N, N).place * ((D + 2 * WIDTH - 1) / (2 * WIDTH) * (2 * WIDTH));
+    return Rows<float>(E, N, N).place * padded(D, 2 * WIDTH);
 }
 // Bytes of a number in the rows that products_bfloat16 takes: bfloat16 or float.
 extern "C" int bfloat16_row_bytes() { return sizeof(Multiply<BFloat16>::Row); }

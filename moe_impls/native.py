@@ -206,16 +206,14 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     w_in, w_out = experts.w_in.contiguous(), experts.w_out.contiguous()
     b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
     positive = experts.output_activation == "relu"
-    y = torch.empty(T, O, dtype=torch.float32)
-    outputs = None if combine == "sum" else torch.empty(T * K, O, dtype=torch.float32)
+    sums = combine == "sum"
+    y = torch.empty(T if sums else T * K, O, dtype=torch.float32)  # of tokens, or of their slots
     for group in _groups(begin, T * K, max(D, F)):
         h = _products(rows, tokens, w_in, b_in, group)
         hidden = _rows(activate(h, experts.activation), w_out.dtype)
         out = _products(hidden, None, w_out, b_out, group)
-        if outputs is None:
+        if sums:
             _add_slots(out, slots, tokens, gates, y, group, positive)
         else:
-            outputs[slots[group.start : group.stop]] = out.relu_() if positive else out
-    if outputs is not None:
-        y = combine_slots(outputs.view(T, K, O), routing.gates, combine)
-    return y.to(x.dtype)
+            y[slots[group.start : group.stop]] = out.relu_() if positive else out
+    return (y if sums else combine_slots(y.view(T, K, O), routing.gates, combine)).to(x.dtype)
