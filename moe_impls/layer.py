@@ -195,6 +195,7 @@ class MoE(nn.Module):
         Raises:
             TypeError, ValueError: x is no tensor, or its width, dtype or device does not fit. These checks
                 read no values and cost microseconds; all else was checked by the constructor.
+            RuntimeError: the implementation has no gradients, and they would be needed.
         """
         self._check_input(x)
         tokens = x.reshape(-1, self.input_size)  # [T, D]
@@ -202,6 +203,12 @@ class MoE(nn.Module):
         experts, taken = self.experts, self._resolved
         if taken.choose is not None:
             taken = taken.choose(tokens, routing, experts, combine=self.combine)
+        leaves = (tokens, routing.gates, *experts.tensors.values())
+        if not taken.support.gradients and torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
+            raise RuntimeError(
+                f"implementation {taken.name!r} has no gradients: call the layer under torch.no_grad(), or "
+                "make it with implementation='auto'"
+            )
         self.last_implementation = taken.name
         y = taken.forward(tokens, routing, experts, combine=self.combine)  # [T, O]
         loss = auxiliary_loss(importance(routing, self.num_experts), load, loss_coef)
