@@ -32,7 +32,7 @@ from correctness.compare import CheckFailed
 from correctness.problems import LOAD_NAMES, Problem, check_device
 from correctness.provenance import ROOT
 from moe_impls import auto
-from moe_impls.interface import DEVICES, DTYPES, RouterSpec, check_choice, dtype_name
+from moe_impls.interface import DEVICES, DTYPES, Implementation, RouterSpec, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
 
 RESULTS = ROOT / "results"
@@ -259,7 +259,7 @@ def _tell(options: argparse.Namespace, found: list[comparison.Compared], title: 
 
 def _tune(options: argparse.Namespace) -> int:
     check_device(options.device, "--device")
-    path = options.out or auto.tuned_path()
+    path = options.out or auto.tuned_path(options.device.partition(":")[0])
     tune.tune(path, quick=options.quick, device=options.device)
     print(path)
     return 0
@@ -277,7 +277,7 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _profile(options: argparse.Namespace) -> int:
+def _to_profile(options: argparse.Namespace) -> tuple[Implementation, Problem, RouterSpec]:
     check_device(options.device, "--device")
     check_choice("--dtype", options.dtype, tuple(map(dtype_name, DTYPES)))
     check_choice("--mode", options.mode, MODES)
@@ -286,9 +286,12 @@ def _profile(options: argparse.Namespace) -> int:
     (layer,) = chosen((Workloads(),), [options.model] if options.model else [], sizes, [options.load])
     (problem,) = layer.problems()
     problem = replace(problem, dtype=getattr(torch, options.dtype), device=options.device)
+    return implementation, problem, layer.router or RouterSpec(top_k=problem.K)
 
+
+def _profile(options: argparse.Namespace) -> int:
+    implementation, problem, spec = _to_profile(options)
     folder = options.out or RESULTS / record.environment(options.device, "profile").machine / "profiles"
-    spec = layer.router or RouterSpec(top_k=problem.K)
     profiled = profile.profile_call(implementation, problem, options.mode, spec)
     paths = profile.write(profiled, folder, implementation, problem, options.mode)
 

@@ -69,12 +69,13 @@ def time_calls(call: Call, calls: int, device: str, before: Call | None = None) 
         return total_s / calls
     if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):  # whose stream the events are recorded on
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
     begin = time.perf_counter()
     for _ in range(calls):

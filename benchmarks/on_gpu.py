@@ -1,18 +1,21 @@
 """``python -m benchmarks cuda``: verify, measure and profile on a GPU, the most important first, in time.
 
-Every step is one of this project's own commands in a process of its own, with its output in a log. What a
-step has done is on disk when its time is up, and the same command with the same folder goes on from there.
+Every step is one of this project's own commands in a process of its own, with its output in a log. The same
+command with the same folder does what is left: a sweep goes on with the row after the last on disk, any other
+step whose time was up begins again, and what failed is tried again after all else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,17 +25,17 @@ from benchmarks import plan, record, report
 from correctness import provenance
 from correctness.pages import write_atomically
 from correctness.provenance import ROOT
+from moe_impls.registry import ResolveError, is_installed, resolve
 
 STEPS = "steps.json"
 OURS = ("triton_fused", "grouped_mm", "sorted_dispatch", "padded")
-# By the module that each needs.
-PEERS = {
-    "transformers.grouped_mm": "transformers",
-    "transformers.batched_mm": "transformers",
-    "liger.fused_moe": "liger_kernel",
-    "scattermoe.parallel_experts": "scattermoe",
-    "torchtitan.grouped_mm": "torchtitan",
-}
+PEERS = (
+    "transformers.grouped_mm",
+    "transformers.batched_mm",
+    "liger.fused_moe",
+    "scattermoe.parallel_experts",
+    "torchtitan.grouped_mm",
+)
 REPORT_S = 30.0  # kept for the report
 LEAST_S = 5.0  # a step that would have less is not begun
 
@@ -44,6 +47,7 @@ class Step:
     name: str
     command: tuple[str, ...]
     share: float
+    may_fail: bool = False  # what fails in it is a finding about others
 
     @property
     def is_sweep(self) -> bool:
@@ -60,9 +64,19 @@ class Done:
     csv: str = ""  # of a sweep, in the folder
 
 
-def steps(device: str, smoke: bool) -> list[Step]:
+def usable_peers(tell: Callable[[str], None]) -> list[str]:
+    """Those of PEERS whose package is installed; of one that cannot be imported, why is told."""
+    found = []
+    for name in filter(is_installed, PEERS):
+        try:
+            found.append(resolve(name).name)
+        except ResolveError as error:
+            tell(f"left out: {error}")
+    return found
+
+
+def steps(device: str, smoke: bool, peers: Sequence[str] = ()) -> list[Step]:
     """What is done, in this order."""
-    peers = [name for name, module in PEERS.items() if importlib.util.find_spec(module) and not smoke]
     subjects = [f"--impl={name}" for name in (*OURS, *peers)]
     verify = ["pytest", "correctness", f"--device={device}", "-q"]
 
@@ -84,7 +98,7 @@ def steps(device: str, smoke: bool) -> list[Step]:
 
     low = "--dtype=bfloat16"
     return [
-        Step("verify-first", (*verify, *subjects[:2], "-k", "values or exact"), 0.2),
+        Step("verify-first", (*verify, "-x", *subjects[:2], "-k", "values or exact"), 0.2),
         Step("models-many-tokens", sweep(low, *models(32768, 4096), *subjects), 0.25),
         Step("models-few-tokens", sweep(low, *models(1, 16, 64), *subjects), 0.15),
         *(
@@ -92,11 +106,14 @@ def steps(device: str, smoke: bool) -> list[Step]:
                                      "--model=qwen3-30b-a3b", "--T=4096"), 0.04)
             for name in OURS[:2]
         ),
-        Step("verify", (*verify, *(f"--impl={name}" for name in OURS)), 0.3),
+        Step("verify", (*verify, "-x", *(f"--impl={name}" for name in OURS)), 0.3),
         Step("sweep-bfloat16", sweep(low, "--grid=throughput", *subjects), 0.3),
         Step("sweep-float32", sweep("--grid=default", *subjects), 0.3),
         Step("sweep-float16", sweep("--dtype=float16", "--grid=default", *subjects), 0.3),
-        Step("verify-peers", (*verify, *(f"--impl={name}" for name in peers or OURS[:1])), 0.2),
+        *(
+            Step(f"verify-{name}", (*verify, f"--impl={name}"), 0.1, may_fail=True)
+            for name in peers
+        ),
     ]  # fmt: skip
 
 
@@ -107,8 +124,7 @@ def environment(device: str) -> dict[str, object]:
         "device": device,
         "device_name": provenance.device_name(device),
         "cuda": torch.version.cuda,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "float32_products": torch.backends.cuda.matmul.fp32_precision,  # tf32, or as they are
         "triton": importlib.util.find_spec("triton") is not None,
     }
     if device.startswith("cuda"):
@@ -124,7 +140,7 @@ def environment(device: str) -> dict[str, object]:
 def run(
     folder: Path, device: str, minutes: float, *, smoke: bool, tell: Callable[[str], None] = print
 ) -> bool:
-    """All steps that fit, then the report. Whether no step failed.
+    """All steps that fit, then the report. Whether none failed that may not.
 
     Raises:
         RecordError: the folder's list of steps cannot be read.
@@ -133,8 +149,13 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "environment.json", _json(environment(device)))
     done = _read(folder / STEPS)
-    for step in steps(device, smoke):
-        if step.name in done and done[step.name].status != "stopped":
+    planned = steps(device, smoke, [] if smoke else usable_peers(tell))
+
+    def failed(step: Step) -> bool:
+        return step.name in done and done[step.name].status == "failed"
+
+    for step in sorted(planned, key=failed):
+        if step.name in done and (done[step.name].status == "finished" or (failed(step) and step.may_fail)):
             tell(f"{step.name}: {done[step.name].status} before")
             continue
         seconds = min(end - time.monotonic() - REPORT_S, step.share * 60 * minutes)
@@ -147,7 +168,7 @@ def run(
     if any(folder.glob("*.csv")):
         for path in report.write(folder):
             tell(str(path))
-    return all(d.status != "failed" for d in done.values())
+    return not any(failed(step) and not step.may_fail for step in planned)
 
 
 def _json(value: object) -> bytes:
@@ -163,9 +184,16 @@ def _read(path: Path) -> dict[str, Done]:
         raise record.RecordError(f"{path} is no list of steps: {error}; remove it to begin anew") from error
 
 
+def _can_go_on(csv: Path) -> bool:
+    """Whether a sweep was begun at this commit and has rows; else it is begun anew."""
+    if not plan.progress(csv):
+        return False
+    return all(row.git_commit == provenance.columns()["git_commit"] for row in record.read(csv)[:1])
+
+
 def _run(step: Step, folder: Path, seconds: float, before: Done | None) -> Done:
     command = [sys.executable, "-m", *step.command]
-    if step.is_sweep and before is not None and before.csv and plan.progress(folder / before.csv):
+    if step.is_sweep and before is not None and before.csv and _can_go_on(folder / before.csv):
         command = [sys.executable, "-m", "pytest", "benchmarks", "-q", f"--resume={folder / before.csv}"]
     elif step.is_sweep:
         command.append(f"--out={folder}")
@@ -175,15 +203,18 @@ def _run(step: Step, folder: Path, seconds: float, before: Done | None) -> Done:
     begin, status, exit_status = time.monotonic(), "finished", None
     with (folder / f"{step.name}.log").open("ab") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"NO_COLOR": "1"}
-        )
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"NO_COLOR": "1"},
+            start_new_session=True,
+        )  # fmt: skip
         try:
             exit_status = process.wait(timeout=seconds)
             status = "finished" if exit_status == 0 else "failed"
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             status = "stopped"
+        finally:  # of its workers, too, none may compute beside the next step
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     made = [path.name for path in folder.glob("*.csv") if path not in known]
     csv = made[0] if made else before.csv if before else ""
     return Done(status, round(time.monotonic() - begin, 1), exit_status, csv)

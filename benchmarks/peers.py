@@ -1,13 +1,13 @@
 """``python -m benchmarks peers``: the implementations of this project beside those of other libraries.
 
-Layers of models at their widths, in three regimes. All that take a call are timed in the same rounds; the
-figures are ratios of the best peer and the best of ours, each chosen by its median.
+Layers of models, most of them smaller in one of their sizes so that they fit, in three regimes. All that take
+a call are timed in the same rounds; the figures are ratios of the best peer and the best of ours, each chosen
+by its median.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +27,7 @@ from correctness import provenance
 from correctness.pages import markdown_table, write_atomically
 from correctness.problems import Inputs, Problem, make_inputs
 from moe_impls.interface import Implementation, dtype_name
-from moe_impls.registry import IMPLEMENTATIONS, PEERS, resolve
+from moe_impls.registry import IMPLEMENTATIONS, PEERS, is_installed, resolve
 
 # T is set by the regime. Activations without biases are those of the models' experts.
 LAYERS = (
@@ -103,12 +103,13 @@ class Cell:
 
 def compared() -> tuple[str, ...]:
     """The peers that run on a CPU and combine by sums; torchtitan's, if it is there."""
-    libraries = [
-        "transformers",
-        "einsum",
-        *(["torchtitan"] if importlib.util.find_spec("torchtitan") else []),
-    ]
-    return tuple(name for name in PEERS if name.partition(".")[0] in libraries)
+    asked_for = ("transformers", "einsum")
+    return tuple(
+        name
+        for name in PEERS
+        if (library := name.partition(".")[0]) in asked_for
+        or (library == "torchtitan" and is_installed(name))
+    )
 
 
 def subjects() -> tuple[list[Implementation], list[Implementation]]:
@@ -203,7 +204,7 @@ def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
     """Every cell of every regime. Each is in ``folder`` when it is measured, and a run is continued there.
 
     Raises:
-        ValueError: what was begun there is of another version, machine or choice of cells.
+        ValueError: what was begun there is of another version, machine, set of peers or choice of cells.
     """
     ours, peers = subjects()
     part, made = folder / PART, _made(quick)
@@ -222,7 +223,7 @@ def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
 
 
 def _made(quick: bool) -> dict[str, object]:
-    return {**provenance.columns(), **record.threads(), "quick": quick}
+    return {**provenance.columns(), **record.threads(), "peers": " ".join(compared()), "quick": quick}
 
 
 def _begun(part: Path, made: dict[str, object]) -> list[dict[str, object]]:

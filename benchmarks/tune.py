@@ -84,22 +84,11 @@ def measure_cell(
 
 
 def tune(path: Path, *, quick: bool, device: str = "cpu") -> None:
-    """Measure every cell of a device, then write the table, whole or not at all.
-
-    Cells of another kind of device that the table has already are kept.
-    """
-    implementations, kind = candidates(), device.partition(":")[0]
+    """Measure every cell of a device, then write the table, whole or not at all."""
+    implementations = candidates()
     found: list[auto.Cell] = []
     for whole, pairs in track(layers(quick, device), "measuring"):
         inputs = make_inputs(whole)
         for T, mode in pairs:
             found.append(measure_cell(replace(whole, T=T), mode, inputs.first(T), implementations))
-    write_atomically(path, auto.dumps([*_of_others(path, kind), *found]).encode())
-
-
-def _of_others(path: Path, kind: str) -> list[auto.Cell]:
-    """The cells of another kind of device; none where there is no table that auto would read."""
-    try:
-        return [cell for cell in auto.read(path) if cell.device != kind]
-    except ValueError:
-        return []
+    write_atomically(path, auto.dumps(found).encode())

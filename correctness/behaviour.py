@@ -64,7 +64,11 @@ def recycled_memory(subject: Implementation, problem: Problem) -> None:
     inputs = make_inputs(problem)
     shapes = [inputs.dy.shape, *(t.shape for t in inputs.tensors.values())]
     for filling in (torch.nan, 7.0):
-        blocks = [torch.full(s, filling, dtype=d) for s in shapes for d in (problem.dtype, torch.float32)]
+        blocks = [
+            torch.full(s, filling, dtype=d, device=problem.device)
+            for s in shapes
+            for d in (problem.dtype, torch.float32)
+        ]
         del blocks
         hold_calls(subject, problem)
 

@@ -164,7 +164,7 @@ def test_a_table_that_is_none_is_ignored_with_one_warning_that_names_it(tuned: P
         assert chosen(small()) == chosen(small(T=36))
     (warning,) = told
     assert str(warning.message).startswith(f"{tuned} is ignored, as it is no table")
-    assert auto.table() == auto.read(auto.shipped_path())
+    assert auto.table("cpu") == auto.read(auto.shipped_path())
 
 
 def test_a_table_belongs_to_a_processor_a_number_of_threads_and_a_version_of_torch(monkeypatch) -> None:
@@ -178,6 +178,40 @@ def test_a_table_belongs_to_a_processor_a_number_of_threads_and_a_version_of_tor
             patch.setattr(target, name, value)
             paths.add(auto.tuned_path())
     assert len(paths) == 4
+
+
+def test_a_gpu_has_a_table_of_its_own_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {auto.tuned_path("cpu"), auto.tuned_path("cuda")}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert auto.tuned_path("cuda") in paths
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpu in ("A100", "H100"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu=gpu: gpu)
+        paths.add(auto.tuned_path("cuda"))
+    assert len(paths) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "autocast", "available", "taken"),
+    [
+        ("cuda", torch.bfloat16, False, True, "triton_fused"),
+        ("cuda", torch.bfloat16, False, False, "dense_mask"),
+        ("cuda", torch.bfloat16, True, True, "dense_mask"),
+        ("cuda", torch.float64, False, True, "dense_mask"),
+        ("cpu", torch.bfloat16, False, True, "dense_mask"),
+    ],
+)
+def test_a_compiled_layer_takes_one_that_is_one_graph(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    autocast: bool,
+    available: bool,
+    taken: str,
+) -> None:
+    fused = replace(resolve("triton_fused"), is_available=lambda: available)
+    monkeypatch.setattr(auto, "_resolved", lambda name: fused)
+    assert auto._in_one_graph(device, dtype, autocast) == taken
 
 
 @pytest.mark.parametrize(

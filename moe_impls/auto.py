@@ -66,9 +66,13 @@ def shipped_path() -> Path:
     return Path(__file__).with_name(f"auto_{like}_bfloat16.json")
 
 
-def tuned_path() -> Path:
-    """Where the table of this machine lies: of one processor, number of threads and version of torch."""
-    key = "\n".join([processor(), str(torch.get_num_threads()), torch.__version__])
+def tuned_path(device: str = "cpu") -> Path:
+    """Where the table lies: of a processor and a number of threads, or of a GPU, and of a torch version."""
+    if device == "cuda":
+        computes = [torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"]
+    else:
+        computes = [processor(), str(torch.get_num_threads())]
+    key = "\n".join([*computes, torch.__version__])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "moe_impls" / f"auto-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
@@ -104,15 +108,15 @@ def read(path: Path) -> tuple[Cell, ...]:
 
 
 @functools.cache
-def table() -> tuple[Cell, ...]:
-    """The table of this machine, or the one that comes with the package."""
-    path = tuned_path()
+def table(device: str) -> tuple[Cell, ...]:
+    """The table of this machine, or the one that comes with the package, which knows no GPU."""
+    path = tuned_path(device)
     if path.exists():
         try:
             return read(path)
         except ValueError as error:
             warnings.warn(f"{path} is ignored, as it is no table of `benchmarks tune`: {error}", stacklevel=2)
-    return read(shipped_path())
+    return () if device == "cuda" else read(shipped_path())
 
 
 class _Needs(NamedTuple):
@@ -158,7 +162,9 @@ def _nearest(
 
     if K == E and (T >= LEAST_TOKENS or needs.gradients) and not without and takes(ALL_EXPERTS):
         return _resolved(ALL_EXPERTS)
-    alike = [c for c in table() if (c.device, c.dtype, c.gradients, c.gated) == kind and c.times_ms]
+    alike = [
+        c for c in table(needs.device) if (c.device, c.dtype, c.gradients, c.gated) == kind and c.times_ms
+    ]
     slowness: dict[str, float] = {}
     near = sorted(alike, key=distance)[:NEIGHBOURS]
     names = {name for cell in near for name in cell.times_ms if takes(name)}
@@ -192,10 +198,19 @@ def _experts_in_use(expert_ids: Tensor, E: int) -> int:
     return E if busiest * E <= 2 * N + 8 * E else 2 ** round(math.log2(N / busiest))
 
 
+@torch.compiler.assume_constant_result
+def _in_one_graph(device: str, dtype: torch.dtype, autocast: bool) -> str:
+    """The one that a compiled layer takes: it reads nothing on the host."""
+    fused = _resolved(UNMEASURED["cuda"])
+    takes = device == "cuda" and dtype in fused.support.dtypes and fused.is_available()
+    return fused.name if takes and not autocast else ALL_EXPERTS
+
+
 def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") -> Implementation:
     """The implementation for a call with these arguments; of their values only ``expert_ids`` may count."""
     if torch.compiler.is_compiling():
-        return _resolved("dense_mask")  # the one that is one graph
+        device = x.device.type
+        return _resolved(_in_one_graph(device, x.dtype, torch.is_autocast_enabled(device)))
     w_in, b_in, w_out, b_out = experts.w_in, experts.b_in, experts.w_out, experts.b_out
     device, expert_ids = x.device.type, routing.expert_ids
     gradients = torch.is_grad_enabled() and any(

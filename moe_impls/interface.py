@@ -176,7 +176,8 @@ class Support:
     fullgraph: torch.compile takes it as one graph and does not compile again for a new routing.
     exports: torch.export takes it.
     no_host_sync: no call reads on the host what a tensor holds, so that it neither waits for a GPU nor does a
-        CUDA graph of it go wrong with a new routing. On a CPU it is called with fake tensors, for which
+        CUDA graph of it go wrong with a new routing; but for a first call of its sizes, which may compile and
+        try kernels. On a CPU it is called with fake tensors, for which
         operators of its own need fake implementations (torch.library.register_fake).
     multiple_of: D, H and O must be multiples of it.
     same_width: O must equal D.

@@ -48,6 +48,13 @@ PEERS = (
     "einsum.capacity",
     "notebook.log_space",
 )
+# The package of each library; what is written here alone needs none.
+PACKAGES = {
+    "transformers": "transformers",
+    "torchtitan": "torchtitan",
+    "liger": "liger_kernel",
+    "scattermoe": "scattermoe",
+}
 # What installs a library; the others come with the extra `peers`.
 INSTALLED_BY = {
     "liger": "'moe-impls[peers-cuda]'",
@@ -98,13 +105,22 @@ def resolve(name: str) -> Implementation:
     return Implementation(name, function, support, **optional)
 
 
+def is_installed(peer: str) -> bool:
+    """Whether the package that one of PEERS needs can be found."""
+    package = PACKAGES.get(peer.partition(".")[0])
+    return package is None or importlib.util.find_spec(package) is not None
+
+
 def _peer(name: str) -> Implementation:
     library, _, backend = name.partition(".")
     try:
-        module = importlib.import_module(f"moe_impls.peers.{library}")
-    except ModuleNotFoundError as error:
+        with asking(f"{name} does not take this version of its library"):
+            module = importlib.import_module(f"moe_impls.peers.{library}")
+    except ResolveError as error:
+        if not isinstance(missing := error.__cause__, ModuleNotFoundError):
+            raise
         package = INSTALLED_BY.get(library, "'moe-impls[peers]'")
-        raise ResolveError(f"{name} needs {error.name}: pip install {package}") from error
+        raise ResolveError(f"{name} needs {missing.name}: pip install {package}") from missing
     return Implementation(name, *module.BACKENDS[backend])
 
 

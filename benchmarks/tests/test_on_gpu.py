@@ -6,25 +6,35 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from benchmarks import on_gpu
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _parser, _to_profile, main
 from benchmarks.on_gpu import Step
 from benchmarks.record import RecordError
+from correctness import provenance
 from correctness.provenance import ROOT
+from moe_impls.registry import ResolveError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-@pytest.mark.parametrize("step", on_gpu.steps("cpu", smoke=False), ids=lambda step: step.name)
+@pytest.mark.parametrize(
+    "step", on_gpu.steps("cpu", False, ["transformers.grouped_mm"]), ids=lambda step: step.name
+)
 def test_the_options_of_every_step_are_valid(step: Step, tmp_path: Path) -> None:
-    last = ["--collect-only"] if step.command[0] == "pytest" else ["--help"]
+    if step.command[0] == "benchmarks":
+        implementation, *_ = _to_profile(_parser().parse_args(step.command[1:]))
+        assert implementation.name in on_gpu.OURS
+        return
     done = subprocess.run(
-        [sys.executable, "-m", *step.command, *last],
+        [sys.executable, "-m", *step.command, "--collect-only"],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -55,13 +65,57 @@ def test_a_step_whose_time_is_up_is_ended_and_done_again_and_one_that_fails_is_t
     monkeypatch.setattr(on_gpu, "LEAST_S", 0.0)
     slow = Step("slow", ("timeit", "-n1", "-r1", "import time; time.sleep(60)"), 0.05)
     wrong = Step("wrong", ("timeit", "1 // 0"), 0.9)
-    monkeypatch.setattr(on_gpu, "steps", lambda device, smoke: [slow, wrong])
+    finding = Step("finding", ("timeit", "1 // 0"), 0.9, may_fail=True)
+    monkeypatch.setattr(on_gpu, "steps", lambda device, smoke, peers: [wrong, slow, finding])
     told: list[str] = []
     assert not on_gpu.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
-    assert [line.partition(" after")[0] for line in told] == ["slow: stopped", "wrong: failed"]
+    first = [line.partition(" after")[0] for line in told]
+    assert first == ["wrong: failed", "slow: stopped", "finding: failed"]
     told.clear()
-    assert not on_gpu.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
-    assert [line.partition(" after")[0] for line in told] == ["slow: stopped", "wrong: failed before"]
+    mended = replace(wrong, command=("timeit", "-n1", "-r1", "1"))
+    monkeypatch.setattr(on_gpu, "steps", lambda device, smoke, peers: [mended, slow, finding])
+    assert on_gpu.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    second = [line.partition(" after")[0] for line in told]
+    assert second == ["slow: stopped", "wrong: finished", "finding: failed before"]
+
+
+def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "REPORT_S", 0.0)
+    worker = tmp_path / "worker"
+    script = (
+        f"import os; w = os.fork(); open({str(worker)!r}, 'a').write(f'{{w}} '); import time; time.sleep(60)"
+    )
+    step = Step("forks", ("timeit", "-n1", "-r1", script), 0.1)
+    monkeypatch.setattr(on_gpu, "steps", lambda device, smoke, peers: [step])
+    on_gpu.run(tmp_path, "cpu", 1.0, smoke=True, tell=lambda line: None)
+    pids = [int(pid) for pid in worker.read_text().split() if pid != "0"]
+    assert pids and not any(psutil.pid_exists(pid) and is_running(pid) for pid in pids)
+
+
+def is_running(pid: int) -> bool:
+    return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_sweep_goes_on_only_at_the_commit_that_it_was_begun_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [SimpleNamespace(git_commit=provenance.columns()["git_commit"])]
+    monkeypatch.setattr(on_gpu.plan, "progress", lambda csv: (1, 2))
+    monkeypatch.setattr(on_gpu.record, "read", lambda csv: rows)
+    assert on_gpu._can_go_on(tmp_path / "a.csv")
+    rows[0].git_commit = "another"
+    assert not on_gpu._can_go_on(tmp_path / "a.csv")
+
+
+def test_a_peer_that_cannot_be_imported_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> None:
+        raise ResolveError(f"{name} does not take this version of its library: ImportError: gone")
+
+    monkeypatch.setattr(on_gpu, "is_installed", lambda name: name == "liger.fused_moe")
+    monkeypatch.setattr(on_gpu, "resolve", refused)
+    told: list[str] = []
+    assert on_gpu.usable_peers(told.append) == []
+    assert told == ["left out: liger.fused_moe does not take this version of its library: ImportError: gone"]
 
 
 def test_a_damaged_list_of_steps_is_told(tmp_path: Path) -> None:

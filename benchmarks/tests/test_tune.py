@@ -41,21 +41,6 @@ def test_the_table_is_one_that_auto_reads(monkeypatch, tmp_path: Path, capsys) -
     assert str(path) in capsys.readouterr().out
 
 
-def test_tuning_one_device_keeps_the_cells_of_the_other(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tune, "SECONDS", 0.01)
-    monkeypatch.setattr(tune, "layers", lambda quick, device: [(PROBLEM, [(8, "forward")])])
-    path, times = tmp_path / "auto.json", {"grouped_mm": 1.0}
-    on_gpu, on_cpu = (
-        auto.Cell(device, "float32", False, True, T=8, D=16, H=8, E=4, K=2, times_ms=times)
-        for device in ("cuda", "cpu")
-    )
-    path.write_text(auto.dumps([on_gpu, on_cpu]))
-    tune.tune(path, quick=True)
-    first, second = auto.read(path)
-    assert first == on_gpu
-    assert second.device == "cpu" and second.times_ms != times
-
-
 def test_a_gpu_is_tuned_with_more_tokens_and_its_own_kernels() -> None:
     def most_tokens(device: str) -> int:
         return max(T for _, pairs in tune.layers(False, device) for T, _ in pairs)
