@@ -166,6 +166,21 @@ def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(
                 assert (product in version.asm["ptx"]) == (dtype != torch.float32)
 
 
+@compiled_for_gpus
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_is_multiplied_as_tf32_where_torch_was_told_to(
+    compile_for: CompileFor, dtype: torch.dtype
+) -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        compiled = compile_for(80, replace(USUAL, dtype=dtype))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name, versions in compiled.items():
+        is_product_of_float32 = name != "combine_kernel" and dtype == torch.float32
+        assert all(("tf32" in v.asm["ptx"]) == is_product_of_float32 for v in versions)
+
+
 def tried() -> list[Any]:
     """Every tile that is tried beside the usual one, with a number of tokens of USUAL and a dtype."""
     cases = itertools.product((8, 128, 512), (torch.float32, torch.bfloat16))

@@ -2,10 +2,10 @@
 
 Slots are sorted by expert; every product is one kernel over tiles of one expert's rows, and the host never
 learns how many rows an expert has. The tiles of large products are those of a handful that were fastest in
-the first call of their sizes; ``choices`` tells which. The backward writes each weight gradient once. What
-waits for it are the inputs of the activation, or nothing where those are larger than the inputs of the two
-products: then they are computed again; and the experts' outputs where a combine or an output activation
-needs them.
+the first call of their sizes, which waits for the GPU; ``choices`` tells which. The backward writes each
+weight gradient once. What waits for it are the inputs of the activation, or nothing where those are larger
+than the inputs of the two products: then they are computed again; and the experts' outputs where a combine or
+an output activation needs them.
 
 ``moe_impls/triton_kernels.py`` holds the kernels. With TRITON_INTERPRET=1 in the environment Triton runs
 them on the CPU, slowly, for checks of their arithmetic.
@@ -88,6 +88,11 @@ def _check(x: Tensor, E: int) -> None:
     _kernels()
 
 
+def _precision() -> str:
+    """How float32 is multiplied: as such, unless torch was told to multiply it as TF32 itself."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 class _Blocks(NamedTuple):
     """Rows, columns and depth of the tiles of a product, and how it is launched on a GPU."""
 
@@ -98,8 +103,8 @@ class _Blocks(NamedTuple):
     stages: int = 3
 
     @property
-    def launch(self) -> dict[str, int]:
-        sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+    def launch(self) -> dict[str, Any]:
+        sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "PRECISION": _precision()}
         return sizes if INTERPRETED else sizes | {"num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -127,7 +132,7 @@ _CHOSEN: dict[tuple[Any, ...], _Blocks] = {}
 
 
 def choices() -> dict[tuple[Any, ...], _Blocks]:
-    """The fastest tiles of a first call, by device, dtype, activation, rows of an expert, E, D, F and O."""
+    """The fastest tiles of a first call, by device, dtype, precision, activation, rows, E, D, F and O."""
     return dict(_CHOSEN)
 
 
@@ -141,10 +146,13 @@ def _blocks_for(
     """The tiles of a call. The first large one of its kind tries all candidates, which waits for the GPU."""
     (E, F, D), O, N = w_in.shape, w_out.shape[1], expert_ids.numel()
     few = candidates(N / E, x.dtype)
-    key = (x.device, x.dtype, activation, 2 ** round(math.log2(N / E)), E, D, F, O)
+    if len(few) == 1 or N * F * D < LARGE:
+        return few[0]
+    # The next power of two of the rows has the same candidates, so no call gets what another's were.
+    key = (x.device, x.dtype, _precision(), activation, 2 ** math.ceil(math.log2(N / E)), E, D, F, O)
     if key in _CHOSEN:
         return _CHOSEN[key]
-    if len(few) == 1 or N * F * D < LARGE or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return few[0]
 
     def products(sizes: _Blocks) -> None:
@@ -381,12 +389,10 @@ def _backward(
         if wanted[0]:
             grads[0] = _product(d_pre, plan, w_in).view(T, K, D).sum(1)
         if wanted[2] or wanted[3]:
-            grads[2], grads[3] = _weight_grads(d_pre, None, None, x, plan.token, plan, bias=b_in is not None)
+            grads[2], grads[3] = _weight_grads(d_pre, None, None, x, plan.token, plan, bias=wanted[3])
         if wanted[4] or wanted[5]:
-            grads[4], grads[5] = _weight_grads(
-                dy, rows, gates_of_rows, hidden, None, plan, bias=b_out is not None
-            )
-    return grads
+            grads[4], grads[5] = _weight_grads(dy, rows, gates_of_rows, hidden, None, plan, bias=wanted[5])
+    return [grad if want else x.new_empty(0) for grad, want in zip(grads, wanted, strict=True)]
 
 
 @_backward.register_fake
@@ -402,6 +408,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> No
     *tensors, activation, output_activation, combine, _ = inputs
     ctx.save_for_backward(*tensors, output[1], output[2])
     ctx.options = activation, output_activation, combine
+    ctx.set_materialize_grads(False)  # of what is kept there are none, and zeros would take as much memory
 
 
 def _gradients(ctx: Any, dy: Tensor, d_pre: Tensor, d_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,8 +2,8 @@
 
 Rows are slots sorted by expert. A *tile* is at most BLOCK_M rows of one expert: ``tile_expert`` [tiles] holds
 its expert, or E where there is no such tile, ``tile_begin`` its first row, and ``ends`` [E] where the rows of
-each expert end. No kernel asks the host how many rows an expert has. Products accumulate in float32, and
-float32 operands are multiplied as such, never as TF32.
+each expert end. No kernel asks the host how many rows an expert has. Products accumulate in float32;
+PRECISION says how float32 operands are multiplied, "ieee" as such or "tf32".
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def _inlined(function):
 
 
 @_inlined
-def _dot(a, b, total):
+def _dot(a, b, total, PRECISION: tl.constexpr):
     if INTERPRETED:  # which would multiply the bits of bfloat16 numbers
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @_inlined
@@ -123,7 +123,7 @@ def _rows_of_tile(tile, e, tile_begin, ends, BLOCK_M: tl.constexpr):
 
 @_inlined
 def _dot_along(
-    left, right, are_rows, are_columns, depth, right_stride,
+    left, right, are_rows, are_columns, depth, right_stride, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Σ_k left[m, k] right[k, n], [BLOCK_M, BLOCK_N]; the pointers are at the first block of the depth."""
@@ -133,7 +133,7 @@ def _dot_along(
         inside = k < depth - done
         a = tl.load(left, mask=are_rows[:, None] & inside[None, :], other=0.0)
         b = tl.load(right, mask=inside[:, None] & are_columns[None, :], other=0.0)
-        total = _dot(a, b, total)
+        total = _dot(a, b, total, PRECISION)
         left += BLOCK_K
         right += BLOCK_K * right_stride
     return total
@@ -146,6 +146,7 @@ def hidden_kernel(
     stride_e, stride_f, stride_d, stride_be, stride_bf,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr, ACTIVATE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """hidden [N, H] = activation(x[row_of] @ w[e]ᵀ + bias[e]) and, to KEEP, what is activated: pre [N, F]."""
@@ -167,9 +168,9 @@ def hidden_kernel(
         inside = d < D - k
         a = tl.load(rows, mask=valid[:, None] & inside[None, :], other=0.0)
         both = inside[:, None] & (h < H)[None, :]
-        gate = _dot(a, tl.load(weights, mask=both, other=0.0), gate)
+        gate = _dot(a, tl.load(weights, mask=both, other=0.0), gate, PRECISION)
         if GATED:
-            up = _dot(a, tl.load(up_weights, mask=both, other=0.0), up)
+            up = _dot(a, tl.load(up_weights, mask=both, other=0.0), up, PRECISION)
         rows += BLOCK_K
         weights += BLOCK_K * stride_d
         up_weights += BLOCK_K * stride_d
@@ -198,6 +199,7 @@ def product_kernel(
     tiles, E, depth, columns,
     stride_e, stride_k, stride_n, stride_be, stride_bn,
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[place_of[n]] = rows[n] @ w[e] + bias[e], or its relu; rows [N, depth], out [N, columns]."""
@@ -210,7 +212,7 @@ def product_kernel(
     k = tl.arange(0, BLOCK_K)
     left = rows + n[:, None] * depth + k[None, :]
     right = w + e * stride_e + k[:, None].to(tl.int64) * stride_k + c[None, :].to(tl.int64) * stride_n
-    total = _dot_along(left, right, valid, c < columns, depth, stride_k, BLOCK_M, BLOCK_N, BLOCK_K)
+    total = _dot_along(left, right, valid, c < columns, depth, stride_k, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
         biases = bias + e * stride_be + c.to(tl.int64) * stride_bn
         total += tl.load(biases, mask=c < columns, other=0.0).to(tl.float32)[None, :]
@@ -227,6 +229,7 @@ def hidden_grad_kernel(
     tiles, E, O, H,
     stride_e, stride_o, stride_h, stride_be, stride_bo,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATES: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """d_pre [N, F] from dy[row_of] @ w[e] and pre [N, F], and once more what pre becomes: hidden [N, H].
@@ -245,7 +248,7 @@ def hidden_grad_kernel(
     o = tl.arange(0, BLOCK_K)
     left = dy + source[:, None] * O + o[None, :]
     right = w + e * stride_e + o[:, None].to(tl.int64) * stride_o + h[None, :].to(tl.int64) * stride_h
-    total = _dot_along(left, right, valid, h < H, O, stride_o, BLOCK_M, BLOCK_N, BLOCK_K)
+    total = _dot_along(left, right, valid, h < H, O, stride_o, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     by_bias = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if HAS_BIAS and HAS_GATES and block == 0:
         for done in range(0, O, BLOCK_K):
@@ -279,7 +282,7 @@ def weight_grad_kernel(
     left, left_row_of, gates, slot_of, right, right_row_of, ends, d_w, d_bias,
     P, Q,
     HAS_LEFT_ROWS: tl.constexpr, HAS_RIGHT_ROWS: tl.constexpr, HAS_GATES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_w[e] = Σ_n left[n] rightᵀ[n] and d_bias[e] = Σ_n left[n] over the rows n of expert e, written once.
@@ -317,7 +320,7 @@ def weight_grad_kernel(
             scaled = a.to(tl.float32)
         if HAS_BIAS:
             sums += tl.sum(scaled, axis=1)
-        total = _dot(scaled.to(b.dtype), b, total)
+        total = _dot(scaled.to(b.dtype), b, total, PRECISION)
     places = d_w + e * P * Q + p[:, None].to(tl.int64) * Q + q[None, :]
     tl.store(places, total.to(d_w.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
     if HAS_BIAS and block_q == 0:
