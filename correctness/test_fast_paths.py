@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from correctness.checks import CHECKS, Check, cases, exact, values
+from correctness.compare import hold
 from correctness.problems import SMALL, Inputs, Problem, make_inputs
 from moe_impls import native, packed, recompute
 from moe_impls.interface import dtype_name
@@ -147,6 +148,20 @@ def test_native_without_a_compiler_says_what_is_missing(monkeypatch, tmp_path) -
         native.forward(*inputs[:3])
 
 
+def test_native_takes_a_compiler_with_options(monkeypatch, tmp_path) -> None:
+    without_library(monkeypatch, tmp_path, "env g++ -DUSED")
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "enough")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="failed: enough"):
+        native.library()
+    assert asked[0][0].endswith("/env") and asked[0][1:3] == ["g++", "-DUSED"]
+
+
 def test_native_passes_on_what_the_compiler_says_and_keeps_nothing(monkeypatch, tmp_path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
@@ -190,14 +205,18 @@ def test_native_is_compiled_once(monkeypatch, tmp_path) -> None:
     assert len(list((tmp_path / "moe_impls").iterdir())) == 1
 
 
-def test_native_is_bit_equal_across_thread_counts() -> None:
-    inputs = small(T=300)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_native_is_right_and_bit_equal_across_thread_counts(dtype: torch.dtype) -> None:
+    # Several panels of each expert, and enough outputs that threads share their sums.
+    problem = replace(SMALL, T=300, O=150, dtype=dtype)
+    inputs = make_inputs(problem)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
             results.append(native.forward(*inputs[:3]))
+            hold({"y": results[-1]}, problem, inputs)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)

@@ -1,4 +1,5 @@
-// Products of rows with the weights of their experts, each active expert's weights read from memory once.
+// Products of rows with the weights of their experts. Of few rows, each active expert's weights are read from memory
+// once; of many, once for each part of the rows that stays in a cache.
 //
 // out[n][f] = sum_d rows[index[n]][d] * weight[e][f][d] + bias[e][f]   for begin[e] <= n + begin[0] < begin[e + 1]
 //

@@ -1,4 +1,4 @@
-"""Each expert's rows by a small C++ kernel that reads the weights of an active expert from memory once.
+"""Each expert's rows by a small C++ kernel; the weights of an expert with few are read from memory once.
 
 For few tokens the layer is bound by that reading, and products of one to a few dozen rows are what matrix
 libraries are slowest at. Many tokens are computed in groups of slots, so that their hidden features take
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -58,11 +59,12 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: there is no C++ compiler, or it or the loader fails; the message holds what it says.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # which may hold options, as of ccache
+    if (found := shutil.which(command[0])) is None:
         raise RuntimeError("implementation 'native' needs a C++ compiler: install g++ or set CXX")
+    command[0] = found
     text = SOURCE.read_text(encoding="utf-8")
-    key = hashlib.sha256("\0".join([text, *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([text, *FLAGS, *command, _processor()]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_impls"
     path = cache / f"native-{key}.so"
     with contextlib.suppress(OSError):  # none is there, or what is there was torn
@@ -70,27 +72,27 @@ def library() -> ctypes.CDLL:
     with contextlib.suppress(OSError):  # a home that cannot be written to: compiled again in the next process
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            os.replace(_compiled(compiler, folder), path)
+            os.replace(_compiled(command, folder), path)
         return _loaded(path)
     with tempfile.TemporaryDirectory() as folder:
-        compiled = _compiled(compiler, folder)
+        compiled = _compiled(command, folder)
         try:
             return _loaded(compiled)
         except OSError as error:
             raise RuntimeError(f"the compiled {SOURCE.name} cannot be loaded: {error}") from error
 
 
-def _compiled(compiler: str, folder: str) -> Path:
+def _compiled(compiler: list[str], folder: str) -> Path:
     # Compiled with OpenMP and linked without: its symbols are those of the runtime that torch has loaded, so
     # that both share one set of threads.
     object_, shared = f"{folder}/native.o", f"{folder}/native.so"
     for command in (
-        [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", object_],
-        [compiler, "-shared", object_, "-o", shared],
+        [*compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", object_],
+        [*compiler, "-shared", object_, "-o", shared],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            said = done.stderr.strip()[-500:] or f"{compiler} ended with status {done.returncode}"
+            said = done.stderr.strip()[-500:] or f"{shlex.join(compiler)} ended with status {done.returncode}"
             raise RuntimeError(f"compiling {SOURCE.name} failed: {said}")
     return Path(shared)
 

@@ -3,7 +3,8 @@
 A plain product of few rows spends most of its time on weights in rows; in oneDNN's blocks they are read in
 the order of use. The blocks are a copy of the weights, so inference holds them twice unless the originals are
 dropped, and a result is valid only as long as the weights stay as they were: their version counters are
-compared in every call.
+compared in every call. Writes that no counter sees are not noticed: through ``.data``, and to tensors of
+inference mode.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Prepared, Routing, Support
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # not every build of torch does
 # oneDNN has products in low precision for processors with the instructions for them only.
 SUPPORT = Support(
-    devices=("cpu",),
+    devices=("cpu",) if HAS_ONEDNN else (),
     dtypes=(
         torch.float32,
-        *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []),
-        *([torch.float16] if torch.ops.mkldnn._is_mkldnn_fp16_supported() else []),
+        *([torch.bfloat16] if HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []),
+        *([torch.float16] if HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported() else []),
     ),
     gradients=False,
 )

@@ -140,5 +140,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     check_choice("combine of recompute", combine, SUPPORT.combines)
     check_choice("output_activation of recompute", experts.output_activation, SUPPORT.output_activations)
     weights = experts.w_in, experts.b_in, experts.w_out, experts.b_out
-    keep = torch.is_grad_enabled()
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, routing.gates, *weights)
+    )
     return _Sum.apply(x, routing.gates, *weights, routing.expert_ids, experts.activation, keep)
