@@ -395,3 +395,15 @@ def test_the_auxiliary_loss_balances_the_load() -> None:
         for coef in (1e-1, 0.0)
     )
     assert with_loss < 0.5 * without
+
+
+def test_an_implementation_without_gradients_is_refused_where_they_would_be_needed() -> None:
+    layer = MoE(8, 8, 4, 16, k=2, output_activation="none", implementation="packed+prepared")
+    x = torch.randn(3, 8)
+    with pytest.raises(
+        RuntimeError, match="'packed.prepared' has no gradients: call the layer under torch.no"
+    ):
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+    layer.requires_grad_(False)(x)
