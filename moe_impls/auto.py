@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_impls.functional import needs_gradients
 from moe_impls.interface import GATED_ACTIVATIONS, Experts, Implementation, Routing, Support, dtype_name
 from moe_impls.processor import multiplies, processor
 from moe_impls.registry import resolve
@@ -213,9 +214,7 @@ def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") 
         return _resolved(_in_one_graph(device, x.dtype, torch.is_autocast_enabled(device)))
     w_in, b_in, w_out, b_out = experts.w_in, experts.b_in, experts.w_out, experts.b_out
     device, expert_ids = x.device.type, routing.expert_ids
-    gradients = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, routing.gates, w_in, b_in, w_out, b_out)
-    )
+    gradients = needs_gradients(x, routing.gates, w_in, b_in, w_out, b_out)
     found, needs = _on_an_even_load(
         device, x.dtype, gradients, experts.activation, experts.output_activation, combine,
         b_in is not None or b_out is not None, torch.is_autocast_enabled(device),

@@ -65,3 +65,8 @@ def combine_slots(outputs: Tensor, gates: Tensor, combine: str) -> Tensor:
     # Only a slot with gate zero can exceed `largest`; the clamp keeps its exp finite, since 0 * inf is NaN.
     total = (weights * (values - largest).clamp(max=80.0).exp()).sum(dim=1)
     return (largest.squeeze(1) + total.log()).to(outputs.dtype)
+
+
+def needs_gradients(*leaves: Tensor | None) -> bool:
+    """Whether a call of these arguments is recorded for a backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)

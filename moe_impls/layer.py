@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_impls.functional import accumulation_dtype
+from moe_impls.functional import accumulation_dtype, needs_gradients
 from moe_impls.interface import (
     GATED_ACTIVATIONS,
     Experts,
@@ -204,7 +204,7 @@ class MoE(nn.Module):
         if taken.choose is not None:
             taken = taken.choose(tokens, routing, experts, combine=self.combine)
         leaves = (tokens, routing.gates, *experts.tensors.values())
-        if not taken.support.gradients and torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
+        if not taken.support.gradients and needs_gradients(*leaves):
             raise RuntimeError(
                 f"implementation {taken.name!r} has no gradients: call the layer under torch.no_grad(), or "
                 "make it with implementation='auto'"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_impls.dispatcher import sort_by_expert
-from moe_impls.functional import accumulation_dtype, activate
+from moe_impls.functional import accumulation_dtype, activate, needs_gradients
 from moe_impls.interface import Experts, Routing, Support, check_choice
 from moe_impls.kept_memory import take
 from moe_impls.processor import multiplies
@@ -140,7 +140,5 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     check_choice("combine of recompute", combine, SUPPORT.combines)
     check_choice("output_activation of recompute", experts.output_activation, SUPPORT.output_activations)
     weights = experts.w_in, experts.b_in, experts.w_out, experts.b_out
-    keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, routing.gates, *weights)
-    )
+    keep = needs_gradients(x, routing.gates, *weights)
     return _Sum.apply(x, routing.gates, *weights, routing.expert_ids, experts.activation, keep)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from moe_impls.dispatcher import sort_by_expert
-from moe_impls.functional import combine_slots
+from moe_impls.functional import combine_slots, needs_gradients
 from moe_impls.interface import GATED_ACTIVATIONS, Experts, Routing, Support
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -433,8 +433,6 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
         ValueError: sizes beyond a limit of the kernels.
     """
     weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
-    keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, routing.gates, *weights)
-    )
+    keep = needs_gradients(x, routing.gates, *weights)
     y, _, _ = _forward(x, *routing, *weights, experts.activation, experts.output_activation, combine, keep)
     return y
