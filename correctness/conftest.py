@@ -23,6 +23,8 @@ from correctness.compare import CheckFailed  # noqa: E402
 from correctness.limits import Limits, time_limit  # noqa: E402
 from correctness.mutants import MUTANTS, table  # noqa: E402
 from correctness.problems import check_device  # noqa: E402
+from correctness.settings import restored  # noqa: E402
+from correctness.settings import settings as process_settings  # noqa: E402
 from correctness.subjects import Subjects, find_subjects  # noqa: E402
 
 MOST_WORKERS = 8  # each holds a copy of torch in memory
@@ -135,6 +137,13 @@ def pytest_configure(config: pytest.Config) -> None:
         black_box = isolation.BlackBox(box)
         limits.output = black_box.file
         config.pluginmanager.register(black_box)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[object]:
+    """A subject that changes a setting of the process does not change what the tests after it find."""
+    with restored(process_settings(torch.float32)):
+        return (yield)
 
 
 def _device(config: pytest.Config) -> str:

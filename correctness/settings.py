@@ -128,18 +128,26 @@ def _write_warning_filters(filters: list[Any]) -> None:
 
 
 @contextlib.contextmanager
-def _found(which: int | None, all_settings: dict[str, Setting]) -> Iterator[None]:
-    """Each setting at the first or second of its values, or (None) as it is; then as it was."""
+def restored(all_settings: dict[str, Setting]) -> Iterator[None]:
+    """Whatever is done in it to the settings: after it they are as before."""
     before = {name: setting.read() for name, setting in all_settings.items()}
     try:
+        yield
+    finally:
+        for name, setting in all_settings.items():
+            if setting.read() != before[name]:
+                setting.write(before[name])
+
+
+@contextlib.contextmanager
+def _found(which: int | None, all_settings: dict[str, Setting]) -> Iterator[None]:
+    """Each setting at the first or second of its values, or (None) as it is; then as it was."""
+    with restored(all_settings):
         if which is not None:
             for setting in all_settings.values():
                 if setting.values:
                     setting.write(setting.values[which])
         yield
-    finally:
-        for name, setting in all_settings.items():
-            setting.write(before[name])
 
 
 def require_unchanged(function: Callable[[], object], dtype: torch.dtype, *, vary: bool = True) -> None:

@@ -113,6 +113,13 @@ def returns_another_device(x, routing, experts, *, combine):
     return right(x, routing, experts, combine=combine).to("meta")
 
 
+def changes_a_setting(x, routing, experts, *, combine):
+    with open(__file__ + ".found", "a") as found:
+        print(torch.get_float32_matmul_precision(), file=found)
+    torch.set_float32_matmul_precision("high")
+    return right(x, routing, experts, combine=combine)
+
+
 def hangs(x, routing, experts, *, combine):
     while True:
         len(x)
@@ -202,6 +209,15 @@ def test_a_finding_is_shown_without_a_traceback_through_the_suite(
     done.stdout.fnmatch_lines([f"{file}:{name} fails 'values': *" for name in names])
     done.stdout.no_fnmatch_line("*what was checked*")  # as with -qq nothing but failures is
     assert not [line for line in done.outlines if re.match(r".*correctness/(?!test_)\w+\.py:\d", line)]
+
+
+def test_what_a_subject_changes_in_one_test_is_not_found_by_the_next(
+    pytester: pytest.Pytester, file: Path
+) -> None:
+    run_pytest(pytester, f"--impl={file}:changes_a_setting", "-k", "values-all_ones-float32-gelu")
+    found = Path(f"{file}.found").read_text(encoding="utf-8").split()
+    assert found.count("highest") == 2  # tests: the sum, and the gates in log space
+    assert len(found) > 2
 
 
 def test_what_a_subject_raises_inside_of_gradcheck_is_told_with_its_place(file: Path) -> None:
