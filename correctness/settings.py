@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import operator
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +38,21 @@ def _torch_state(generator: torch.Generator) -> bytes:
 def _numpy_state(generator: Any) -> tuple:
     name, keys, *position = generator.get_state(legacy=True)
     return (name, tuple(keys.tolist()), *position)
+
+
+_PRODUCTS = operator.attrgetter("cuda.matmul", "mkldnn.matmul")(torch.backends)
+
+
+def _precisions() -> tuple[str, ...]:
+    """How float32 is multiplied; by torch's newer interface, since after its use the older one raises."""
+    return tuple(products.fp32_precision for products in _PRODUCTS)
+
+
+def _write_precisions(precisions: tuple[str, ...]) -> None:
+    level = "medium" if "bf16" in precisions else "high" if "tf32" in precisions else "highest"
+    torch.set_float32_matmul_precision(level)  # for those who read it by the older interface
+    for products, precision in zip(_PRODUCTS, precisions, strict=True):
+        products.fp32_precision = precision
 
 
 def settings(dtype: torch.dtype) -> dict[str, Setting]:
@@ -90,7 +106,7 @@ def settings(dtype: torch.dtype) -> dict[str, Setting]:
             torch_deterministic, "fill_uninitialized_memory", (True, False)
         ),
         "the precision of float32 products": Setting(
-            torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest", "high")
+            _precisions, _write_precisions, (("ieee", "ieee"), ("tf32", "tf32"))
         ),
         "the flushing of denormal numbers": Setting(
             lambda: float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0,

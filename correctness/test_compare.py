@@ -388,6 +388,7 @@ BUGS = {
         doing(lambda: torch.set_num_threads(1)),
         doing(lambda: torch.set_flush_denormal(True)),
         doing(lambda: torch.set_float32_matmul_precision("high")),
+        doing(lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")),
         with_backward(lambda ctx, grad: (torch.manual_seed(0), grad)[1]),
     ),
     "deterministic": (with_result(noisy), in_inference(with_result(noisy))),
