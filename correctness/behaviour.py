@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.utils.deterministic as torch_deterministic
@@ -21,9 +23,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from correctness import compare
 from correctness.compare import CheckFailed, Graph, calls, finish, hold, hold_calls, run, start, what
-from correctness.problems import LOW_PRECISION, Inputs, Problem, fit, make_inputs, resize
+from correctness.problems import (
+    EXACT_ACTIVATIONS,
+    LOW_PRECISION,
+    Inputs,
+    Problem,
+    fit,
+    make_inputs,
+    resize,
+    unsupported,
+)
 from correctness.settings import require_unchanged
-from moe_impls.interface import Experts, Implementation, Routing
+from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, Experts, Implementation, Routing, Support
 from moe_impls.registry import one_line
 
 ROUTINGS = 10
@@ -130,6 +141,41 @@ def one_input_changes(subject: Implementation, problem: Problem) -> None:
         hold_calls(subject, problem, inputs)
 
 
+def _by_copy(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():  # as an optimiser does
+        target.copy_(source)
+
+
+def _by_data(target: Tensor, source: Tensor) -> None:
+    target.data.copy_(source)  # leaves the version of the tensor as it was
+
+
+def _by_new_data(target: Tensor, source: Tensor) -> None:
+    target.data = source.clone()
+
+
+def same_objects(subject: Implementation, problem: Problem) -> None:
+    """One x, one routing and nn.Parameter objects that live on: each call reads what they hold now.
+
+    They change as an optimiser changes them, through ``.data`` without a new version, and by a new ``.data``.
+    """
+    inputs = make_inputs(problem)
+    leaves: dict[str, Tensor] = {n: torch.nn.Parameter(t.clone()) for n, t in inputs.tensors.items()}
+    x, routing, experts = compare.assemble(inputs, leaves)
+    for number, change in enumerate((_by_copy, _by_copy, _by_data, _by_new_data)):
+        now = replace(problem, seed=problem.seed + number)
+        new = make_inputs(now)
+        for name, leaf in leaves.items():
+            change(leaf, new.tensors[name])
+        change(routing.expert_ids, new.routing.expert_ids)
+        for gradients in (False, subject.support.gradients):
+            with torch.set_grad_enabled(gradients):
+                y = subject.forward(x, routing, experts, combine=problem.combine)
+            compare.check_output(y, new)
+            graph = Graph(y, leaves if gradients else {})
+            hold(finish(graph, new.dy) if gradients else {"y": y.detach()}, now)
+
+
 def prepared(subject: Implementation, problem: Problem) -> None:
     """What ``prepare`` lays out serves all later tokens; once a weight has changed it raises or is right."""
     inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
@@ -154,6 +200,12 @@ def options_change(subject: Implementation, problem: Problem) -> None:
     """The same tensors under another activation or combine, or without a bias, give the result of that."""
     inputs = make_inputs(problem)
     hold_calls(subject, problem, inputs)
+    if problem.combine == "sum":
+
+        def by_default(*arguments: Any, combine: str) -> Tensor:
+            return subject.forward(*arguments)
+
+        hold_calls(replace(subject, forward=by_default), problem, inputs)
     experts, support = inputs.experts, subject.support
     alike = {"swiglu": "geglu", "geglu": "swiglu", "silu": "gelu", "gelu": "silu"}.get(problem.activation)
     if alike in support.activations:
@@ -231,13 +283,17 @@ LAYOUTS = (_scattered, _transposed, _padded, _sliced)
 
 
 def strides(subject: Implementation, problem: Problem) -> None:
-    """Inputs, and the gradient that flows in, need not be contiguous: the numbers alone decide."""
+    """Inputs, and the gradient that flows in, need not be contiguous, all or one of them."""
     plain = make_inputs(problem)
     for layout in LAYOUTS:
         inputs = plain.map(layout)
         ids = layout(plain.routing.expert_ids)
         inputs = inputs._replace(routing=inputs.routing._replace(expert_ids=ids))
         for results in calls(subject, problem, inputs):
+            hold(results, problem)
+    for name in plain.tensors:
+        tensors = plain.tensors | {name: _scattered(plain.tensors[name])}
+        for results in calls(subject, problem, Inputs(*compare.assemble(plain, tensors), plain.dy)):
             hold(results, problem)
 
 
@@ -254,10 +310,16 @@ def offsets(subject: Implementation, problem: Problem) -> None:
 
 
 def expanded(subject: Implementation, problem: Problem) -> None:
-    """Inputs may repeat one row by a stride of zero: tokens, gates, weights, or dy as y.sum() gives it."""
+    """Inputs may repeat one row by a stride of zero: tokens, gates, weights, or dy as y.sum() gives it.
+
+    Rows of x may also overlap, as windows of a signal do, or be all zeros, as padding is.
+    """
     plain = make_inputs(problem)
     x, (ids, gates), experts, dy = plain
+    T, D = x.shape
     for inputs in (
+        plain._replace(x=x.flatten()[: T + D - 1].unfold(0, D, 1)),
+        plain._replace(x=x * (torch.arange(T, device=x.device) % 3 > 0).unsqueeze(1)),
         plain._replace(x=x[:1].expand(x.shape)),
         plain._replace(routing=Routing(ids, gates[:1].expand(gates.shape))),
         plain._replace(routing=Routing(ids[:1].expand(ids.shape), gates)),
@@ -299,18 +361,16 @@ def without_gradients(subject: Implementation, problem: Problem) -> None:
 
 
 def gradient_subsets(subject: Implementation, problem: Problem) -> None:
-    """Any part of the tensors may require gradients: one, all but one, inputs, experts, matrices, biases."""
+    """Any part of the tensors may require gradients: each set of them that there is."""
     inputs = make_inputs(problem)
     names = list(inputs.tensors)
-    groups = [["x", "gates"], ["w_in", "w_out"], ["b_in", "b_out"], ["w_in", "b_in"], ["w_out", "b_out"]]
-    subsets = [[name] for name in names] + [[n for n in names if n != name] for name in names]
-    for group in groups:
-        subsets += [[n for n in names if n in group], [n for n in names if n not in group]]
+    subsets = [
+        list(wanted) for size in range(1, len(names)) for wanted in itertools.combinations(names, size)
+    ]
     if subject.support.compiles_per_case:  # each subset is compiled anew
         subsets = [["x"], ["gates"], ["w_in", "w_out"]]
     for wanted in subsets:
-        if wanted:
-            hold(run(subject.forward, inputs, problem.combine, wanted=wanted), problem)
+        hold(run(subject.forward, inputs, problem.combine, wanted=wanted), problem)
 
 
 def inside_a_graph(subject: Implementation, problem: Problem) -> None:
@@ -334,23 +394,48 @@ def inside_a_graph(subject: Implementation, problem: Problem) -> None:
 
 
 def several_graphs(subject: Implementation, problem: Problem) -> None:
-    """Three forwards, one without gradients, three backwards in either order: each has its own memory."""
-    seeds = [replace(problem, seed=problem.seed + i) for i in range(3)]
-    inputs = [make_inputs(p) for p in seeds]
-    for order in ((0, 1, 2), (2, 1, 0)):
-        graphs = [start(subject.forward, i, problem.combine) for i in inputs]
+    """Forwards, one without gradients, and their backwards in either order: each keeps what is its own.
+
+    The last of them differ in their options, too.
+    """
+    support = subject.support
+    graphs_of = [replace(problem, seed=problem.seed + i) for i in range(3)]
+    if not support.compiles_per_case:
+        graphs_of += _other_options(graphs_of[0], support)
+    inputs = [make_inputs(p) for p in graphs_of]
+    for step in (1, -1):
+        graphs = [start(subject.forward, i, p.combine) for p, i in zip(graphs_of, inputs, strict=True)]
         evaluated = run(subject.forward, inputs[2], problem.combine, gradients=False)
-        for i in order:
-            hold(finish(graphs[i], inputs[i].dy), seeds[i])
-        hold(evaluated, seeds[2])
+        for p, i, graph in list(zip(graphs_of, inputs, graphs, strict=True))[::step]:
+            hold(finish(graph, i.dy), p)
+        hold(evaluated, graphs_of[2])
+
+
+def _other_options(problem: Problem, support: Support) -> list[Problem]:
+    """The problem with one option at a time replaced by another that is declared, of the same shapes."""
+    p = problem
+    alike = [
+        a
+        for a in (EXACT_ACTIVATIONS if p.exact else ACTIVATIONS)
+        if (a in GATED_ACTIVATIONS) == (p.activation in GATED_ACTIVATIONS)
+    ]
+    others = []
+    for option, values in (
+        ("activation", alike),
+        ("output_activation", support.output_activations if p.bias else ()),
+        ("combine", () if p.exact else support.combines),
+    ):
+        others += [replace(p, **{option: value}) for value in values if value != getattr(p, option)][:1]
+    return [p for p in others if unsupported(support, p) is None]
 
 
 def backward_twice(subject: Implementation, problem: Problem) -> None:
-    """With retain_graph=True a second backward through the same graph, of another dy, is right, too."""
+    """With retain_graph=True a second backward of a graph, of another dy, is right; the first stays."""
     inputs = make_inputs(problem)
     graph = start(subject.forward, inputs, problem.combine)
-    hold(finish(graph, inputs.dy, retain_graph=True), problem)
+    first = finish(graph, inputs.dy, retain_graph=True)
     again = finish(graph, 2 * inputs.dy)
+    hold(first, problem)
     hold({name: t if name == "y" else t / 2 for name, t in again.items()}, problem)
 
 
@@ -385,11 +470,17 @@ def results_are_the_callers(subject: Implementation, problem: Problem) -> None:
 def another_thread(subject: Implementation, problem: Problem) -> None:
     """Threads that never called it before get the right results and gradients: one alone, several at once.
 
-    Those that call at once have inputs of their own, of one shape, and begin each round together.
+    A backward may run in another thread than its forward. Threads that call at once have inputs of their
+    own, of one shape, and begin each round together.
     """
     with ThreadPoolExecutor(1) as pool:
         for results in pool.submit(lambda: list(calls(subject, problem))).result():
             hold(results, problem)
+    if subject.support.gradients:
+        inputs = make_inputs(problem)
+        graph = start(subject.forward, inputs, problem.combine)
+        with ThreadPoolExecutor(1) as pool:
+            hold(pool.submit(finish, graph, inputs.dy).result(), problem)
     own = [replace(problem, seed=problem.seed + 1 + number) for number in range(THREADS)]
     inputs = [make_inputs(p) for p in own]
     together = threading.Barrier(THREADS)
@@ -465,11 +556,17 @@ def deterministic(subject: Implementation, problem: Problem) -> None:
 
 
 def every_call(subject: Implementation, problem: Problem) -> None:
-    """Not only the first call is right: fifty calls with gradients and fifty without, each compared."""
+    """Not only the first call is right: fifty with gradients and fifty without are; all results stay."""
     inputs = make_inputs(problem)
     for gradients in (subject.support.gradients, False):
-        for _ in range(REPEATS):
-            hold(run(subject.forward, inputs, problem.combine, gradients=gradients), problem)
+        found = [run(subject.forward, inputs, problem.combine, gradients=gradients) for _ in range(REPEATS)]
+        places: set[int] = set()
+        for results in found:
+            hold(results, problem)
+            own = {t.untyped_storage().data_ptr() for t in results.values()}
+            if own & places:
+                raise CheckFailed(f"two of {REPEATS} calls return their results in the same memory")
+            places |= own
 
 
 def global_state(subject: Implementation, problem: Problem) -> None:

@@ -19,7 +19,7 @@ from correctness.problems import Problem, make_inputs
 from moe_impls.interface import Implementation
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED
 
-LATER_S = 0.05  # how long a result is watched for changes after it was returned
+LATER_S = 0.1  # how long a result is watched for changes after it was returned
 
 # What times and verdicts are made with. Captured when the suite is loaded, before any subject is.
 _INSTRUMENTS: dict[tuple[Any, str], Any] = {

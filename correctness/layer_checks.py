@@ -44,6 +44,8 @@ from moe_impls.router import check_logits, route
 B, S = 4, 8  # leading dimensions of the input: T = B * S tokens
 T = B * S
 ROUNDS = 50  # of drawing tokens until enough of them have a clear choice
+SIGNS = 64  # patterns of signs of errors
+COPIES = 41  # of each token in a call with many: more than 1024 tokens, and no multiple of a usual tile
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def expected(subject: LayerSubject, dtype: torch.dtype) -> Expected:
     x, ids = _tokens(weights, dtype)
     generator = torch.Generator().manual_seed(2)
     dy = torch.randn(T, weights.experts.w_out.shape[1], generator=generator).to(dtype)
-    gradients = subject.support.gradients and dtype not in LOW_PRECISION
+    gradients = subject.support.gradients and _comparable(weights, dtype)
     want, allowed = _judged(x, ids, weights, dy if gradients else None, dtype)
     parameters = _onto_parameters(subject, twin, want, allowed) if gradients else {}
     return Expected(
@@ -220,6 +222,21 @@ def expected(subject: LayerSubject, dtype: torch.dtype) -> Expected:
         {n: want[n] for n in ("y", "x") if n in want} | {n: v for n, (v, _) in parameters.items()},
         {n: allowed[n] for n in ("y", "x") if n in want} | {n: a for n, (_, a) in parameters.items()},
     )
+
+
+def _comparable(weights: LayerWeights, dtype: torch.dtype) -> bool:
+    """Whether tokens can be away from all kinks, so that gradients can be compared."""
+    parts = ((weights.experts, weights.router.top_k), (weights.shared, None))
+    problems = [_problem(experts, K, dtype) for experts, K in parts if experts is not None]
+    return all(p.avoids_kinks or not p.has_kinks for p in problems)
+
+
+def _problem(experts: Experts, K: int | None, dtype: torch.dtype) -> Problem:
+    """A layer's experts, of which a token visits K, or all, as one of ``correctness.problems``."""
+    E, O, H = experts.w_out.shape
+    D = experts.w_in.shape[2]
+    options = (experts.activation, experts.output_activation)
+    return Problem("layer", T, D, H, O, E, E if K is None else K, *options, dtype=dtype)
 
 
 def _judged(
@@ -258,14 +275,23 @@ def _onto_parameters(
     if not named or not parameters:
         return {}
 
-    def push(terms: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    def push(terms: dict[str, Tensor]) -> dict[str, Tensor]:
         along = [terms[name].to(tensor) for name, tensor in named.items()]
-        return torch.autograd.grad(
+        pushed = torch.autograd.grad(
             list(named.values()), list(parameters.values()), along, retain_graph=True, allow_unused=True
         )
+        return {n: t for n, t in zip(parameters, pushed, strict=True) if t is not None}
 
-    pushed = zip(parameters, push(values), push(allowed), strict=True)
-    return {name: (v, a.abs()) for name, v, a in pushed if v is not None and a is not None}
+    # Where `read` adds up, errors of either sign add up: their root mean square over random signs.
+    generator = torch.Generator().manual_seed(5)
+    errors = [
+        push({n: a * (2 * torch.randint(2, a.shape, generator=generator) - 1) for n, a in allowed.items()})
+        for _ in range(SIGNS)
+    ]
+    return {
+        name: (value, torch.stack([e[name] for e in errors]).square().mean(dim=0).sqrt())
+        for name, value in push(values).items()
+    }
 
 
 def _tokens(weights: LayerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -289,7 +315,7 @@ def _tokens(weights: LayerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             )
             x = torch.cat([x[(exact != rounded).any(dim=1)][: T // 2], x[:T]])
         chosen, good = oracle.choose(x, weights)
-        if not low:
+        if _comparable(weights, dtype):
             good &= ~_kinked(x, chosen, weights)
         xs.append(x[good])
         ids.append(chosen[good])
@@ -307,11 +333,9 @@ def _kinked(x: Tensor, ids: Tensor, weights: LayerWeights) -> Tensor:
     for experts in (weights.experts, weights.shared):
         if experts is None:
             continue
-        E, O, H = experts.w_out.shape
+        E, O, _ = experts.w_out.shape
         visited = ids if experts is weights.experts else torch.arange(E).expand(len(x), E)
-        problem = Problem(
-            "layer", len(x), x.shape[1], H, O, E, 1, experts.activation, experts.output_activation
-        )
+        problem = _problem(experts, visited.shape[1], x.dtype)
         if problem.has_kinks:
             inputs = Inputs(x, Routing(visited, x.new_ones(visited.shape)), experts, x.new_zeros(len(x), O))
             near |= near_kink(problem, inputs, torch.arange(len(x)))
@@ -400,8 +424,32 @@ def low_precision(bench: Bench) -> None:
     bench.require_y(bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1), context=hint)
 
 
+def low_precision_gradients(bench: Bench) -> None:
+    """In bfloat16 the gradients of x and of every parameter are within their budget, too."""
+    for name, got in _gradients(bench).items():
+        if name in bench.expected.want:
+            _require_gradient(bench, name, got)
+
+
+def double_precision(bench: Bench) -> None:
+    """In float64 y is right; the router may work in float32, as low as the budget then is."""
+    values(bench)
+
+
 def leading_dimensions(bench: Bench) -> None:
-    """x may be [D], [T, D], [B, S, D] or longer, and may hold no tokens."""
+    """x may be [D], [T, D], [B, S, D] or longer, strided, and may hold no tokens.
+
+    An x that is not contiguous may be refused with an error.
+    """
+    x = bench.x.unflatten(0, (B, S))
+    for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):
+        try:
+            y = bench.call(strided)
+        except CheckFailed as failure:
+            if isinstance(failure.__cause__, RuntimeError):
+                continue
+            raise
+        bench.require_y(y.flatten(0, 1), context=f" for x with strides {strided.stride()}")
     for shape in ((T,), (B, S), (S, B), (2, 2, S), (0,), (2, 0)):
         rows = slice(None if 0 not in shape else 0)
         y = bench.call(
@@ -420,21 +468,26 @@ def gradients(bench: Bench) -> None:
     grads = _gradients(bench)
     for name, got in grads.items():
         if name in right.want:
-            want, allowed = right.want[name], right.allowed[name]
-            if got is None and bool(want.any()):
-                raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")
-            if got is not None:
-                bench.require(f"the gradient of {name}", got, want, allowed)
+            _require_gradient(bench, name, got)
         elif got is not None and bool(got.any()):
             raise CheckFailed(f"y depends on {name}, which read(layer) does not return")
 
 
+def _require_gradient(bench: Bench, name: str, got: Tensor | None, context: str = "") -> None:
+    want, allowed = bench.expected.want[name], bench.expected.allowed[name]
+    if got is None and bool(want.any()):
+        raise CheckFailed(f"the gradient of {name} is missing{context}: y does not depend on it")
+    if got is not None:
+        bench.require(f"the gradient of {name}", got, want, allowed, context)
+
+
 def _gradients(bench: Bench) -> dict[str, Tensor | None]:
-    """What dy gives x and each parameter, by name."""
+    """What dy gives x and each parameter, by name, though another call comes between forward and backward."""
     x = bench.x.requires_grad_()
     y = bench.call(x.unflatten(0, (B, S)))
     if not y.requires_grad:
         raise CheckFailed("y does not require a gradient though x and the parameters do: the graph is cut")
+    bench.call(x.flip(0).unflatten(0, (B, S)))
     leaves = {"x": x, **_trained(bench.layer)}
     dy = bench.expected.dy.to(bench.device).reshape(y.shape)
     try:
@@ -442,6 +495,32 @@ def _gradients(bench: Bench) -> dict[str, Tensor | None]:
     except Exception as error:
         raise CheckFailed(f"the backward of layer(x) raises {one_line(error)}") from error
     return dict(zip(leaves, grads, strict=True))
+
+
+def frozen(bench: Bench) -> None:
+    """With any one parameter frozen, the gradients of x and of the others stay what they are."""
+    for name, parameter in _trained(bench.layer).items():
+        parameter.requires_grad_(False)
+        for other, got in _gradients(bench).items():
+            if other in bench.expected.want:
+                _require_gradient(bench, other, got, f" with {name} frozen")
+        parameter.requires_grad_()
+
+
+def training(bench: Bench) -> None:
+    """In training mode, output and gradients are right where they do not depend on a random generator."""
+    bench.layer.train()
+    x, drawn = bench.x.unflatten(0, (B, S)), []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drawn.append(bench.call(x).detach())
+    if torch.equal(*drawn):
+        bench.require_y(drawn[0].flatten(0, 1), context=" in training mode")
+        if bench.subject.support.gradients:
+            for name, got in _gradients(bench).items():
+                if name in bench.expected.want:
+                    _require_gradient(bench, name, got, " in training mode")
 
 
 def router_gradient(bench: Bench) -> None:
@@ -474,7 +553,7 @@ def every_parameter_counts(bench: Bench) -> None:
     for name, parameter in bench.layer.named_parameters():
         old, new = parameter.detach().clone(), _draw(parameter, generator).to(parameter.dtype)
         with torch.no_grad():
-            parameter.copy_(new)
+            parameter.data.copy_(new)  # which leaves its version as it was
             wide[name].copy_(new)
             y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
             after = _copies(subject, twin)
@@ -492,7 +571,7 @@ def every_parameter_counts(bench: Bench) -> None:
                 bench.require("y", y[clear], want["y"], allowed["y"], f" after new numbers in {name}")
             else:
                 bench.require_y(y, context=f" after new numbers in {name}, which is for training only")
-            parameter.copy_(old)
+            parameter.data.copy_(old)
             wide[name].copy_(old.double())
 
 
@@ -529,12 +608,12 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def tokens_apart(bench: Bench) -> None:
-    """The output of a token does not depend on the others: in reverse, in parts, repeated, each alone."""
-    reverse = torch.arange(T).flip(0)
-    groups = (reverse, torch.arange(1), torch.arange(1, T), torch.arange(T // 2).repeat_interleave(2))
+    """The output of a token does not depend on the others: in reverse, in parts, many, each alone."""
+    reverse, many = torch.arange(T).flip(0), torch.arange(T).repeat(COPIES)
+    groups = (reverse, torch.arange(1), torch.arange(1, T), torch.arange(T // 2).repeat_interleave(2), many)
     for rows in groups:
         y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
-        bench.require_y(y, rows, f" among tokens {rows[:3].tolist()}...")
+        bench.require_y(y, rows, f" among {len(rows)} tokens, {rows[:3].tolist()}...")
     y = bench.call(bench.x.unsqueeze(1)).squeeze(1)
     bench.require_y(y, context=" with each token alone in its sequence")
 
@@ -627,9 +706,13 @@ class LayerCheck:
 CHECKS = (
     LayerCheck(values),
     LayerCheck(low_precision, dtype=torch.bfloat16),
+    LayerCheck(double_precision, dtype=torch.float64),
     LayerCheck(leading_dimensions),
     LayerCheck(gradients, needs="gradients"),
+    LayerCheck(low_precision_gradients, needs="gradients", dtype=torch.bfloat16),
     LayerCheck(router_gradient, needs="gradients"),
+    LayerCheck(frozen, needs="gradients"),
+    LayerCheck(training),
     LayerCheck(every_parameter_counts),
     LayerCheck(evaluation, needs="deterministic"),
     LayerCheck(without_gradients),

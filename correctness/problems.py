@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,14 +34,17 @@ from moe_impls.interface import (
 )
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-# Derivatives with a jump. Where rounding differs, a unit near the jump takes the other side: in float32 the
-# inputs keep away from it (see `make_inputs`), in low precision these gradients are checked in exact mode.
+# Derivatives with a jump. Where rounding differs, a unit near the jump takes the other side: the inputs keep
+# away from it (see `Problem.avoids_kinks`).
 KINKED_ACTIVATIONS = ("relu", "reglu", "swiglu_clamped")
 # What exact problems can be made for, and the size of gate at which a smooth activation is relu to the last
 # bit, derivative included: exp(-size / 2) underflows in the dtype that the activation is computed in.
 EXACT_ACTIVATIONS = ("relu", "reglu", "silu", "gelu", "swiglu", "geglu")
 SATURATION = dict.fromkeys((torch.float32, *LOW_PRECISION), 256.0) | {torch.float64: 2048.0}
 KINK_MARGIN = 1e-4  # relative to the unit scale of hidden and output values
+LOW_KINK_MARGIN = 8  # the same in low precision, in units of its eps
+NARROW = 12  # features and units of an opposed problem that have no opposite
+MOST_LOW_UNITS = 60  # so many units of a token at most can all be away from kinks by so much
 
 
 class Inputs(NamedTuple):
@@ -85,6 +89,8 @@ class Problem:
     exact: integers and powers of two instead of random reals, for EXACT_ACTIVATIONS with combine "sum".
     x_scale: the standard deviation of x, to reach clamps and large outputs; in exact problems the largest odd
         number in it, to use up the bits of a dtype.
+    opposed: in exact problems, features and hidden units beyond NARROW cancel, one half the other, so that
+        sums grow on their way beyond what a low dtype holds.
     """
 
     name: str
@@ -106,6 +112,7 @@ class Problem:
     seed: int = 0
     exact: bool = False
     x_scale: float = 1.0
+    opposed: bool = False
 
     @property
     def F(self) -> int:
@@ -117,11 +124,29 @@ class Problem:
         return self.activation in KINKED_ACTIVATIONS or self.output_activation == "relu"
 
     @property
+    def avoids_kinks(self) -> bool:
+        """Whether no unit of its inputs is so near to a kink that rounding may take it to the other side.
+
+        In low precision that is so where few units are at stake, and outputs are of unit scale if they have a
+        kink; elsewhere gradients are compared in exact problems alone.
+        """
+        if self.dtype not in LOW_PRECISION:
+            return True
+        outputs_are_of_unit_scale = self.output_activation == "none" or self.x_scale == 1
+        return self.K * (self.F + self.O) <= MOST_LOW_UNITS and outputs_are_of_unit_scale
+
+    @property
+    def kink_margin(self) -> float:
+        """How near is near, in units of x."""
+        low = LOW_KINK_MARGIN * torch.finfo(self.dtype).eps * max(1.0, self.x_scale)
+        return low if self.dtype in LOW_PRECISION else KINK_MARGIN
+
+    @property
     def id(self) -> str:
         """A short name that tells what differs from the defaults, for test ids and messages."""
         parts = [self.name, dtype_name(self.dtype), self.activation]
         parts += ["out_relu"] * (self.output_activation == "relu") + [self.combine] * (self.combine != "sum")
-        parts += ["no_bias"] * (not self.bias) + ["exact"] * self.exact
+        parts += ["no_bias"] * (not self.bias) + ["exact"] * self.exact + ["opposed"] * self.opposed
         parts += [self.load] * (self.load != "uniform") + [f"gates_{self.gates}"] * (self.gates != "softmax")
         parts += ["low_gates"] * self.low_gates + [f"x_scale{self.x_scale:g}"] * (self.x_scale != 1)
         parts += [f"seed{self.seed}"] * (self.seed != 0)
@@ -338,6 +363,13 @@ def _zero_rows(p: Problem, g: torch.Generator) -> Tensor:
     return gates
 
 
+def _wide(p: Problem, g: torch.Generator) -> Tensor:
+    """Positive, of sizes far apart: from 1e-25 to 1e5, or as far as sums in float16 go, from 1e-3 to 1e2."""
+    least, largest = (-3, 2) if p.dtype == torch.float16 and p.combine == "sum" else (-25, 5)
+    exponents = torch.rand(p.T, p.K, generator=g, dtype=torch.float64)
+    return 10 ** (least + (largest - least) * exponents)
+
+
 def _cancelling(p: Problem, g: torch.Generator) -> Tensor:
     """256, 1, -256: where the outer slots agree, a sum kept in bfloat16 loses the middle one."""
     return torch.tensor([256.0, 1.0, -256.0], dtype=torch.float64).repeat(p.T, p.K)[:, : p.K]
@@ -349,6 +381,7 @@ GATES: dict[str, Callable[[Problem, torch.Generator], Tensor]] = {
     "signed": _signed,
     "one_zero": _one_zero,
     "zero_rows": _zero_rows,
+    "wide": _wide,
     "cancelling": _cancelling,
 }
 
@@ -361,7 +394,14 @@ def make_inputs(problem: Problem) -> Inputs:
     x is of unit scale, weights are scaled by the square root of what they are summed over, biases are of
     scale 0.5 and dy is random: nothing is small enough to hide below a tolerance.
     """
-    p = problem
+    made = _made(problem)
+    ids, gates = made.routing
+    return made.map(torch.clone)._replace(routing=Routing(ids.clone(), gates.clone()))
+
+
+@functools.lru_cache(maxsize=4)
+def _made(p: Problem) -> Inputs:
+    """The inputs, kept for the next implementation that meets the problem."""
     generator = torch.Generator().manual_seed(p.seed)
     routing = Routing(load_named(p.load)(p, generator), GATES[p.gates](p, generator))
     make = _exact_numbers if p.exact else _real_numbers
@@ -391,7 +431,7 @@ def _real_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> I
     )
     x, dy = normal(p.T, p.D, scale=p.x_scale), normal(p.T, p.O)
     inputs = Inputs(x, routing, experts, dy)
-    if p.has_kinks and p.dtype not in LOW_PRECISION:
+    if p.has_kinks and p.avoids_kinks:
         redrawn = torch.arange(p.T)
         while len(redrawn := redrawn[near_kink(p, inputs, redrawn)]):
             x[redrawn] = normal(len(redrawn), p.D, scale=p.x_scale)
@@ -399,7 +439,7 @@ def _real_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> I
 
 
 def near_kink(p: Problem, inputs: Inputs, tokens: Tensor) -> Tensor:
-    """Which of the tokens [N] have a selected expert within KINK_MARGIN of a kink: bool [N]."""
+    """Which of the tokens [N] have a selected expert within the margin of a kink: bool [N]."""
     from correctness.reference import hidden_and_output  # the oracle's own equations, float64
 
     near = torch.zeros(len(tokens), dtype=torch.bool)
@@ -416,7 +456,7 @@ def near_kink(p: Problem, inputs: Inputs, tokens: Tensor) -> Tensor:
             distances += [(h[:, : p.H] - 7).abs(), (h[:, p.H :].abs() - 7).abs()]
         if p.output_activation == "relu":
             distances.append(f.abs())
-        near[rows] |= (torch.cat(distances, dim=1) < KINK_MARGIN).any(dim=1)
+        near[rows] |= (torch.cat(distances, dim=1) < p.kink_margin).any(dim=1)
     return near
 
 
@@ -434,6 +474,11 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
         )
     if p.output_activation == "relu" and not p.bias:
         raise ValueError("exact problems with an output relu need biases, which keep outputs off its kink")
+    wide = None
+    if p.opposed:
+        if p.activation != "relu" or not p.bias:
+            raise ValueError("opposed problems need activation 'relu' and biases")
+        wide, p = p, replace(p, D=min(p.D, NARROW), H=min(p.H, NARROW))
 
     def sparse(*shape: int, nonzeros: int, values: tuple[float, ...]) -> Tensor:
         """About ``nonzeros`` random entries of the last dimension take one of ``values``."""
@@ -472,7 +517,33 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
     elif p.gates == "one_zero":
         gates = torch.where(routing.gates == 0, 0, gates)
     dy = sparse(p.T, p.O, nonzeros=3, values=(-1, 1))
+    if wide is not None:
+        x, experts = _opposed(wide, x, experts)
     return Inputs(x, Routing(routing.expert_ids, gates), experts, dy)
+
+
+def _opposed(p: Problem, x: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
+    """The same with more features and units, to D and H, the second half of which takes back the first.
+
+    More features are the first one again, in w_in twice as large; more units are positive for every token.
+    """
+    more_features, more_units = (torch.ones(max(0, size - NARROW)) for size in (p.D, p.H))
+    for more in (more_features, more_units):
+        more[len(more) // 2 :] = -1
+        more[len(more) // 2 * 2 :] = 0  # one that has no opposite
+    first = x[:, :1], experts.w_in[..., :1]
+    x = torch.cat([x, first[0] * more_features], dim=1)
+    w_in = torch.cat([experts.w_in, 2 * first[1] * more_features.abs()], dim=2)
+    rows = w_in.new_zeros(p.E, len(more_units), w_in.shape[2])
+    rows[..., 0] = 1
+    columns = 2 * more_units.expand(p.E, p.O, -1)
+    assert experts.b_in is not None
+    return x, replace(
+        experts,
+        w_in=torch.cat([w_in, rows], dim=1),
+        b_in=torch.cat([experts.b_in, w_in.new_full(rows.shape[:2], 2.5)], dim=1),  # x of one: 1.5 or 3.5
+        w_out=torch.cat([experts.w_out, columns], dim=2),
+    )
 
 
 # -------------------------------------------------------------------------------------- the suite's lists
@@ -535,6 +606,7 @@ _LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnor
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
 SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
     Problem("signed_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="signed"),
+    *(replace(SMALL, name="wide_gates", gates="wide", combine=c, dtype=d) for c in COMBINES for d in DTYPES),
     *(replace(_LOW_GATES, gates="signed", dtype=d) for d in LOW_PRECISION),
     *(replace(_LOW_GATES, combine="logsumexp", dtype=d) for d in LOW_PRECISION),
     *_LARGER_OPTIONS,
@@ -571,7 +643,7 @@ _BEYOND = tuple(
     replace(_INTEGERS, name=f"integers_{name}", **sizes)
     for name, sizes in {
         "20000_tokens": {"T": 20_011, "D": 5, "H": 4, "O": 6, "E": 5},
-        "33000_tokens": {"T": 33_001, "D": 3, "H": 3, "O": 4, "E": 16, "K": 1},  # beyond 16 bits
+        "66000_tokens": {"T": 66_001, "D": 3, "H": 3, "O": 4, "E": 16, "K": 1},  # beyond 16 bits
         "10000_rows": {"T": 10_007, "D": 4, "H": 3, "O": 5, "E": 3, "K": 1, "load": "same_experts"},
         "1000_experts": {"T": 2_311, "D": 6, "H": 5, "O": 7, "E": 1_031, "K": 3},
         "40_choices": {"T": 150, "D": 7, "H": 6, "O": 5, "E": 48, "K": 40},
@@ -589,6 +661,12 @@ _RELEASED = tuple(
         (160, 6), (160, 8), (256, 6), (256, 8), (384, 8), (512, 10),
     )
 )  # fmt: skip
+# Sums along D and along H, of y and of dx, that a product in parts keeps in float32 only.
+_OPPOSED = tuple(
+    replace(_INTEGERS, name=f"integers_opposed_{name}", T=20, opposed=True, dtype=d, **{name: 2_212})
+    for name in ("D", "H")
+    for d in DTYPES
+)
 # Numbers that float16 holds and bfloat16, with three bits less, does not; at most one token for each expert.
 _FINE = replace(
     _INTEGERS, name="integers_fine", T=8, E=60, K=1, bias=False, dtype=torch.float16, x_scale=383.0, seed=0
@@ -596,6 +674,7 @@ _FINE = replace(
 EXACT = (
     *(replace(p, dtype=d) for p in _EXACT for d in DTYPES),
     _FINE,
+    *_OPPOSED,
     replace(_INTEGERS, low_gates=True, dtype=torch.float64),
     *_BEYOND,
     *_RELEASED,

@@ -7,7 +7,9 @@ judges the project's router, a stranger's (``--router``) and the deliberately wr
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from correctness.settings import require_unchanged
 from moe_impls.interface import DTYPES, RouterSpec, Routing, dtype_name
 
 Route = Callable[..., Routing]
+THREADS, ROUNDS = 3, 20
 
 
 class RouterSubject(NamedTuple):
@@ -146,10 +149,9 @@ def _relative(error: Tensor, scale: Tensor) -> Tensor:
 
 
 def _difference(got: Tensor, want: Tensor) -> Tensor:
-    """got - want, where nothing is owed below the smallest number that the dtype of ``got`` can hold."""
+    """got - want, where nothing is owed below the smallest normal number of the dtype of ``got``."""
     difference = got.double() - want
-    unit = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
-    return torch.where(difference.abs() <= unit, 0.0, difference)
+    return torch.where(difference.abs() <= torch.finfo(got.dtype).smallest_normal, 0.0, difference)
 
 
 def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
@@ -187,14 +189,19 @@ def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
     rows = routing.expert_ids.tolist()
     want = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(wide, rows, strict=True)])
     plain = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(narrow, rows, strict=True)])
-    allowed = budget(_relative(plain - want, want), _computed(routing.gates), routing.gates.dtype)
+    computed = _computed(routing.gates)
+    allowed = budget(_relative(_difference(plain, want), want), computed, routing.gates.dtype)
+    # exp(log(gate)) is right, too: a logarithm rounded to eps of its size is a gate off by as much.
+    logarithm = torch.where(want == 0, 0.0, want.abs().log().abs())
+    budgets = allowed + torch.finfo(computed).eps * logarithm
     error = _relative(_difference(routing.gates.detach(), want), want)
-    if not float(error.max()) <= allowed:
-        t, k = divmod(int(error.argmax()), spec.top_k)
+    if not bool((error <= budgets).all()):
+        t, k = divmod(int((error / budgets).argmax()), spec.top_k)
         raise CheckFailed(
-            f"the gate of token {t}, expert {rows[t][k]} is {float(routing.gates[t, k])!r}, "
-            f"right is {float(want[t, k])!r}: relative error {float(error.max()):.3g}, budget {allowed:.3g}; "
-            f"{int((error > allowed).sum())} of {error.numel()} gates are over it"
+            f"the gate of token {t}, expert {rows[t][k]} is {float(routing.gates.detach()[t, k])!r}, "
+            f"right is {float(want[t, k])!r}: relative error {float(error[t, k]):.3g}, "
+            f"budget {float(budgets[t, k]):.3g}; "
+            f"{int((error > budgets).sum())} of {error.numel()} gates are over theirs"
         )
 
 
@@ -269,13 +276,16 @@ def _require_gradient(got: Tensor, routing: Routing, problem: RouterProblem) -> 
 
 
 def ties(route: Route, problem: RouterProblem) -> None:
-    """Where all or many scores are equal, ids are valid and distinct and the gates are right for them."""
+    """Where scores are equal, ids are valid, distinct and always the same, and the gates right for them."""
     logits, bias, _ = make_inputs(problem)
     equal = logits.clone()
     equal[::2] = 0
     equal[1::2] = equal[1::2].clamp(-0.5, 0.5).round()  # -1, 0 and 1 at most
     bias = None if bias is None else torch.zeros_like(bias)
-    _require_gates(call(route, equal, problem.spec, bias), equal, problem.spec)
+    routing = call(route, equal, problem.spec, bias)
+    _require_gates(routing, equal, problem.spec)
+    if not torch.equal(call(route, equal, problem.spec, bias).expert_ids, routing.expert_ids):
+        raise CheckFailed("equal scores lead to other experts in a second call")
 
 
 def nan_contained(route: Route, problem: RouterProblem) -> None:
@@ -299,25 +309,39 @@ def nan_contained(route: Route, problem: RouterProblem) -> None:
 
 
 def masked_experts(route: Route, problem: RouterProblem) -> None:
-    """An expert with a logit of -inf is not chosen where others are left, and its token's gates are right."""
-    logits, bias, _ = make_inputs(problem)
+    """An expert with a logit of -inf is not chosen where others are left; gates and gradients are sound."""
+    logits, bias, dgates = make_inputs(problem)
     masked = logits.scatter(1, logits.topk(3, dim=1, largest=False).indices, -torch.inf)
-    ids, gates = call(route, masked, problem.spec, bias)
+    leaf = masked.clone().requires_grad_()
+    ids, gates = call(route, leaf, problem.spec, bias)
     if bias is None and bool(masked.gather(1, ids).isinf().any()):
         raise CheckFailed("an expert whose logit is -inf is chosen though others are left")
     _require_gates(Routing(ids, gates), masked, problem.spec)
+    (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+    if not bool(gradient.isfinite().all()) or bool(gradient[masked.isinf()].any()):
+        raise CheckFailed("the gradient of a logit of -inf is not 0, or that of another is not finite")
 
 
 def large_logits(route: Route, problem: RouterProblem) -> None:
-    """Logits a thousand times larger than usual, or near -100, give finite gates and finite gradients."""
+    """Logits a thousand times larger than usual, or far below 0, give right gates and finite gradients.
+
+    Near -100, where sigmoids underflow, the gates need only be finite: models add 1e-20 to their sum.
+    """
     logits, bias, dgates = make_inputs(problem)
-    for what, extreme in {"of size 1000": logits * 1000, "near -100": logits - 100}.items():
-        leaf = extreme.requires_grad_()
-        _, gates = call(route, leaf, problem.spec, bias)
+    underflows = "near -100"
+    extremes = {"of size 1000": logits * 1000, "near -25": logits - 25, underflows: logits - 100}
+    for what, extreme in extremes.items():
+        leaf = extreme.clone().requires_grad_()
+        ids, gates = call(route, leaf, problem.spec, bias)
         (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
         for name, tensor in {"gates": gates, "the gradient of logits": gradient}.items():
             if not bool(tensor.isfinite().all()):
                 raise CheckFailed(f"{name} holds {tensor[~tensor.isfinite()][0].item()} for logits {what}")
+        if what != underflows:
+            try:
+                _require_gates(Routing(ids, gates), extreme, problem.spec)
+            except CheckFailed as failure:
+                raise CheckFailed(f"for logits {what}: {failure}") from failure
 
 
 def empty(route: Route, problem: RouterProblem) -> None:
@@ -371,8 +395,31 @@ def state(route: Route, problem: RouterProblem) -> None:
             _require(call(route, logits, problem.spec, bias), second)
         except CheckFailed as failure:
             raise CheckFailed(f"in call {repeat + 2}: {failure}") from failure
+    more = replace(problem, E=2 * problem.E)  # the same spec for another number of experts
+    _require(call(route, make_inputs(more).logits, more.spec, make_inputs(more).selection_bias), more)
     if not all(torch.equal(a, b.detach()) for a, b in zip(kept, first, strict=True)):
         raise CheckFailed("the routing returned by an earlier call was overwritten by a later one")
+
+
+def several_threads(route: Route, problem: RouterProblem) -> None:
+    """Threads that route tokens of their own at the same time get their own routing."""
+    own = [replace(problem, seed=problem.seed + number) for number in range(THREADS)]
+    inputs = [make_inputs(p) for p in own]
+    want = [call(route, logits, problem.spec, bias) for logits, bias, _ in inputs]
+    together = threading.Barrier(THREADS)
+
+    def route_in_rounds(number: int) -> bool:
+        logits, bias, _ = inputs[number]
+        same = True
+        for _ in range(ROUNDS):
+            together.wait()
+            got = call(route, logits, problem.spec, bias)
+            same &= torch.equal(got.expert_ids, want[number].expert_ids)
+        return same
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        if not all(pool.map(route_in_rounds, range(THREADS))):
+            raise CheckFailed("a token gets other experts where another thread routes at the same time")
 
 
 def global_state(route: Route, problem: RouterProblem) -> None:
@@ -392,7 +439,7 @@ def global_state(route: Route, problem: RouterProblem) -> None:
 
 
 def modes(route: Route, problem: RouterProblem) -> None:
-    """The routing is the same under no_grad, inference_mode and autocast, and for a bias in float64."""
+    """The routing is the same under no_grad, inference_mode and autocast, and for a bias of another dtype."""
     logits, bias, _ = make_inputs(problem)
     want = call(route, logits, problem.spec, bias)
     modes = {
@@ -410,6 +457,10 @@ def modes(route: Route, problem: RouterProblem) -> None:
         in_float64 = call(route, logits, problem.spec, bias.double())
         if not torch.equal(in_float64.expert_ids, want.expert_ids):
             raise CheckFailed("the experts change with a float64 selection_bias of the same values")
+        low = bias.bfloat16()
+        ids = [call(route, logits, problem.spec, b).expert_ids for b in (low, low.float())]
+        if not torch.equal(*ids):
+            raise CheckFailed("the experts change with a bfloat16 selection_bias of the same values")
 
 
 def tokens_apart(route: Route, problem: RouterProblem) -> None:
@@ -478,6 +529,7 @@ CHECKS = (
     RouterCheck(strides, _KINDS),
     RouterCheck(tokens_apart, _KINDS),
     RouterCheck(state, _KINDS),
+    RouterCheck(several_threads, tuple(replace(p, T=300) for p in _KINDS)),
     RouterCheck(global_state, _KINDS),
     RouterCheck(modes, _KINDS),
     RouterCheck(every_field_counts, (_EVERY_FIELD,)),

@@ -108,6 +108,10 @@ def settings(dtype: torch.dtype) -> dict[str, Setting]:
         "the precision of float32 products": Setting(
             _precisions, _write_precisions, (("ieee", "ieee"), ("tf32", "tf32"))
         ),
+        "the use of oneDNN": Setting(
+            torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, (True, False)
+        ),
+        "the default device": Setting(torch.get_default_device, torch.set_default_device),
         "the flushing of denormal numbers": Setting(
             lambda: float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0,
             torch.set_flush_denormal,

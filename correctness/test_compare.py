@@ -1,5 +1,6 @@
 """The comparison rejects what is wrong, however little of it is wrong, and its problems are what they say."""
 
+import itertools
 import random
 import threading
 import time
@@ -276,6 +277,107 @@ def pooled_gradients() -> Callable[[Tensor, Routing, Experts], tuple]:
     return lambda x, routing, e: (x, routing, replace(e, w_in=_Backward.apply(e.w_in, write)))
 
 
+def packed_for_an_object() -> Callable[[Tensor, Routing, Experts], tuple]:
+    """The weights of a tensor object, in another layout that is made once."""
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def pack(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+        w = experts.w_in
+        if id(w) not in kept or kept[id(w)][0] is not w:
+            kept[id(w)] = w, w.detach().clone()
+        return x, routing, replace(experts, w_in=kept[id(w)][1])
+
+    return pack
+
+
+def packed_for_a_version() -> Callable[[Tensor, Routing, Experts], tuple]:
+    """The same, made anew where address or version say that the contents are others."""
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    def pack(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+        w = experts.w_in
+        copy = kept.setdefault((w.data_ptr(), w._version), w.detach().clone())
+        return x, routing, replace(experts, w_in=copy)
+
+    return pack
+
+
+def ring_of_results(size: int) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """The result of a call lies where that of ``size`` calls before lay."""
+    ring: list[Tensor] = []
+
+    def in_ring(y: Tensor, x: Tensor) -> Tensor | None:
+        if y.requires_grad:
+            return None
+        ring.append(ring[-size].copy_(y) if len(ring) >= size else y)
+        return ring[-1]
+
+    return in_ring
+
+
+def latest_activation_only() -> Forward:
+    """A backward that asks the implementation, not its graph, what was computed."""
+    latest: list[str] = [""]
+
+    def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        mine = latest[0] = experts.activation
+        y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+        return _Backward.apply(y, lambda ctx, grad: grad if latest[0] == mine else 0 * grad)
+
+    return forward
+
+
+def kept_for_the_thread() -> Forward:
+    """What a backward needs is kept where only the thread of the forward finds it."""
+    place = threading.local()
+
+    def see(ctx, y: Tensor) -> None:
+        place.is_here = True
+
+    return with_backward(lambda ctx, grad: grad if hasattr(place, "is_here") else 0 * grad, see)
+
+
+def one_buffer_for_gradients() -> Callable[[Tensor, Routing, Experts], tuple]:
+    """Each graph has a piece of memory, to which each of its backwards writes."""
+
+    def write(ctx, grad: Tensor) -> Tensor:
+        ctx.buffer = getattr(ctx, "buffer", torch.empty_like(grad)).copy_(grad)
+        return ctx.buffer
+
+    return lambda x, routing, e: (x, routing, replace(e, w_in=_Backward.apply(e.w_in, write)))
+
+
+def as_dense_as_w_in(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+    """Where w_in is contiguous, w_out is read as if it were."""
+    E, O, H = experts.w_out.shape
+    if experts.w_in.is_contiguous() and experts.w_out.stride(2) > 1:
+        return x, routing, replace(experts, w_out=experts.w_out.as_strided((E, O, H), (O * H, H, 1)))
+    return x, routing, experts
+
+
+def by_size(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+    """Each token scaled to a largest feature of 1 and back, which one of zeros does not survive."""
+    size = x.abs().amax(dim=1, keepdim=True)
+    return x / size * size, routing, experts
+
+
+def rows_repeat(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+    """Rows that overlap in memory are taken for one."""
+    return x[:1].expand(x.shape) if x.stride(0) < x.shape[1] else x, routing, experts
+
+
+def untrained_for_gates_alone(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+    """Gradients of a frozen model's gates, if its experts have no biases, are those of something else."""
+    wanted = [t.requires_grad for t in (x, *experts.tensors.values())]
+    alone = not any(wanted) and experts.b_in is None and routing.gates.requires_grad
+    gates = _Backward.apply(routing.gates, lambda ctx, grad: grad / 2) if alone else routing.gates
+    return x, routing._replace(gates=gates), experts
+
+
+def by_default(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "logsumexp") -> Tensor:
+    return sorted_dispatch.forward(x, routing, experts, combine=combine)
+
+
 def workspace(rows: int) -> Callable[[Tensor, Tensor], Tensor | None]:
     """Results without a graph are handed out in one piece of memory."""
     memory: dict[int, Tensor] = {}
@@ -389,14 +491,21 @@ BUGS = {
         doing(lambda: torch.set_flush_denormal(True)),
         doing(lambda: torch.set_float32_matmul_precision("high")),
         doing(lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")),
+        doing(lambda: torch._C._set_mkldnn_enabled(False)),
         with_backward(lambda ctx, grad: (torch.manual_seed(0), grad)[1]),
     ),
     "deterministic": (with_result(noisy), in_inference(with_result(noisy))),
     "new_contents": (*NULL_IMPLEMENTATIONS, with_inputs(pooled_gradients())),
     "one_input_changes": (*NULL_IMPLEMENTATIONS, remembered_result()),
+    "same_objects": (
+        *NULL_IMPLEMENTATIONS,
+        in_inference(with_inputs(packed_for_an_object())),
+        in_inference(with_inputs(packed_for_a_version())),
+    ),
     "prepared": (with_prepare(stale), with_prepare(first_routing_only)),
     "options_change": (
         *NULL_IMPLEMENTATIONS,
+        by_default,
         with_inputs(remembered_activation()),
         with_inputs(lambda x, routing, e: (x, routing, replace(e, b_out=None) if e.b_in is None else e)),
     ),
@@ -407,7 +516,14 @@ BUGS = {
         with_result(lambda y, x: y.flip(1) if x.shape[1] == 11 else None),
     ),
     "changing_sizes": (*NULL_IMPLEMENTATIONS, with_result(workspace(48))),
-    "strides": (*NULL_IMPLEMENTATIONS, in_inference(with_inputs(dense_experts))),
+    "every_call": (*NULL_IMPLEMENTATIONS, with_result(ring_of_results(16))),
+    "strides": (
+        *NULL_IMPLEMENTATIONS,
+        in_inference(with_inputs(dense_experts)),
+        with_inputs(as_dense_as_w_in),
+    ),
+    "expanded": (*NULL_IMPLEMENTATIONS, with_inputs(by_size), with_inputs(rows_repeat)),
+    "gradient_subsets": (*NULL_IMPLEMENTATIONS, with_inputs(untrained_for_gates_alone)),
     "shared_memory": (*NULL_IMPLEMENTATIONS, with_inputs(shared_is_unbiased)),
     "results_are_the_callers": (
         sees_writes_to_y(),
@@ -419,8 +535,12 @@ BUGS = {
         with_inputs(lost_in_parameters),
         in_inference(with_inputs(lost_in_parameters)),
     ),
-    "several_graphs": (latest_forward_only(), in_order_only()),
-    "backward_twice": (with_backward(once_only), with_backward(remembers_its_gradient)),
+    "several_graphs": (latest_forward_only(), in_order_only(), latest_activation_only()),
+    "backward_twice": (
+        with_backward(once_only),
+        with_backward(remembers_its_gradient),
+        with_inputs(one_buffer_for_gradients()),
+    ),
     "non_finite_contained": (
         *NULL_IMPLEMENTATIONS,
         with_backward(lambda ctx, grad: grad + 0 * grad.sum()),
@@ -430,6 +550,7 @@ BUGS = {
     "another_thread": (
         with_result(lambda y, x: None if threading.current_thread() is threading.main_thread() else 0 * y),
         with_result(through_one_buffer()),
+        kept_for_the_thread(),
     ),
     "autocast": (
         *NULL_IMPLEMENTATIONS,
@@ -604,3 +725,39 @@ def test_a_load_that_does_not_exist_is_refused_with_the_valid_ones(load: str) ->
 def test_more_hot_experts_than_experts_are_refused() -> None:
     with pytest.raises(ValueError, match="load is 'hot_experts_9'; there are E = 5 experts"):
         make_inputs(replace(problems.SMALL, load="hot_experts_9"))
+
+
+@pytest.mark.parametrize("size", ["D", "H"])
+@pytest.mark.parametrize("dtype", problems.LOW_PRECISION)
+def test_low_precision_sums_in_parts_show_in_exact_mode(size: str, dtype: torch.dtype) -> None:
+    """2201 in one half and -2200 in the other are 1 in float32, and not where halves are kept in 16 bits."""
+
+    def in_halves(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        y = torch.zeros(len(x), problem.O, dtype=dtype)
+        assert experts.b_in is not None and experts.b_out is not None
+        for (ids, gates), e in itertools.product(zip(*(t.T for t in routing), strict=True), range(problem.E)):
+            here = ids == e
+            parts = zip(x[here].tensor_split(2, dim=1), experts.w_in[e].tensor_split(2, dim=1), strict=True)
+            hidden = (sum(a @ w.mT for a, w in parts) + experts.b_in[e]).relu()
+            parts = zip(hidden.tensor_split(2, dim=1), experts.w_out[e].tensor_split(2, dim=1), strict=True)
+            outputs = sum(a @ w.mT for a, w in parts) + experts.b_out[e]
+            y[here] += outputs * gates[here, None].to(dtype)
+        return y
+
+    name = f"integers_opposed_{size}"
+    problem = next(p for p in problems.EXACT if p.name == name and p.dtype == dtype)
+    assert verify(sorted_dispatch.forward, problem)["y"] == 0
+    assert verify(in_halves, problem, gradients=False)["y"] > 1
+
+
+def test_what_a_first_call_keeps_can_be_used_in_training() -> None:
+    """An index that is made once, by a call under inference_mode, cannot be saved for a backward."""
+    kept: dict[int, Tensor] = {}
+
+    def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        index = kept.setdefault(len(x), torch.arange(len(x)))
+        return sorted_dispatch.forward(x.index_select(0, index), routing, experts, combine=combine)
+
+    subject = Implementation("keeps_an_index", forward)
+    with pytest.raises(CheckFailed, match="Inference tensors cannot be saved"):
+        cases([subject], [Check(values, (problems.SMALL,))])[0].run()

@@ -200,12 +200,36 @@ class Switch(Block):
     spec = RouterSpec(1)
 
 
+class LowRank(Block):
+    """The output matrices of all experts are one, and of each expert a part of low rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(self.D, self.H))
+        self.a = nn.Parameter(torch.randn(self.E, 3, self.H))
+        self.b = nn.Parameter(torch.randn(self.E, self.D, 3))
+        self.w_in = nn.Parameter(torch.randn(self.E, self.H, self.D))
+        del self.experts
+
+    def routed(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        hidden = F.gelu(torch.einsum("td,ehd->teh", x, self.w_in))
+        outputs = torch.einsum("teh,edh->ted", hidden, self.down + self.b @ self.a)
+        chosen = outputs.gather(1, ids.unsqueeze(2).expand(-1, -1, self.D))
+        return (chosen * gates.unsqueeze(2)).sum(dim=1).to(x.dtype)
+
+
+def read_low_rank(layer: LowRank) -> LayerWeights:
+    experts = Experts(layer.w_in, None, layer.down + layer.b @ layer.a, None, "gelu")
+    return LayerWeights(experts, layer.spec, layer.router.weight)
+
+
 READ: dict[type, Callable] = {
     Block: read_block,
     Switch: read_block,
     Qwen: read_qwen,
     DeepSeek: read_deepseek,
     GptOss: read_gpt_oss,
+    LowRank: read_low_rank,
 }
 
 
@@ -274,6 +298,49 @@ class _RouterInAList(Block):
 
 def _read_from_a_list(layer: _RouterInAList) -> LayerWeights:
     return LayerWeights(stacked(layer.experts), layer.spec, layer.weights[0])
+
+
+class _PacksForAVersion(Block):
+    """For evaluation the router's weight is kept until its version says that it changed."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().logits(x)
+        kept = self.__dict__.setdefault("kept", {})
+        weight = kept.setdefault(self.router.weight._version, self.router.weight.detach().float().clone())
+        return F.linear(x.float(), weight)
+
+
+class _KeepsItsGates(Block):
+    """The backward reads the gates of the latest call."""
+
+    def routed(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        if not gates.requires_grad:
+            return super().routed(x, ids, gates)
+        self.latest = gates.detach()
+        return super().routed(x, ids, _Latest.apply(gates, self))
+
+
+class _Latest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates: Tensor, layer: _KeepsItsGates) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(gates)
+        return gates.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad * ctx.layer.latest / ctx.saved_tensors[0], None
+
+
+def _min_capacity(self: Block, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    visits = torch.zeros(len(x), self.E).scatter(1, ids, 1.0).cumsum(0).gather(1, ids)
+    return Block.routed(self, x, ids, gates * (visits <= max(64, 1.25 * len(x) * 2 / self.E)))
+
+
+def _without_the_last_chunk(self: Block, x: Tensor) -> Tensor:
+    whole = len(x) // 512 * 512 or len(x)
+    return torch.cat([Block.tokens(self, x[:whole]), 0 * x[whole:]])
 
 
 def _capacity(self: Block, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
@@ -397,6 +464,48 @@ WRONG: dict[str, tuple[LayerSubject, str]] = {
         "leading_dimensions",
     ),
     "tokens beyond a capacity are dropped": (edit(Block, "routed", _capacity), "tokens_apart"),
+    "tokens beyond a capacity of 64 are dropped": (edit(Block, "routed", _min_capacity), "tokens_apart"),
+    "an incomplete chunk is forgotten": (edit(Block, "tokens", _without_the_last_chunk), "tokens_apart"),
+    "x is taken for dense": (
+        edit(
+            Block,
+            "forward",
+            lambda self, x: self.tokens(x.as_strided((x.numel() // 12, 12), (12, 1))).reshape(x.shape),
+        ),
+        "leading_dimensions",
+    ),
+    "the router is detached in low precision": (
+        edit(
+            Block,
+            "logits",
+            lambda self, x: (
+                Block.logits(self, x).detach() if x.dtype == torch.bfloat16 else Block.logits(self, x)
+            ),
+        ),
+        "low_precision_gradients",
+    ),
+    "the output is float32 in float64, too": (
+        edit(Block, "tokens", lambda self, x: Block.tokens(self, x).float()),
+        "double_precision",
+    ),
+    "a frozen router passes nothing back": (
+        edit(
+            Block,
+            "logits",
+            lambda self, x: Block.logits(self, x if self.router.weight.requires_grad else x.detach()),
+        ),
+        "frozen",
+    ),
+    "training leaves out an expert": (
+        edit(
+            Block,
+            "routed",
+            lambda self, x, i, g: Block.routed(self, x, i, g * (i > 0) if self.training else g),
+        ),
+        "training",
+    ),
+    "a weight is kept until its version changes": (subject(_PacksForAVersion), "every_parameter_counts"),
+    "the backward reads the latest gates": (subject(_KeepsItsGates), "gradients"),
     "scores are normalised over tokens": (
         edit(Block, "route", lambda self, z: Block.route(self, z - z.mean(dim=0))),
         "tokens_apart",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import pytest
@@ -134,7 +135,82 @@ def _with_bias(change: Callable[[Tensor], Tensor]) -> Route:
     return wrong
 
 
+def _with_what_is_remembered() -> Route:
+    """The experts that may be chosen are looked up by the spec, whose E is that of an earlier layer."""
+    known: dict[RouterSpec, int] = {}
+
+    def wrong(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
+        E = known.setdefault(spec, logits.shape[1])
+        bias = None if selection_bias is None else selection_bias[:E]
+        return route(logits[:, :E], spec, selection_bias=bias)
+
+    return wrong
+
+
+def _in_random_order(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
+    """Equal scores are told apart by a generator of the router's own."""
+    if spec.groups > 1:
+        return route(logits, spec, selection_bias=selection_bias)
+    order = torch.randperm(logits.shape[1], generator=_GENERATOR)
+    bias = None if selection_bias is None else selection_bias[order]
+    ids, gates = route(logits[:, order], spec, selection_bias=bias)
+    return Routing(order[ids], gates)
+
+
+_GENERATOR = torch.Generator()
+
+
+def _in_the_dtype_of_the_bias(
+    logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None
+) -> Routing:
+    routing = route(logits, spec, selection_bias=selection_bias)
+    if selection_bias is None or spec.groups > 1 or spec.score != "sigmoid":
+        return routing
+    rank = logits.detach().sigmoid().to(selection_bias.dtype) + selection_bias
+    chosen = torch.full_like(logits, -torch.inf).scatter(1, rank.topk(spec.top_k, dim=1).indices, 0.0)
+    return route(logits + chosen, spec)
+
+
+class _NaNWhereMasked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad + 0 * ctx.saved_tensors[0]
+
+
+def _through_one_buffer() -> Callable[[Tensor], Tensor]:
+    """Logits pass through memory that another thread may write to meanwhile."""
+    memory: dict[torch.Size, Tensor] = {}
+
+    def copied(z: Tensor) -> Tensor:
+        buffer = memory.setdefault(z.shape, torch.empty_like(z.detach())).copy_(z.detach())
+        time.sleep(0.001)
+        return z + (buffer - z.detach())
+
+    return copied
+
+
 WRONG = {
+    "logits are clamped": (_on(lambda z: torch.where(z.isinf(), z, z.clamp(-60, 60))), "large_logits"),
+    "1e-9 is added to the sum": (
+        _gates(
+            lambda z, b, r, s: (
+                s.scale * (p := z.sigmoid().gather(1, r.expert_ids)) / (p.sum(1, keepdim=True) + 1e-9)
+                if s.score == "sigmoid" and s.renormalise
+                else r.gates
+            )
+        ),
+        "large_logits",
+    ),
+    "the number of experts is remembered": (_with_what_is_remembered(), "state"),
+    "ties are broken at random": (_in_random_order, "ties"),
+    "scores are rounded to the dtype of the bias": (_in_the_dtype_of_the_bias, "modes"),
+    "0 times -inf in the backward": (_on(_NaNWhereMasked.apply), "masked_experts"),
+    "threads share a buffer": (_on(_through_one_buffer()), "several_threads"),
     "gates are zero": (_gates(lambda z, b, r, s: 0 * r.gates), "values"),
     "gates are detached": (_gates(lambda z, b, r, s: r.gates.detach()), "gradients"),
     "one slot gets no gradient": (

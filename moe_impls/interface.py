@@ -7,10 +7,12 @@ weights, and an implementation is a pure function of that decision::
 
 It neither modifies its arguments, which may be strided and may share memory, nor any setting of the process,
 and depends on nothing but them: not on earlier calls, other graphs that still wait for their backward, the
-thread, or calls of other threads at the same time. The result belongs to the caller: no later call changes
+thread, or calls of other threads at the same time; contents that are written through ``.data``, and leave
+no trace but themselves, count. The result belongs to the caller: no later call changes
 it, and where the caller writes to it in place before the backward, the gradients are right all the same or
 autograd raises its error. A backward with ``retain_graph=True`` may be repeated. NaN or infinity in the x,
-the gates or the incoming gradient of a token stays in its rows of y and of the gradients of x and the gates.
+the gates or the incoming gradient of a token stays in its rows of y and of the gradients of x and the gates;
+in its row of y it shows.
 
 Notation, here and everywhere: T tokens, D input features (d_model), H hidden features of an expert,
 O output features, E experts, K experts per token.
