@@ -338,6 +338,14 @@ def shared_memory(subject: Implementation, problem: Problem) -> None:
     hold_calls(subject, problem, inputs._replace(experts=experts, dy=inputs.x))
 
 
+def after_inference(subject: Implementation, problem: Problem) -> None:
+    """A first call under inference_mode keeps nothing that training cannot use, as tensors made there are."""
+    with torch.inference_mode():
+        x, routing, experts, _ = make_inputs(problem)
+        subject.forward(x, routing, experts, combine=problem.combine)
+    hold_calls(subject, problem)
+
+
 def without_gradients(subject: Implementation, problem: Problem) -> None:
     """Under no_grad and inference_mode, and where nothing requires a gradient, the numbers are right."""
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):

@@ -17,7 +17,7 @@ from correctness import behaviour, compare, honesty, metamorphic, problems
 from correctness.blame import blamed
 from correctness.compare import CheckFailed, hold
 from correctness.problems import Problem, fit, make_inputs, resize, unsupported
-from moe_impls.interface import Forward, Implementation, Support
+from moe_impls.interface import Implementation, Support
 
 
 def values(subject: Implementation, problem: Problem) -> dict[str, float]:
@@ -108,6 +108,9 @@ _CONTAINED = tuple(replace(_ZIPF, D=16, H=16, O=8, E=8, dtype=d) for d in proble
 
 # What tells most about a mistake comes first.
 CHECKS = (
+    Check(
+        behaviour.after_inference, (replace(_ZIPF, T=59),)
+    ),  # first, as a process makes its first call once
     Check(behaviour.inputs_unchanged, (*_VARIED, *_ACTIVATIONS)),
     Check(values, problems.OPTIONS, fits=False),
     Check(values, problems.LARGE, fits=False),
@@ -183,24 +186,7 @@ class Case:
     def run(self) -> dict[str, float]:
         """The worst error of each tensor as a fraction of its budget, where the check measures that."""
         with blamed(f"{self.subject.name} fails {self.check.name!r}", self.problem.code()):
-            _first_call(self.subject, self.problem)
             return self.check.function(self.subject, self.problem) or {}
-
-
-_called: set[Forward] = set()
-
-
-def _first_call(subject: Implementation, problem: Problem) -> None:
-    """Let this process call an implementation for the first time under inference_mode.
-
-    Tensors made there cannot take part in training: what a first call keeps may not be one of them.
-    """
-    if subject.forward in _called or subject.support.compiles_per_case:
-        return
-    _called.add(subject.forward)
-    with torch.inference_mode():
-        x, routing, experts, _ = make_inputs(problem)
-        subject.forward(x, routing, experts, combine=problem.combine)
 
 
 def cases(

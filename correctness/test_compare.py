@@ -374,6 +374,16 @@ def untrained_for_gates_alone(x: Tensor, routing: Routing, experts: Experts) -> 
     return x, routing._replace(gates=gates), experts
 
 
+def kept_index() -> Callable[[Tensor, Routing, Experts], tuple]:
+    """An index of tokens, made by the first call of a size."""
+    kept: dict[int, Tensor] = {}
+
+    def gather(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+        return x.index_select(0, kept.setdefault(len(x), torch.arange(len(x)))), routing, experts
+
+    return gather
+
+
 def by_default(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "logsumexp") -> Tensor:
     return sorted_dispatch.forward(x, routing, experts, combine=combine)
 
@@ -468,6 +478,7 @@ def falls_back(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -
 
 
 BUGS = {
+    "after_inference": (*NULL_IMPLEMENTATIONS, with_inputs(kept_index())),
     "inputs_unchanged": (
         with_result(writes_to_x),
         in_inference(with_result(writes_to_x)),
@@ -748,16 +759,3 @@ def test_low_precision_sums_in_parts_show_in_exact_mode(size: str, dtype: torch.
     problem = next(p for p in problems.EXACT if p.name == name and p.dtype == dtype)
     assert verify(sorted_dispatch.forward, problem)["y"] == 0
     assert verify(in_halves, problem, gradients=False)["y"] > 1
-
-
-def test_what_a_first_call_keeps_can_be_used_in_training() -> None:
-    """An index that is made once, by a call under inference_mode, cannot be saved for a backward."""
-    kept: dict[int, Tensor] = {}
-
-    def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
-        index = kept.setdefault(len(x), torch.arange(len(x)))
-        return sorted_dispatch.forward(x.index_select(0, index), routing, experts, combine=combine)
-
-    subject = Implementation("keeps_an_index", forward)
-    with pytest.raises(CheckFailed, match="Inference tensors cannot be saved"):
-        cases([subject], [Check(values, (problems.SMALL,))])[0].run()
