@@ -283,7 +283,7 @@ LAYOUTS = (_scattered, _transposed, _padded, _sliced)
 
 
 def strides(subject: Implementation, problem: Problem) -> None:
-    """Inputs, and the gradient that flows in, need not be contiguous, all or one of them."""
+    """Inputs, and the gradient that flows in, need not be contiguous: the numbers alone decide."""
     plain = make_inputs(problem)
     for layout in LAYOUTS:
         inputs = plain.map(layout)
@@ -291,9 +291,14 @@ def strides(subject: Implementation, problem: Problem) -> None:
         inputs = inputs._replace(routing=inputs.routing._replace(expert_ids=ids))
         for results in calls(subject, problem, inputs):
             hold(results, problem)
-    for name in plain.tensors:
-        tensors = plain.tensors | {name: _scattered(plain.tensors[name])}
-        for results in calls(subject, problem, Inputs(*compare.assemble(plain, tensors), plain.dy)):
+
+
+def one_strided(subject: Implementation, problem: Problem) -> None:
+    """One input at a time that is not contiguous, among others that are."""
+    plain = make_inputs(problem)
+    for name, tensor in plain.tensors.items():
+        arguments = compare.assemble(plain, plain.tensors | {name: _scattered(tensor)})
+        for results in calls(subject, problem, Inputs(*arguments, plain.dy)):
             hold(results, problem)
 
 

@@ -89,7 +89,6 @@ _MANY_TOKENS = replace(_ZIPF, name="many_tokens", T=1100)  # for which some have
 # With other sizes and options, each once.
 _VARIED = (
     *_BASIC,
-    _MANY_TOKENS,
     replace(problems.named("one_choice"), activation="silu", dtype=torch.float16),
     replace(_ZIPF, activation="geglu", output_activation="relu", dtype=torch.float64),
     replace(problems.named("half_empty"), activation="gelu", combine="logsumexp", dtype=torch.bfloat16),
@@ -111,7 +110,7 @@ CHECKS = (
     Check(
         behaviour.after_inference, (replace(_ZIPF, T=59),)
     ),  # first, as a process makes its first call once
-    Check(behaviour.inputs_unchanged, (*_VARIED, *_ACTIVATIONS)),
+    Check(behaviour.inputs_unchanged, (*_VARIED, _MANY_TOKENS, *_ACTIVATIONS)),
     Check(values, problems.OPTIONS, fits=False),
     Check(values, problems.LARGE, fits=False),
     Check(values, problems.SIZES),
@@ -129,6 +128,7 @@ CHECKS = (
     Check(behaviour.every_size, (replace(problems.named("integers"), name="integers_of_size"),)),
     Check(behaviour.changing_sizes, _BASIC),
     Check(behaviour.strides, _VARIED),
+    Check(behaviour.one_strided, (_ZIPF, _INTEGERS)),
     Check(behaviour.offsets, _VARIED),
     Check(behaviour.expanded, _BASIC),
     Check(behaviour.shared_memory, (problems.named("aligned"), problems.named("aligned_all_experts"))),

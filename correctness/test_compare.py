@@ -528,11 +528,8 @@ BUGS = {
     ),
     "changing_sizes": (*NULL_IMPLEMENTATIONS, with_result(workspace(48))),
     "every_call": (*NULL_IMPLEMENTATIONS, with_result(ring_of_results(16))),
-    "strides": (
-        *NULL_IMPLEMENTATIONS,
-        in_inference(with_inputs(dense_experts)),
-        with_inputs(as_dense_as_w_in),
-    ),
+    "strides": (*NULL_IMPLEMENTATIONS, in_inference(with_inputs(dense_experts))),
+    "one_strided": (*NULL_IMPLEMENTATIONS, with_inputs(as_dense_as_w_in)),
     "expanded": (*NULL_IMPLEMENTATIONS, with_inputs(by_size), with_inputs(rows_repeat)),
     "gradient_subsets": (*NULL_IMPLEMENTATIONS, with_inputs(untrained_for_gates_alone)),
     "shared_memory": (*NULL_IMPLEMENTATIONS, with_inputs(shared_is_unbiased)),
