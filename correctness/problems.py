@@ -43,7 +43,9 @@ EXACT_ACTIVATIONS = ("relu", "reglu", "silu", "gelu", "swiglu", "geglu")
 SATURATION = dict.fromkeys((torch.float32, *LOW_PRECISION), 256.0) | {torch.float64: 2048.0}
 KINK_MARGIN = 1e-4  # relative to the unit scale of hidden and output values
 LOW_KINK_MARGIN = 8  # the same in low precision, in units of its eps
+LEAST_LOW_TERMS = 8  # of which one with small weights is not near to its kink whatever x is
 NARROW = 12  # features and units of an opposed problem that have no opposite
+MOST_DRAWS = 2000  # of a token, until no unit is near a kink
 MOST_LOW_UNITS = 60  # so many units of a token at most can all be away from kinks by so much
 
 
@@ -127,13 +129,14 @@ class Problem:
     def avoids_kinks(self) -> bool:
         """Whether no unit of its inputs is so near to a kink that rounding may take it to the other side.
 
-        In low precision that is so where few units are at stake, and outputs are of unit scale if they have a
-        kink; elsewhere gradients are compared in exact problems alone.
+        In low precision that is so where few units are at stake, each the sum of several terms, and outputs
+        are of unit scale if they have a kink; elsewhere gradients are compared in exact problems alone.
         """
         if self.dtype not in LOW_PRECISION:
             return True
         outputs_are_of_unit_scale = self.output_activation == "none" or self.x_scale == 1
-        return self.K * (self.F + self.O) <= MOST_LOW_UNITS and outputs_are_of_unit_scale
+        few_units = self.K * (self.F + self.O) <= MOST_LOW_UNITS
+        return few_units and outputs_are_of_unit_scale and min(self.D, self.H) >= LEAST_LOW_TERMS
 
     @property
     def kink_margin(self) -> float:
@@ -182,10 +185,21 @@ def fit(problem: Problem, support: Support) -> Problem:
     if p.dtype != problem.dtype:
         p = replace(p, low_gates=False)  # beside float64 their gradient is out of reach of its budget
     # What the replaced options cannot be combined with: the problem stays as it was, and is then skipped.
-    impossible = (p.exact and p.output_activation == "relu" and not p.bias) or (
-        p.combine == "logsumexp" and p.gates in ("signed", "cancelling")
+    impossible = (
+        (p.exact and p.output_activation == "relu" and not p.bias)
+        or (p.combine == "logsumexp" and p.gates in ("signed", "cancelling"))
+        or (p.exact and p != problem and _is_rounded(p))
     )
     return problem if impossible else p
+
+
+def _is_rounded(p: Problem) -> bool:
+    """Whether numbers of an exact problem with replaced options may take more bits than its dtype has."""
+    squares = p.F > p.H and p.bias  # of half-integers, beside eighths
+    large = p.gates == "cancelling" and p.activation not in KINKED_ACTIVATIONS  # saturated, times 256
+    fine = p.x_scale > 1  # all bits of the dtype are in use
+    by_dtype = {torch.bfloat16: squares or fine, torch.float16: large or fine}
+    return by_dtype.get(p.dtype, False)
 
 
 def resize(problem: Problem, support: Support) -> Problem:
@@ -433,8 +447,12 @@ def _real_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> I
     inputs = Inputs(x, routing, experts, dy)
     if p.has_kinks and p.avoids_kinks:
         redrawn = torch.arange(p.T)
-        while len(redrawn := redrawn[near_kink(p, inputs, redrawn)]):
+        for _ in range(MOST_DRAWS):
+            if not len(redrawn := redrawn[near_kink(p, inputs, redrawn)]):
+                break
             x[redrawn] = normal(len(redrawn), p.D, scale=p.x_scale)
+        else:
+            raise ValueError(f"after {MOST_DRAWS} draws tokens are still near a kink in {p.code()}")
     return inputs
 
 
@@ -474,11 +492,9 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
         )
     if p.output_activation == "relu" and not p.bias:
         raise ValueError("exact problems with an output relu need biases, which keep outputs off its kink")
-    wide = None
+    wide = p
     if p.opposed:
-        if p.activation != "relu" or not p.bias:
-            raise ValueError("opposed problems need activation 'relu' and biases")
-        wide, p = p, replace(p, D=min(p.D, NARROW), H=min(p.H, NARROW))
+        p = replace(p, D=min(p.D, NARROW), H=min(p.H, NARROW))
 
     def sparse(*shape: int, nonzeros: int, values: tuple[float, ...]) -> Tensor:
         """About ``nonzeros`` random entries of the last dimension take one of ``values``."""
@@ -498,10 +514,9 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
     w_in[..., 0] = signs(p.E, p.F)
     b_in = sparse(p.E, p.F, nonzeros=p.F, values=halves)
     b_out = sparse(p.E, p.O, nonzeros=p.O, values=(-0.125, 0.125))
-    if p.activation not in KINKED_ACTIVATIONS:
-        w_in[:, : p.H] *= SATURATION[p.dtype]
-        b_in[:, : p.H] *= SATURATION[p.dtype]
-        b_out *= SATURATION[p.dtype]
+    w_in[:, : p.H] *= _gate_scale(p)
+    b_in[:, : p.H] *= _gate_scale(p)
+    b_out *= _gate_scale(p)
     experts = Experts(
         w_in=w_in,
         b_in=b_in if p.bias else None,
@@ -517,7 +532,7 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
     elif p.gates == "one_zero":
         gates = torch.where(routing.gates == 0, 0, gates)
     dy = sparse(p.T, p.O, nonzeros=3, values=(-1, 1))
-    if wide is not None:
+    if wide.opposed:
         x, experts = _opposed(wide, x, experts)
     return Inputs(x, Routing(routing.expert_ids, gates), experts, dy)
 
@@ -525,25 +540,33 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
 def _opposed(p: Problem, x: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
     """The same with more features and units, to D and H, the second half of which takes back the first.
 
-    More features are the first one again, in w_in twice as large; more units are positive for every token.
+    More features are the first one again, in w_in twice as large; more units see the first feature alone.
     """
     more_features, more_units = (torch.ones(max(0, size - NARROW)) for size in (p.D, p.H))
     for more in (more_features, more_units):
         more[len(more) // 2 :] = -1
         more[len(more) // 2 * 2 :] = 0  # one that has no opposite
-    first = x[:, :1], experts.w_in[..., :1]
-    x = torch.cat([x, first[0] * more_features], dim=1)
-    w_in = torch.cat([experts.w_in, 2 * first[1] * more_features.abs()], dim=2)
-    rows = w_in.new_zeros(p.E, len(more_units), w_in.shape[2])
-    rows[..., 0] = 1
-    columns = 2 * more_units.expand(p.E, p.O, -1)
-    assert experts.b_in is not None
+    x = torch.cat([x, x[:, :1] * more_features], dim=1)
+    w_in = torch.cat([experts.w_in, 2 * experts.w_in[..., :1] * more_features.abs()], dim=2)
+    row = torch.zeros(p.E, len(more_units), w_in.shape[2])
+    row[..., 0] = 1
+    scales = (_gate_scale(p), 1)[: p.F // p.H]  # of gate rows and up rows
+
+    def longer(t: Tensor, more: Tensor) -> Tensor:
+        parts = zip(t.chunk(len(scales), dim=1), scales, strict=True)
+        return torch.cat([piece for part, scale in parts for piece in (part, scale * more)], dim=1)
+
     return x, replace(
         experts,
-        w_in=torch.cat([w_in, rows], dim=1),
-        b_in=torch.cat([experts.b_in, w_in.new_full(rows.shape[:2], 2.5)], dim=1),  # x of one: 1.5 or 3.5
-        w_out=torch.cat([experts.w_out, columns], dim=2),
+        w_in=longer(w_in, row),
+        b_in=None if experts.b_in is None else longer(experts.b_in, 1.5 * row[..., 0]),  # 0.5 or 2.5 in all
+        w_out=torch.cat([experts.w_out, 2 * more_units.expand(p.E, p.O, -1)], dim=2),
     )
+
+
+def _gate_scale(p: Problem) -> float:
+    """How much larger gates are than with relu, so that a smooth activation is relu to the last bit."""
+    return 1.0 if p.activation in KINKED_ACTIVATIONS else SATURATION[p.dtype]
 
 
 # -------------------------------------------------------------------------------------- the suite's lists
@@ -643,7 +666,7 @@ _BEYOND = tuple(
     replace(_INTEGERS, name=f"integers_{name}", **sizes)
     for name, sizes in {
         "20000_tokens": {"T": 20_011, "D": 5, "H": 4, "O": 6, "E": 5},
-        "66000_tokens": {"T": 66_001, "D": 3, "H": 3, "O": 4, "E": 16, "K": 1},  # beyond 16 bits
+        "66000_slots": {"T": 33_001, "D": 3, "H": 3, "O": 4, "E": 64, "K": 2},  # beyond 16 bits
         "10000_rows": {"T": 10_007, "D": 4, "H": 3, "O": 5, "E": 3, "K": 1, "load": "same_experts"},
         "1000_experts": {"T": 2_311, "D": 6, "H": 5, "O": 7, "E": 1_031, "K": 3},
         "40_choices": {"T": 150, "D": 7, "H": 6, "O": 5, "E": 48, "K": 40},

@@ -16,7 +16,7 @@ from correctness import problems
 from correctness.checks import CHECKS, Case, Check, cases, values
 from correctness.compare import CheckFailed, exact_reference, fractions, reference, verify
 from correctness.generated import first_rounded
-from correctness.problems import LOW_PRECISION, Inputs, Problem, make_inputs
+from correctness.problems import LOW_PRECISION, Inputs, Problem, fit, make_inputs, unsupported
 from correctness.reference import hidden_and_output
 from moe_impls import sorted_dispatch
 from moe_impls.interface import Experts, Implementation, Routing, Support
@@ -592,6 +592,26 @@ BUGS = {
 def test_exact_problems_round_nothing(problem: Problem) -> None:
     """Every intermediate that an implementation may store is representable in the problem's dtype."""
     assert first_rounded(problem) == ""
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", problems.EXACT_ACTIVATIONS)
+def test_exact_problems_round_nothing_with_the_options_of_a_subject(activation: str, bias: bool) -> None:
+    support = Support(activations=(activation,), biases=(bias,))
+    fitted = [fit(p, support) for p in problems.EXACT if p.T * p.E < 10_000]
+    taken = [p for p in fitted if unsupported(support, p) is None]
+    assert len(taken) > len(fitted) / 2
+    assert [p.id for p in taken if first_rounded(p)] == []
+
+
+@pytest.mark.parametrize("activation", problems.KINKED_ACTIVATIONS)
+@pytest.mark.parametrize("dtype", problems.LOW_PRECISION)
+def test_inputs_away_from_kinks_are_found_at_every_size(activation: str, dtype: torch.dtype) -> None:
+    support = Support(activations=(activation,), output_activations=("relu",), dtypes=(dtype,))
+    for problem in {fit(p, support) for p in problems.SIZES if p.T * p.E < 10_000}:
+        inputs = make_inputs(problem)
+        if problem.avoids_kinks:
+            assert not problems.near_kink(problem, inputs, torch.arange(problem.T)).any()
 
 
 @pytest.mark.parametrize("problem", problems.EXACT, ids=lambda p: p.id)
