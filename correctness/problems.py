@@ -666,7 +666,8 @@ _BEYOND = tuple(
     replace(_INTEGERS, name=f"integers_{name}", **sizes)
     for name, sizes in {
         "20000_tokens": {"T": 20_011, "D": 5, "H": 4, "O": 6, "E": 5},
-        "66000_slots": {"T": 33_001, "D": 3, "H": 3, "O": 4, "E": 64, "K": 2},  # beyond 16 bits
+        "33000_tokens": {"T": 33_001, "D": 3, "H": 3, "O": 4, "E": 16, "K": 1},  # beyond 15 bits
+        "66000_slots": {"T": 16_501, "D": 3, "H": 3, "O": 4, "E": 16, "K": 4},  # beyond 16 bits
         "10000_rows": {"T": 10_007, "D": 4, "H": 3, "O": 5, "E": 3, "K": 1, "load": "same_experts"},
         "1000_experts": {"T": 2_311, "D": 6, "H": 5, "O": 7, "E": 1_031, "K": 3},
         "40_choices": {"T": 150, "D": 7, "H": 6, "O": 5, "E": 48, "K": 40},
