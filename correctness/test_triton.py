@@ -19,6 +19,7 @@ from moe_impls import triton_fused
 from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, dtype_name
 
 not_interpreted = pytest.mark.skipif(triton_fused.INTERPRETED, reason="Triton's kernels are interpreted")
+interpreted = pytest.mark.skipif(not triton_fused.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
 @not_interpreted
@@ -58,6 +59,23 @@ def test_more_programs_than_a_grid_holds_are_refused() -> None:
     plan = triton_fused._plan(torch.zeros(4, 1, dtype=torch.int64), 2, sizes)
     with pytest.raises(ValueError, match="need .* programs; 'triton_fused' takes at most 2147483647"):
         triton_fused._grid(plan, 2**40)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "problem", [problems.SMALL, replace(problems.SMALL, output_activation="relu", combine="logsumexp")]
+)
+def test_both_operators_are_to_torch_what_they_declare(problem: Problem) -> None:
+    x, routing, experts, dy = make_inputs(problem)
+    leaves = (x, routing.gates, experts.w_in, experts.b_in, experts.w_out, experts.b_out)
+    x, gates, *weights = (None if t is None else t.detach().float().requires_grad_() for t in leaves)
+    tensors = (x, routing.expert_ids, gates, *weights)
+    options = (problem.activation, problem.output_activation, problem.combine)
+    torch.library.opcheck(triton_fused._forward, (*tensors, *options, True))
+    detached = [None if t is None else t.detach() for t in tensors]
+    _, *kept = triton_fused._forward(*detached, *options, True)
+    wanted = [leaf is not None for leaf in leaves]
+    torch.library.opcheck(triton_fused._backward, (dy.float(), *detached, *kept, *options, wanted))
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 300, 1], [0, 0, 0, 64], [128, 128], [1]])
