@@ -23,19 +23,27 @@ from benchmarks import measure, memory, ratio, record, roofline
 from benchmarks.measure import Call
 from benchmarks.plots import png
 from benchmarks.sweep import taken, undeclared
+from benchmarks.workloads import MODELS
 from correctness import provenance
 from correctness.pages import markdown_table, write_atomically
 from correctness.problems import Inputs, Problem, make_inputs
 from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, is_installed, resolve
 
-# T is set by the regime. Activations without biases are those of the models' experts.
+
+def _layer(model: str, name: str = "", **smaller: int) -> Problem:
+    """A model's layer, without the output activation that no peer has; T is set by the regime."""
+    layer = next(MODELS[model].problems())
+    smaller = {"O": smaller.get("D", layer.O), **smaller}
+    return replace(layer, name=name or model, T=1, output_activation="none", **smaller)
+
+
 LAYERS = (
-    Problem("olmoe-1b-7b", T=1, D=2048, H=1024, O=2048, E=64, K=8, bias=False),
-    Problem("qwen3-30b-a3b, 32 experts", T=1, D=2048, H=768, O=2048, E=32, K=8, bias=False),
-    Problem("mixtral-8x7b, a quarter", T=1, D=1024, H=3584, O=1024, E=8, K=2, bias=False),
-    Problem("gpt-oss-20b, half", T=1, D=1440, H=1440, O=1440, E=32, K=4, activation="swiglu_clamped"),
-    Problem("notebook", T=1, D=512, H=1024, O=512, E=16, K=4, activation="relu"),
+    _layer("olmoe-1b-7b"),
+    _layer("qwen3-30b-a3b", "qwen3-30b-a3b, 32 experts", E=32),
+    _layer("mixtral-8x7b", "mixtral-8x7b, a quarter", D=1024, H=3584),
+    _layer("gpt-oss-20b", "gpt-oss-20b, half", D=1440, H=1440),
+    _layer("notebook"),
 )
 DTYPES = (torch.float32, torch.bfloat16)
 
