@@ -205,6 +205,7 @@ def cases(
         dict.fromkeys(
             case
             for case in found
-            if not case.subject.support.compiles_per_case or problems.is_representative(case.problem)
+            if not (support := case.subject.support).compiles_per_case
+            or problems.is_representative(case.problem, support)
         )
     )

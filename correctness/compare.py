@@ -147,7 +147,7 @@ def calls(
     support = subject.support
     if support.gradients:
         yield run(subject.forward, inputs, problem.combine)
-    if not support.gradients or not support.compiles_per_case or is_plain(problem):
+    if not support.gradients or not support.compiles_per_case or is_plain(problem, support):
         yield run(subject.forward, inputs, problem.combine, gradients=False)
 
 

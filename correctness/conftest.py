@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def pytest_configure(config: pytest.Config) -> None:
     wanted = (config.getoption("impl"), config.getoption("router"), config.getoption("layer"))
     limits, is_worker = Limits(config), isolation.is_worker(config)
     isolated = config.getoption("isolate") and not is_worker
+    # Of the compiler's own making, where a subject's file holds a torch.compile.
+    warnings.filterwarnings("ignore", "`torch.jit.script_method`", DeprecationWarning)
     try:
         if isolated:
             names = [*(wanted[0] or ()), *filter(None, wanted[1:])]

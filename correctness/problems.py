@@ -724,27 +724,41 @@ GRADCHECK = tuple(
     for a, o, c in itertools.product(ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES)
 )  # fmt: skip
 
-# What an implementation that compiles anew for each case is tested on: every dtype, combine,
+# What an implementation that compiles anew for each case is tested on: every dtype, activation, combine,
 # output activation and bias setting; and with the first of these all sizes, loads and gates.
 REPRESENTATIVE = (
     ("swiglu", "none", "sum", True, torch.float32),
-    ("relu", "relu", "sum", True, torch.float32),
-    ("reglu", "none", "sum", False, torch.bfloat16),
-    ("geglu", "none", "logsumexp", False, torch.float16),
+    ("relu", "none", "sum", True, torch.bfloat16),
     ("gelu", "none", "logsumexp", True, torch.float64),
+    ("geglu", "none", "logsumexp", False, torch.float16),
+    ("silu", "relu", "sum", False, torch.float32),
+    ("reglu", "none", "sum", False, torch.bfloat16),
+    ("swiglu_clamped", "none", "sum", True, torch.float32),
 )
 
 
-def is_representative(problem: Problem) -> bool:
-    """Whether a ``compiles_per_case`` implementation is tested on this problem."""
-    if problem.low_gates or _options(problem) not in REPRESENTATIVE:
+@functools.cache
+def representatives(support: Support) -> tuple[tuple, ...]:
+    """REPRESENTATIVE with what ``support`` does not declare replaced as in every problem."""
+    names = ("activation", "output_activation", "combine", "bias", "dtype")
+    fitted = (fit(replace(SMALL, **dict(zip(names, o, strict=True))), support) for o in REPRESENTATIVE)
+    return tuple(dict.fromkeys(map(_options, fitted)))
+
+
+def is_representative(problem: Problem, support: Support) -> bool:
+    """Whether an implementation that compiles for each case is tested on this problem."""
+    if problem.low_gates or _options(problem) not in representatives(support):
         return False
-    return not _is_degenerate(problem) or _options(problem) == REPRESENTATIVE[0]
+    return not _is_degenerate(problem) or _is_first(problem, support)
 
 
-def is_plain(problem: Problem) -> bool:
+def is_plain(problem: Problem, support: Support) -> bool:
     """Whether such an implementation is tested on this problem without gradients, too."""
-    return _options(problem) == REPRESENTATIVE[0] and not _is_degenerate(problem)
+    return _is_first(problem, support) and not _is_degenerate(problem)
+
+
+def _is_first(problem: Problem, support: Support) -> bool:
+    return _options(problem) == representatives(support)[0]
 
 
 def _options(p: Problem) -> tuple:

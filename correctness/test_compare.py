@@ -78,6 +78,27 @@ def test_every_check_rejects_what_it_is_there_for(check: Check) -> None:
                 case.run()
 
 
+@pytest.mark.parametrize(
+    "support",
+    [
+        Support(),
+        Support(biases=(False,)),
+        Support(dtypes=LOW_PRECISION, combines=("sum",), output_activations=("none",)),
+        Support(activations=("silu", "swiglu_clamped"), dtypes=(torch.float16,), biases=(True,)),
+    ],
+)
+def test_every_option_is_tested_of_one_that_compiles_for_each_case(support: Support) -> None:
+    support = replace(support, compiles_per_case=True)
+    subject = Implementation("compiled", sorted_dispatch.forward, support)
+    tested = [case.problem for case in cases([subject]) if case.skip is None]
+    assert {p.activation for p in tested} == set(support.activations)
+    assert {p.output_activation for p in tested} == set(support.output_activations)
+    assert {p.combine for p in tested} == set(support.combines)
+    assert {p.bias for p in tested} == set(support.biases)
+    assert {p.dtype for p in tested} == set(support.dtypes)
+    assert any(p.exact and p.dtype in LOW_PRECISION for p in tested)  # where sums in less than float32 show
+
+
 # ------------------------------------------------------------- mistakes, as changes of a right implementation
 
 Forward = Callable[..., Tensor]
