@@ -65,13 +65,17 @@ def _parser() -> argparse.ArgumentParser:
         parser_class=_Parser,
     )
 
-    made = commands.add_parser("report", help="make report.md and its plots from CSV files")
+    def command(name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+        told = f"{summary[0].upper()}{summary[1:]}. {details}"
+        return commands.add_parser(name, help=summary, description=told.strip().replace("%", "%%"))
+
+    made = command("report", "make report.md and its plots from CSV files")
     made.add_argument("folders", nargs="*", type=Path, metavar="DIR", help=(
         "folders of CSV files; a report is written into each (default: every folder in results/)"
     ))  # fmt: skip
     made.set_defaults(run=_report)
 
-    profiled = commands.add_parser("profile", help="time by operator and stage of one implementation")
+    profiled = command("profile", "time by operator and stage of one implementation")
     profiled.add_argument("--impl", required=True, metavar="NAME", help=(
         "a name, package.module:function or path/file.py:function"
     ))  # fmt: skip
@@ -87,13 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     profiled.add_argument("--out", type=Path, metavar="DIR", help="results/<machine>/profiles unless given")
     profiled.set_defaults(run=_profile)
 
-    tuned = commands.add_parser("tune", help="measure which implementation `auto` takes on this machine")
+    tuned = command("tune", "measure which implementation `auto` takes on this machine", (
+        "Ten minutes, or with --quick a third of that. The table is kept for this processor, its number of "
+        "threads and this version of torch, and is written once all is measured."
+    ))  # fmt: skip
     tuned.add_argument("--quick", action="store_true", help="a third of the cells")
-    tuned.add_argument("--out", type=Path, metavar="FILE", help="where auto looks, unless given")
+    tuned.add_argument("--out", type=Path, metavar="FILE", help=(
+        f"where auto looks, unless given: {auto.tuned_path()}"
+    ))  # fmt: skip
     tuned.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda")
     tuned.set_defaults(run=_tune)
 
-    compared = commands.add_parser("compare", help="two implementations, or two versions of one, in rounds")
+    compared = command("compare", "two implementations, or two versions of one, in rounds")
     compared.add_argument("impl", nargs="*", metavar="NAME", help=(
         "two names as for --impl elsewhere (default: index_add sorted_dispatch), or with --base one"
     ))  # fmt: skip
@@ -112,29 +121,34 @@ def _parser() -> argparse.ArgumentParser:
     compared.add_argument("--dtype", default="float32", metavar="NAME", help=(
         ", ".join(map(dtype_name, DTYPES))
     ))  # fmt: skip
-    gated = commands.add_parser("gate", help="exit status 1 if an implementation is slower than at a commit")
+    gated = command("gate", "exit status 1 if an implementation is slower than at a commit")
     gated.add_argument("--impl", action="append", metavar="NAME", help=(
         "only this implementation (repeatable); all that both versions have, unless given"
     ))  # fmt: skip
     gated.add_argument("--threshold", type=float, default=0.1, metavar="X", help=(
         "what counts as slower: 0.1 is a tenth (the default)"
     ))  # fmt: skip
-    for command, needed in ((compared, False), (gated, True)):
-        command.add_argument("--base", metavar="REF", required=needed, help=(
+    for timed, needed in ((compared, False), (gated, True)):
+        timed.add_argument("--base", metavar="REF", required=needed, help=(
             "a commit, or a folder with another version of moe_impls"
         ))  # fmt: skip
-        command.add_argument("--seconds", type=float, default=comparison.SECONDS, metavar="S", help=(
+        timed.add_argument("--seconds", type=float, default=comparison.SECONDS, metavar="S", help=(
             f"for the samples of each of the two on each problem (default: {comparison.SECONDS:g})"
         ))  # fmt: skip
-        command.add_argument("--threads", type=int, metavar="N", help="threads that torch computes with")
-        command.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
-        command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
-    beside = commands.add_parser("peers", help="ours beside other libraries': an hour, or --quick 8 minutes")
+        timed.add_argument("--threads", type=int, metavar="N", help="threads that torch computes with")
+        timed.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
+        timed.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    beside = command("peers", "ours beside other libraries': an hour, or --quick 8 minutes", (
+        "Needs the packages of `pip install '.[suite,peers]'`. Writes peers.csv, peers.md and their plots; "
+        f"what an interrupted run has measured is in {peers.PART}, and the same command goes on from there."
+    ))  # fmt: skip
     beside.add_argument("--quick", action="store_true", help="a subset of every regime")
-    beside.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="results/ unless given")
+    beside.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=(
+        "results/ unless given, over what it has of an earlier run"
+    ))  # fmt: skip
     beside.set_defaults(run=_peers)
 
-    gpu = commands.add_parser("cuda", help="verify, measure and profile on a GPU, in the time given")
+    gpu = command("cuda", "verify, measure and profile on a GPU, in the time given")
     gpu.add_argument("--minutes", type=float, default=10, metavar="M", help="for all of it (default: 10)")
     gpu.add_argument("--out", type=Path, metavar="DIR", help=(
         "results/<machine> unless given; one that was begun is continued"
@@ -143,11 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--smoke", action="store_true", help="a small part of it, to try the command itself")
     gpu.set_defaults(run=_cuda)
 
-    made = commands.add_parser("figures", help="measure what the measurement is worth: 20 minutes")
+    made = command("figures", "measure what the measurement is worth: 20 minutes")
     made.add_argument("--quick", action="store_true", help="fewer trials: a minute")
     made.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the table and page")
     made.set_defaults(run=_figures)
-    kept = commands.add_parser("history", help="keep a summary of a run; plot them over commits")
+    kept = command("history", "keep a summary of a run; plot them over commits")
     kept.add_argument("what", choices=("add", "plot"))
     kept.add_argument("csv", nargs="*", type=Path, metavar="CSV", help="of add: the files of sweeps")
     kept.add_argument("--folder", type=Path, default=HISTORY, metavar="DIR")

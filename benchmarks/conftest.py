@@ -338,6 +338,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     try:
         sweep.closing_lines += [f"report: {_shown(path)}" for path in report.write(sweep.out)]
         sweep.closing_lines += [] if page.is_available() else [page.MISSING]
+        sweep.closing_lines += filter(None, [report.unsteady(report.table_of(record.read(sweep.csv)))])
     except (record.RecordError, OSError) as error:
         sweep.closing_lines.append(f"report: not written, {error}")
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED

@@ -215,6 +215,11 @@ def _to_text(value: object) -> str:
     return repr(value)
 
 
+def is_cut(path: Path) -> bool:
+    """Whether the last line was not written to its end."""
+    return not path.read_bytes().endswith(b"\n")
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a file; a last line that was not written to its end, by a sweep that was killed, is none.
 
@@ -239,6 +244,8 @@ def _check_header(path: Path, header: list[str], first: list[str]) -> None:
         raise RecordError(f"{path}, line 2: schema_version is {version}; this version reads {SCHEMA_VERSION}")
     missing = [name for name in COLUMNS if name not in header]
     unknown = [name for name in header if name not in COLUMNS]
+    if not header:
+        raise RecordError(f"{path} is empty, or was not written to the end of its first line")
     if missing:
         raise RecordError(f"{path} has no column {', '.join(missing)}")
     if unknown or len(set(header)) < len(header):

@@ -29,6 +29,7 @@ from correctness.pages import markdown_table, write_atomically
 LAYER = ["device", "device_name", "threads", "threads_wait", "cache", "torch_version", "workload", "D", "H",
          "O", "activation", "output_activation", "combine", "bias", "dtype", "seed"]  # fmt: skip
 CELL = [*LAYER, "load", "T", "E", "K", "mode"]
+UNSTEADY = 2.0  # the 80 % sample over the 20 % sample: 1.1 to 1.4 where nothing else runs
 AXES = {"T": "tokens T", "E": "experts E", "K": "experts per token K"}
 TITLE, PAGE = "Mixture-of-experts layers: measured times", "report.html"
 MODE_TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -66,8 +67,7 @@ def write(folder: Path) -> list[Path]:
     files = csv_files(folder) if folder.is_dir() else []
     if not files:
         raise RecordError(f"{folder} holds no CSV file" if folder.is_dir() else f"{folder} is no folder")
-    rows = [row for file in files for row in record.read(file)]
-    table = newest(pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=list(record.COLUMNS)))
+    table = newest(table_of(row for file in files for row in record.read(file)))
     if not (table["status"] == "ok").any():
         raise RecordError(f"{folder} holds no row with status ok: there is nothing to compare")
     styles = styles_of(table["implementation"].unique())
@@ -79,7 +79,7 @@ def write(folder: Path) -> list[Path]:
             CELL,
             styles,
             title=TITLE,
-            summary=_measured(table),
+            summary=" ".join(filter(None, (_measured(table), unsteady(table)))),
             files=[file.name for file in files],
             profiles=folder / "profiles",
             stage_names=profile.STAGES,
@@ -91,6 +91,22 @@ def write(folder: Path) -> list[Path]:
     for name in stale:
         (folder / name).unlink()  # of an earlier report
     return [folder / name for name in ("report.md", PAGE) if name in made]
+
+
+def table_of(rows: Iterable[record.Row]) -> pd.DataFrame:
+    return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=list(record.COLUMNS))
+
+
+def unsteady(table: pd.DataFrame) -> str:
+    """A sentence if many samples took much longer than others of the same call; empty if not."""
+    ok = table[table["status"] == "ok"]
+    count = int((ok["p80_ms"] > UNSTEADY * ok["p20_ms"]).sum())
+    if not count:
+        return ""
+    return (
+        f"Something else kept this machine busy: in {count} of {len(ok)} cells the 80 % sample took more "
+        f"than {UNSTEADY:g} times as long as the 20 % sample. Measure those again before you trust them."
+    )
 
 
 def newest(table: pd.DataFrame) -> pd.DataFrame:
@@ -331,9 +347,11 @@ def _markdown(table: pd.DataFrame, files: list[Path], figures: dict[str, Figure]
 
 
 def _incomplete(files: list[Path]) -> list[str]:
-    """A line for each sweep that did not measure all that it was to."""
+    """A line for each sweep that did not measure all that it was to, or did not write all of it."""
     states = {file: plan.progress(file) for file in files}
-    return [
+    cut = [f"The last line of {file.name} was not written to its end and is left out." for file in files
+           if record.is_cut(file)]  # fmt: skip
+    return cut + [
         f"{file.name} is of an interrupted sweep: it holds {state[0]} of {state[1]} rows "
         f"(`pytest benchmarks --resume {file.name}` measures the others)."
         for file, state in states.items()
@@ -353,6 +371,8 @@ def _measured(table: pd.DataFrame) -> str:
 
 def _summary(table: pd.DataFrame, best: pd.DataFrame) -> str:
     lines = [_measured(table)]
+    if busy := unsteady(table):
+        lines[0] += f"\n\n**{busy}**"
     compared = best[best["next"].notna()]
     for mode, rows in compared.groupby("mode"):
         wins = rows["fastest"].value_counts()

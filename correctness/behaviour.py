@@ -564,7 +564,9 @@ def deterministic(subject: Implementation, problem: Problem) -> None:
             for name, want in before.items():
                 if not torch.equal(again[name], want):
                     raise CheckFailed(
-                        f"{what(name)} differs between call 1 and call {repeat + 1} on equal inputs"
+                        f"{what(name)} differs between call 1 and call {repeat + 1} on equal inputs: with "
+                        "threads the backward of x[index] adds in any order, where that of index_select does "
+                        "not; or declare deterministic=False in SUPPORT"
                     )
 
 

@@ -420,7 +420,10 @@ def values(bench: Bench) -> None:
 
 def low_precision(bench: Bench) -> None:
     """In bfloat16 logits are still made in float32: the right experts, and y within its budget."""
-    hint = "; logits in bfloat16 send tokens to other experts"
+    hint = (
+        "; logits in bfloat16 send tokens to other experts: make them in float32, or declare in SUPPORT the "
+        "dtypes that the layer is right in"
+    )
     bench.require_y(bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1), context=hint)
 
 

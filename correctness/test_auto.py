@@ -148,13 +148,14 @@ def test_a_kind_of_call_that_no_cell_is_of_goes_to_the_one_that_takes_all(tuned:
         "",
         "[]",
         '{"version": 99, "cells": []}',
+        f'{{"version": {auto.VERSION}, "cells": []}}',
         '{"version": 2, "cells": [{"device": "cpu"}]}',
         auto.dumps([replace(CELL, T=0)]),
         auto.dumps([replace(CELL, times_ms={"padded": 0.0})]),
         auto.dumps([replace(CELL, times_ms=fastest_first("no_such_implementation"))]),
         "\0\1",
     ],
-    ids=["empty", "list", "version", "columns", "size", "time", "name", "bytes"],
+    ids=["empty", "list", "version", "no_cells", "columns", "size", "time", "name", "bytes"],
 )
 def test_a_table_that_is_none_is_ignored_with_one_warning_that_names_it(tuned: Path, content: str) -> None:
     put(tuned)

@@ -307,6 +307,8 @@ BAD_FILES = {
     "while True: pass": "Timeout: longer than 0.2 s (--timeout) (line 1)",
     "forward = 3": "'forward' is a int, not a function",
     "def other(): pass": "bad.py has no 'forward'; it has other",
+    "class Layer: pass": "bad.py has no 'forward'; it has Layer",
+    "from torch import nn": "bad.py has no 'forward'; it has no functions",
     "def forward(): pass": "bad.py:forward has signature (); it must take",
 }
 
@@ -333,6 +335,7 @@ def test_a_bad_file_is_one_line_and_exit_status_4(
         ("--impl=nowhere.py:forward", "nowhere.py does not exist or is no file"),
         ("--router=nowhere.py:route", "nowhere.py does not exist or is no file"),
         ("--layer=nowhere.py:Layer", "nowhere.py does not exist or is no file"),
+        (f"--impl={__file__}", f"is a file; it must be path/file.py:function, such as {__file__}:forward"),
         ("--impl=not_there", "unknown implementation 'not_there'; valid are auto, dense_mask, "),
         ("--router=not_there", "'not_there' is neither package.module:function nor path/file.py:function"),
         (

@@ -96,6 +96,8 @@ def read(path: Path) -> tuple[Cell, ...]:
         if content["version"] != VERSION:
             raise ValueError(f"version is {content['version']!r}, this one reads {VERSION}")
         cells = tuple(Cell(**cell) for cell in content["cells"])
+        if not cells:
+            raise ValueError("it has no cells")
         for cell in cells:
             if not all(isinstance(n, int) and n > 0 for n in (cell.T, cell.D, cell.H, cell.E, cell.K)):
                 raise ValueError(f"a cell has sizes that are no positive numbers: {cell}")

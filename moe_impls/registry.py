@@ -82,6 +82,8 @@ def resolve(name: str) -> Implementation:
     if name in PEERS:
         return _peer(name)
     if ":" not in name:
+        if name.removesuffix(PREPARED).endswith(".py"):
+            raise ResolveError(f"{name} is a file; it must be path/file.py:function, such as {name}:forward")
         if name not in IMPLEMENTATIONS:
             raise ResolveError(
                 f"unknown implementation {name!r}; valid are {', '.join((*IMPLEMENTATIONS, *PEERS))}, "
@@ -152,15 +154,21 @@ def load_function(name: str) -> tuple[ModuleType, Any]:
             module = importlib.import_module(place)
     function = getattr(module, attribute, None)
     if function is None:
-        functions = [
-            n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")
-        ]
-        raise ResolveError(
-            f"{name}: {place} has no {attribute!r}; it has {', '.join(functions) or 'no functions'}"
-        )
+        raise ResolveError(f"{name}: {place} has no {attribute!r}; it has {_contents(module)}")
     if not callable(function):
         raise ResolveError(f"{name}: {attribute!r} is a {type(function).__name__}, not a function")
     return module, function
+
+
+def _contents(module: ModuleType) -> str:
+    """The names of a module's functions, and of the classes that it defines."""
+    names = [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(value) or (inspect.isclass(value) and value.__module__ == module.__name__))
+    ]
+    return ", ".join(names) or "no functions"
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -17,7 +17,6 @@ from benchmarks import page, record, report
 from benchmarks.__main__ import main
 from benchmarks.record import Row
 from benchmarks.tests.test_record import failed_row, make_row, write
-from benchmarks.tests.test_report import table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 IS_INSTALLED = CHROMIUM is not None and importlib.util.find_spec("playwright") is not None
@@ -114,7 +113,7 @@ def test_the_page_is_one_small_file(folder: Path) -> None:
 
 
 def test_every_row_is_in_the_page_with_the_numbers_of_the_csv(folder: Path) -> None:
-    newest = report.newest(table(record.read(folder / "run.csv")))
+    newest = report.newest(report.table_of(record.read(folder / "run.csv")))
     for kept, want in zip(page.rows(newest, report.CELL), rows(), strict=True):
         for name, value in dataclasses.asdict(want).items():
             assert name in page._LEFT_OUT or kept[name] == value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from benchmarks import report
@@ -26,27 +25,21 @@ def grid(run_id: str = "run", time_utc: str = "2026-01-01T00:00:00Z", slow: floa
     ]  # fmt: skip
 
 
-def table(rows: list[Row]) -> pd.DataFrame:
-    import dataclasses
-
-    return pd.DataFrame([dataclasses.asdict(row) for row in rows])
-
-
 def test_the_fastest_of_each_cell_is_named_with_how_much_slower_the_next_is() -> None:
-    best = report.winners(table(grid()))
+    best = report.winners(report.table_of(grid()))
     assert len(best) == 8 and set(best["fastest"]) == {"a"} and set(best["next"]) == {"b"}
     assert best["next_ratio"].tolist() == [3.0] * 8 and not any(best["tied"])
 
 
 def test_overlapping_ranges_are_a_tie() -> None:
-    assert all(report.winners(table(grid(slow=1.1)))["tied"])
+    assert all(report.winners(report.table_of(grid(slow=1.1)))["tied"])
 
 
 def test_a_cell_is_shown_from_its_newest_run_alone() -> None:
     newer = [
         row for row in grid("newer", "2026-02-01T00:00:00Z") if row.T == 16 and row.implementation == "b"
     ]
-    shown = report.newest(table(grid() + newer))
+    shown = report.newest(report.table_of(grid() + newer))
     assert set(shown[shown["T"] == 16]["run_id"]) == {"newer"}
     assert set(shown[shown["T"] == 16]["implementation"]) == {"b"}  # never beside another run's times
     assert set(shown[shown["T"] == 32]["run_id"]) == {"run"}
@@ -60,6 +53,25 @@ def test_the_report_holds_plots_winners_environment_and_failures(tmp_path: Path)
     assert any(i.startswith("efficiency") for i in images)
     assert all((tmp_path / i).read_bytes().startswith(b"\x89PNG") for i in images)
     assert "needs at least 90 GiB" in text and "CPU, 2 cores" in text and "b (3x)" in text
+
+
+def test_times_that_are_far_apart_in_one_call_are_told(tmp_path: Path) -> None:
+    assert report.unsteady(report.table_of(grid())) == ""
+    rows = [make_row(K=1, p20_ms=1.0, p80_ms=2.1), make_row(K=2, p20_ms=1.0, p80_ms=1.9), failed_row(K=3)]
+    told = report.unsteady(report.table_of(rows))
+    assert told.startswith("Something else kept this machine busy: in 1 of 2 cells the 80 % sample ")
+    write(tmp_path / "r.csv", *rows)
+    markdown, html = report.write(tmp_path)
+    assert f"**{told}**" in markdown.read_text() and told in html.read_text()
+
+
+def test_a_last_line_that_was_not_written_to_its_end_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv", *grid())
+    assert "not written to its end" not in report.write(tmp_path)[0].read_text()
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "The last line of r.csv was not written to its end and is left out." in (
+        report.write(tmp_path)[0].read_text()
+    )
 
 
 def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
