@@ -54,7 +54,7 @@ def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = N
     then gives the router no gradient.
 
     Args:
-        logits: [T, E], any floating dtype.
+        logits: [T, E], any floating dtype; T may be 0.
         spec: what to do; see `RouterSpec`.
         selection_bias: [E] or None. It gets no gradient.
 
