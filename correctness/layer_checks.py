@@ -14,9 +14,10 @@ hide mistakes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +46,7 @@ B, S = 4, 8  # leading dimensions of the input: T = B * S tokens
 T = B * S
 ROUNDS = 50  # of drawing tokens until enough of them have a clear choice
 SIGNS = 64  # patterns of signs of errors
-COPIES = 41  # of each token in a call with many: more than 1024 tokens, and no multiple of a usual tile
+COPIES = 163  # of each token in a call with many: more than 4096 tokens, and no multiple of a usual tile
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,8 @@ def _reached(layer: nn.Module, tensor: Tensor) -> dict[str, Tensor]:
     parameters = _trained(layer)
     if not parameters or not tensor.requires_grad:
         return {}
-    derivatives = torch.autograd.grad(tensor.sum(), list(parameters.values()), allow_unused=True)
+    leaves = list(parameters.values())  # what `read` returns may share a graph
+    derivatives = torch.autograd.grad(tensor.sum(), leaves, retain_graph=True, allow_unused=True)
     return {name: d for name, d in zip(parameters, derivatives, strict=True) if d is not None}
 
 
@@ -421,7 +423,7 @@ def values(bench: Bench) -> None:
 def low_precision(bench: Bench) -> None:
     """In bfloat16 logits are still made in float32: the right experts, and y within its budget."""
     hint = (
-        "; logits in bfloat16 send tokens to other experts: make them in float32, or declare in SUPPORT the "
+        "; logits in 16 bits send tokens to other experts: make them in float32, or declare in SUPPORT the "
         "dtypes that the layer is right in"
     )
     bench.require_y(bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1), context=hint)
@@ -432,6 +434,11 @@ def low_precision_gradients(bench: Bench) -> None:
     for name, got in _gradients(bench).items():
         if name in bench.expected.want:
             _require_gradient(bench, name, got)
+
+
+def half_precision(bench: Bench) -> None:
+    """In float16 likewise."""
+    low_precision(bench)
 
 
 def double_precision(bench: Bench) -> None:
@@ -466,14 +473,26 @@ def gradients(bench: Bench) -> None:
     """The gradients of x and of every parameter are the oracle's, pushed through `read`."""
     right, read = bench.expected, oracle.tensors(bench.subject.read(bench.layer))
     for name, tensor in read.items():
-        if name != "selection_bias" and not _reached(bench.layer, tensor):
-            raise CheckFailed(f"{name}, as read(layer) returns it, is made of no parameter that is trained")
-    grads = _gradients(bench)
-    for name, got in grads.items():
-        if name in right.want:
-            _require_gradient(bench, name, got)
-        elif got is not None and bool(got.any()):
-            raise CheckFailed(f"y depends on {name}, which read(layer) does not return")
+        if name != "selection_bias" and not _reached(bench.layer, tensor) and not _is_buffer(bench, name):
+            raise CheckFailed(
+                f"{name}, as read(layer) returns it, is made of no parameter that is trained and of no buffer"
+            )
+    for x_wanted, context in ((True, ""), (False, " where x needs none")):
+        for name, got in _gradients(bench, x_wanted=x_wanted).items():
+            if name in right.want:
+                _require_gradient(bench, name, got, context)
+            elif got is not None and bool(got.any()):
+                raise CheckFailed(f"y depends on {name}, which read(layer) does not return")
+
+
+def _is_buffer(bench: Bench, name: str) -> bool:
+    """Whether a tensor of `read` changes with the layer's buffers."""
+    twin = copy.deepcopy(bench.layer)
+    with torch.no_grad():
+        before = oracle.tensors(bench.subject.read(twin))[name].clone()
+        for buffer in twin.buffers():
+            buffer.add_(1)
+        return not torch.equal(oracle.tensors(bench.subject.read(twin))[name], before)
 
 
 def _require_gradient(bench: Bench, name: str, got: Tensor | None, context: str = "") -> None:
@@ -484,20 +503,30 @@ def _require_gradient(bench: Bench, name: str, got: Tensor | None, context: str 
         bench.require(f"the gradient of {name}", got, want, allowed, context)
 
 
-def _gradients(bench: Bench) -> dict[str, Tensor | None]:
-    """What dy gives x and each parameter, by name, though another call comes between forward and backward."""
-    x = bench.x.requires_grad_()
-    y = bench.call(x.unflatten(0, (B, S)))
+def _gradients(bench: Bench, *, copies: int = 1, x_wanted: bool = True) -> Mapping[str, Tensor | None]:
+    """What dy gives x and each parameter, by name, though another call comes between forward and backward.
+
+    copies: of each token; the gradient flows into one of them, in all parts of the call.
+    """
+    x = bench.x.repeat(copies, 1).requires_grad_(x_wanted)
+    y = bench.call(x.unflatten(0, (B * copies, S)))
+    leaves = {**({"x": x} if x_wanted else {}), **_trained(bench.layer)}
+    if not leaves:
+        return {}
     if not y.requires_grad:
         raise CheckFailed("y does not require a gradient though x and the parameters do: the graph is cut")
-    bench.call(x.flip(0).unflatten(0, (B, S)))
-    leaves = {"x": x, **_trained(bench.layer)}
-    dy = bench.expected.dy.to(bench.device).reshape(y.shape)
+    bench.call(x.flip(0).unflatten(0, (B * copies, S)))
+    rows = torch.arange(T) + T * (torch.arange(T) * 5 % copies)
+    dy = torch.zeros(len(x), y.shape[-1], dtype=y.dtype).index_copy(0, rows, bench.expected.dy)
+    dy = dy.to(bench.device).reshape(y.shape)
     try:
         grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
     except Exception as error:
         raise CheckFailed(f"the backward of layer(x) raises {one_line(error)}") from error
-    return dict(zip(leaves, grads, strict=True))
+    found = dict(zip(leaves, grads, strict=True))
+    if (dx := found.get("x")) is not None:
+        found["x"] = dx[rows.to(dx.device)]
+    return found
 
 
 def frozen(bench: Bench) -> None:
@@ -511,19 +540,30 @@ def frozen(bench: Bench) -> None:
 
 
 def training(bench: Bench) -> None:
-    """In training mode, output and gradients are right where they do not depend on a random generator."""
+    """In training mode, output and gradients are right where they do not depend on a random generator.
+
+    With many tokens, too. Where they are drawn, every parameter that is trained has a gradient nevertheless.
+    """
     bench.layer.train()
     x, drawn = bench.x.unflatten(0, (B, S)), []
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             drawn.append(bench.call(x).detach())
+    gradients = bench.subject.support.gradients
     if torch.equal(*drawn):
         bench.require_y(drawn[0].flatten(0, 1), context=" in training mode")
-        if bench.subject.support.gradients:
-            for name, got in _gradients(bench).items():
+        many = bench.call(bench.x.repeat(COPIES, 1).unsqueeze(0)).squeeze(0)
+        where = f" in training mode, with {len(many)} tokens"
+        bench.require_y(many, torch.arange(T).repeat(COPIES), where)
+        for copies, context in ((1, " in training mode"), (COPIES, where)):
+            for name, got in _gradients(bench, copies=copies).items() if gradients else ():
                 if name in bench.expected.want:
-                    _require_gradient(bench, name, got, " in training mode")
+                    _require_gradient(bench, name, got, context)
+    elif gradients:
+        for name, got in _gradients(bench).items():
+            if got is None and name in bench.expected.want and bool(bench.expected.want[name].any()):
+                raise CheckFailed(f"the gradient of {name} is missing in training mode")
 
 
 def router_gradient(bench: Bench) -> None:
@@ -588,21 +628,32 @@ def evaluation(bench: Bench) -> None:
 
 
 def without_gradients(bench: Bench) -> None:
-    """Under no_grad and inference_mode the output is right."""
+    """Under no_grad and inference_mode the output is right, and stays so when the layer is called again."""
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            bench.require_y(bench.call(bench.x.unsqueeze(0)).squeeze(0), context=f" under {mode.__name__}")
+            y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
+            bench.require_y(y, context=f" under {mode.__name__}")
+            bench.call(bench.x.flip(0).unsqueeze(0))
+            bench.require_y(y, context=f" under {mode.__name__}, after another call")
 
 
 def inputs_unchanged(bench: Bench) -> None:
-    """A call in eval mode writes neither to x nor to a parameter or buffer."""
-    x, before = bench.x, copy.deepcopy(_state(bench.layer))
-    bench.call(x.unsqueeze(0))
-    if not torch.equal(x, bench.x):
-        raise CheckFailed("x was written to")
-    for name, tensor in _state(bench.layer).items():
-        if name not in before or not torch.equal(tensor, before[name]):
-            raise CheckFailed(f"{name} was written to by a call in eval mode")
+    """No call writes to x or a parameter, and none in eval mode to a buffer that `read` returns."""
+
+    def held() -> dict[str, Tensor]:
+        return {**dict(bench.layer.named_parameters()), **oracle.tensors(bench.subject.read(bench.layer))}
+
+    for training in (False, True):
+        bench.layer.train(training)
+        x, before = bench.x, {name: tensor.detach().clone() for name, tensor in held().items()}
+        bench.call(x.unsqueeze(0))
+        mode = "training" if training else "eval"
+        if not torch.equal(x, bench.x):
+            raise CheckFailed(f"x was written to by a call in {mode} mode")
+        for name, tensor in held().items():
+            may_move = training and name == "selection_bias"
+            if name not in before or not (may_move or torch.equal(tensor, before[name])):
+                raise CheckFailed(f"{name} was written to by a call in {mode} mode")
 
 
 def _state(layer: nn.Module) -> dict[str, Tensor]:
@@ -639,14 +690,18 @@ def nan_contained(bench: Bench) -> None:
 def state(bench: Bench) -> None:
     """A state dict makes another layer the same one, and a deepcopy is a layer of its own."""
     x, other = bench.x.unsqueeze(0), build(bench.subject, bench.dtype, seed=7)
+    with torch.inference_mode():
+        replace(bench, layer=other).call(x)  # what it keeps of this call has to be forgotten
     try:
         other.load_state_dict(bench.layer.state_dict())
         twin = copy.deepcopy(bench.layer)
     except Exception as error:
         raise CheckFailed(f"load_state_dict or copy.deepcopy raises {one_line(error)}") from error
     for layer, how in ((other, "after load_state_dict"), (twin, "in a deepcopy")):
-        y = replace(bench, layer=layer).call(x).squeeze(0)
-        bench.require_y(y, context=f" {how}")
+        for mode in (contextlib.nullcontext, torch.inference_mode):
+            with mode():
+                y = replace(bench, layer=layer).call(x).squeeze(0)
+            bench.require_y(y, context=f" {how}")
     with torch.no_grad():
         for tensor in _state(twin).values():
             tensor.zero_()
@@ -709,6 +764,7 @@ class LayerCheck:
 CHECKS = (
     LayerCheck(values),
     LayerCheck(low_precision, dtype=torch.bfloat16),
+    LayerCheck(half_precision, dtype=torch.float16),
     LayerCheck(double_precision, dtype=torch.float64),
     LayerCheck(leading_dimensions),
     LayerCheck(gradients, needs="gradients"),

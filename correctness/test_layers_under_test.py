@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -242,9 +243,54 @@ def subject(
     return LayerSubject(layer.__name__, layer, read, losses)
 
 
-@pytest.mark.parametrize("layer", READ, ids=lambda layer: layer.__name__)
+class _RandomRouter(Block):
+    """Its router is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = self.router.weight.detach()
+        del self.router.weight
+        self.router.register_buffer("weight", weight)
+
+
+class _Tempered(Block):
+    """What its `read` returns shares a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(self.E))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return (super().logits(x) + self.bias.float()) * self.temperature.float().exp()
+
+
+def read_tempered(layer: _Tempered) -> LayerWeights:
+    scale = layer.temperature.exp()
+    weight, bias = layer.router.weight * scale, layer.bias * scale
+    return LayerWeights(stacked(layer.experts), layer.spec, weight, bias)
+
+
+READ[_Tempered] = read_tempered
+
+
+class _CountsInEval(Block):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return super().tokens(x)
+
+
+@pytest.mark.parametrize("layer", [*READ, _CountsInEval, _RandomRouter], ids=lambda layer: layer.__name__)
 def test_right_layers_that_look_different_pass(layer: type[nn.Module]) -> None:
-    assert findings(subject(layer)) == {}
+    right = subject(layer)
+    if layer is _RandomRouter:  # which no loss can train
+        right = dataclasses.replace(right, losses=None)
+    assert findings(right) == {}
 
 
 # --------------------------------------------------------------------- wrong layers, an edit of a line or two
@@ -267,16 +313,57 @@ class _RemembersItsWeights(Block):
         return F.linear(x.float(), self.router.weight.float() * 0 + self.kept)
 
 
-class _CountsInEval(Block):
-    seen: Tensor
+class _MovesItsBias(DeepSeek):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.bias += 0.01
+        return y
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
 
-    def tokens(self, x: Tensor) -> Tensor:
-        self.seen += len(x)
-        return super().tokens(x)
+class _WritesInTraining(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not x.requires_grad:
+            x *= 1.01
+        return super().forward(x)
+
+
+class _NoiseWithoutGraph(Block):
+    def logits(self, x: Tensor) -> Tensor:
+        z = super().logits(x)
+        return z.detach() + 0.1 * torch.randn_like(z) if self.training else z
+
+
+class _LastChunkHasAGraph(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if not self.training or len(rows) <= 256:
+            return super().forward(x)
+        parts = [super(_LastChunkHasAGraph, self).forward(part) for part in rows.split(256)]
+        return torch.cat([*(part.detach() for part in parts[:-1]), parts[-1]]).reshape(*x.shape[:-1], -1)
+
+
+class _GraphOfX(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if x.requires_grad else y.detach() + 0 * self.router.weight.sum()
+
+
+class _KeepsInferenceCopy(Block):
+    def logits(self, x: Tensor) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            self.kept = getattr(self, "kept", self.router.weight.float().clone())
+            return F.linear(x.float(), self.kept)
+        return super().logits(x)
+
+
+class _OneResult(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if torch.is_grad_enabled():
+            return y
+        if getattr(self, "kept", y[:0]).shape != y.shape:
+            self.kept = torch.empty_like(y)
+        return self.kept.copy_(y)
 
 
 class _SharedTwice(DeepSeek):
@@ -522,7 +609,13 @@ WRONG: dict[str, tuple[LayerSubject, str]] = {
         edit(Block, "tokens", lambda self, x: x.detach().copy_(Block.tokens(self, x)) + 0 * x),
         "inputs_unchanged",
     ),
-    "a buffer is written to in eval": (subject(_CountsInEval), "inputs_unchanged"),
+    "the selection bias is written to in eval": (subject(_MovesItsBias), "inputs_unchanged"),
+    "x is written to in training": (subject(_WritesInTraining), "inputs_unchanged"),
+    "noise without a graph in training": (subject(_NoiseWithoutGraph), "training"),
+    "the last chunk alone has a graph in training": (subject(_LastChunkHasAGraph), "training"),
+    "no graph where x needs none": (subject(_GraphOfX), "gradients"),
+    "a copy of inference mode is kept": (subject(_KeepsInferenceCopy), "state"),
+    "one result for all calls": (subject(_OneResult), "without_gradients"),
     "the last expert is never used": (
         edit(Block, "routed", lambda self, x, i, g: Block.routed(self, x, i, g * (i < self.E - 1))),
         "values",

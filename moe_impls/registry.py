@@ -145,9 +145,10 @@ def load_function(name: str) -> tuple[ModuleType, Any]:
         ResolveError: missing file, failing import, or no such function.
     """
     place, _, attribute = name.rpartition(":")
-    if not place or not attribute or place.startswith("."):
+    is_file = place.endswith(".py")
+    if not place or not attribute or (place.startswith(".") and not is_file):
         raise ResolveError(f"{name!r} is neither package.module:function nor path/file.py:function")
-    if place.endswith(".py"):
+    if is_file:
         module = _load_file(Path(place))
     else:
         with asking(f"{name}: importing {place} failed"):
@@ -193,6 +194,7 @@ def _load_file(path: Path) -> ModuleType:
     finally:
         with contextlib.suppress(ValueError):  # the file may have changed the path itself
             sys.path.remove(str(path.parent))
+        sys.path.append(str(path.parent))  # for imports inside its functions, after all others
     return module
 
 
