@@ -174,6 +174,46 @@ def same_objects(subject: Implementation, problem: Problem) -> None:
             compare.check_output(y, new)
             graph = Graph(y, leaves if gradients else {})
             hold(finish(graph, new.dy) if gradients else {"y": y.detach()}, now)
+    if not subject.support.compiles_per_case:  # each mode is compiled anew
+        for mode in (torch.no_grad, torch.inference_mode):
+            _same_frozen_objects(subject, problem, mode)
+
+
+def _same_frozen_objects(subject: Implementation, problem: Problem, mode: Callable[[], Any]) -> None:
+    """The same without gradients, of tensors that want none; earlier results stay what they are."""
+    inputs = make_inputs(problem)
+    leaves = {n: t.clone() for n, t in inputs.tensors.items()}
+    x, routing, experts = compare.assemble(inputs, leaves)
+    earlier: list[tuple[Tensor, Problem]] = []
+    for number, change in enumerate((_by_copy, _by_copy, _by_data, _by_new_data)):
+        now = replace(problem, seed=problem.seed + number)
+        new = make_inputs(now)
+        for name, leaf in leaves.items():
+            change(leaf, new.tensors[name])
+        change(routing.expert_ids, new.routing.expert_ids)
+        with mode():
+            y = subject.forward(x, routing, experts, combine=problem.combine)
+        compare.check_output(y, new)
+        earlier.append((y, now))
+        for result, of in earlier:
+            hold({"y": result}, of)
+
+
+def inputs_written(subject: Implementation, problem: Problem) -> None:
+    """Where an input is written to before the backward, gradients are right or autograd raises its error."""
+    for name in (*make_inputs(problem).tensors, "expert_ids"):
+        inputs = make_inputs(problem)
+        graph = start(subject.forward, inputs, problem.combine)
+        with torch.no_grad():
+            written = inputs.routing.expert_ids if name == "expert_ids" else graph.leaves[name]
+            written.copy_(written.flip(0))
+        try:
+            results = finish(graph, inputs.dy)
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+        else:
+            hold(results, problem)
 
 
 def prepared(subject: Implementation, problem: Problem) -> None:
@@ -184,6 +224,12 @@ def prepared(subject: Implementation, problem: Problem) -> None:
         return replace(subject, forward=subject.ready(inputs.experts))
 
     ready = lay_out()
+    another = subject.ready(other.experts)  # of another layer
+    first = ready.forward(*inputs[:3], combine=problem.combine)
+    before = first.clone()
+    another(*other[:3], combine=problem.combine)
+    if not torch.equal(first, before):
+        raise CheckFailed("a call of what prepare made for other experts changed an earlier result")
     for number in range(3):
         tokens = make_inputs(replace(problem, seed=problem.seed + number, T=problem.T + number // 2))
         hold_calls(ready, problem, tokens._replace(experts=inputs.experts))
@@ -603,6 +649,16 @@ def global_state(subject: Implementation, problem: Problem) -> None:
                 problem.dtype,
                 vary=not subject.support.compiles_per_case,  # each setting is compiled anew
             )
+    if not subject.support.compiles_per_case:
+        usual = torch.get_default_dtype()
+        for dtype in (torch.bfloat16, torch.float64):
+            try:
+                torch.set_default_dtype(dtype)
+                found = list(calls(subject, problem, inputs))
+            finally:
+                torch.set_default_dtype(usual)
+            for results in found:
+                hold(results, problem)
 
 
 def autocast(subject: Implementation, problem: Problem) -> None:

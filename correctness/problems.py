@@ -625,6 +625,25 @@ _LARGER_OPTIONS = tuple(
     for i, activation in enumerate(ACTIVATIONS)
     for j, p in enumerate(_LARGER)
 )
+# For kernels that have a path for one token, for many, and for sizes that their tiles divide.
+_PATHS = tuple(
+    replace(
+        p,
+        activation=activation,
+        output_activation=OUTPUT_ACTIVATIONS[(i + j) % len(OUTPUT_ACTIVATIONS)],
+        combine=COMBINES[(i + j) // 2 % len(COMBINES)],
+        bias=(i + j) % 3 > 0,
+    )
+    for i, activation in enumerate(ACTIVATIONS)
+    for j, p in enumerate(
+        (
+            Problem("decode", T=1, D=19, H=16, O=15, E=7, K=3),
+            Problem("prefill", T=3_001, D=15, H=14, O=13, E=4, K=2),
+            Problem("all_128", T=40, D=128, H=128, O=128, E=3, K=2),
+            Problem("tiles_of_64", T=40, D=192, H=128, O=256, E=3, K=2),
+        )
+    )
+)
 _LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnormalised", low_gates=True)
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
 SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
@@ -633,6 +652,7 @@ SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES f
     *(replace(_LOW_GATES, gates="signed", dtype=d) for d in LOW_PRECISION),
     *(replace(_LOW_GATES, combine="logsumexp", dtype=d) for d in LOW_PRECISION),
     *_LARGER_OPTIONS,
+    *_PATHS,
 )
 
 _INTEGERS = Problem("integers", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", exact=True)
@@ -674,6 +694,10 @@ _BEYOND = tuple(
         "wide_input": {"T": 70, "D": 2_111, "H": 6, "O": 7},
         "wide_hidden": {"T": 70, "D": 6, "H": 2_111, "O": 7},
         "wide_output": {"T": 70, "D": 6, "H": 7, "O": 2_111},
+        "7168_input": {"T": 9, "D": 7_168, "H": 6, "O": 7},  # of DeepSeek-V3
+        "7168_hidden": {"T": 9, "D": 6, "H": 7_168, "O": 7},
+        "7168_output": {"T": 9, "D": 6, "H": 7, "O": 7_168},
+        "12_choices": {"T": 60, "D": 6, "H": 5, "O": 16, "E": 13, "K": 12, "gates": "cancelling"},
         "aligned": {"T": 2_048, "D": 16, "H": 16, "O": 16, "E": 64, "K": 8},
     }.items()
 )

@@ -188,6 +188,36 @@ def in_inference(wrong: Forward) -> Forward:
     return wrong_in_inference
 
 
+def in_inference_mode(wrong: Forward) -> Forward:
+    """Is wrong under inference_mode, and right elsewhere."""
+
+    def wrong_there(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        forward = wrong if torch.is_inference_mode_enabled() else sorted_dispatch.forward
+        return forward(x, routing, experts, combine=combine)
+
+    return wrong_there
+
+
+def read_in_the_backward(x: Tensor, routing: Routing, experts: Experts) -> tuple:
+    """The backward reads x as it is then, which autograd does not know of."""
+    now, then = x.detach(), x.detach().clone()
+    return _Backward.apply(x, lambda ctx, grad: torch.where(now == then, grad, 0)), routing, experts
+
+
+def one_buffer_of_a_module() -> Callable[[Experts], Forward]:
+    """Everything that was prepared answers in the same memory."""
+    buffers: dict[torch.Size, Tensor] = {}
+
+    def prepare(experts: Experts) -> Forward:
+        def prepared(x: Tensor, routing: Routing, *, combine: str = "sum") -> Tensor:
+            y = sorted_dispatch.forward(x, routing, experts, combine=combine)
+            return buffers.setdefault(y.shape, torch.empty_like(y)).copy_(y)
+
+        return prepared
+
+    return prepare
+
+
 def doing(action: Callable[[], object]) -> Forward:
     """Is right, and does something else besides."""
     return with_result(lambda y, x: (action(), y)[1])
@@ -525,6 +555,7 @@ BUGS = {
         doing(lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")),
         doing(lambda: torch._C._set_mkldnn_enabled(False)),
         with_backward(lambda ctx, grad: (torch.manual_seed(0), grad)[1]),
+        with_result(lambda y, x: y.to(torch.get_default_dtype()).to(y.dtype)),
     ),
     "deterministic": (with_result(noisy), in_inference(with_result(noisy))),
     "new_contents": (*NULL_IMPLEMENTATIONS, with_inputs(pooled_gradients())),
@@ -533,8 +564,15 @@ BUGS = {
         *NULL_IMPLEMENTATIONS,
         in_inference(with_inputs(packed_for_an_object())),
         in_inference(with_inputs(packed_for_a_version())),
+        in_inference_mode(with_inputs(packed_for_an_object())),
+        in_inference_mode(with_result(ring_of_results(1))),
     ),
-    "prepared": (with_prepare(stale), with_prepare(first_routing_only)),
+    "inputs_written": (*NULL_IMPLEMENTATIONS, with_inputs(read_in_the_backward)),
+    "prepared": (
+        with_prepare(stale),
+        with_prepare(first_routing_only),
+        with_prepare(one_buffer_of_a_module()),
+    ),
     "options_change": (
         *NULL_IMPLEMENTATIONS,
         by_default,
@@ -606,6 +644,10 @@ BUGS = {
     "identical_experts": (with_gates(lambda ids, gates: gates.abs()),),
     "one_expert_doubled": (every_expert_matters,),
     "slot_split": (with_gates(lambda ids, gates: gates.square()),),
+    "upstream_scaled": (
+        with_backward(lambda ctx, grad: torch.where(grad.abs() > 1e-6, grad, 0)),
+        with_backward(lambda ctx, grad: grad / grad.abs().max() * grad.abs().max()),
+    ),
 }
 
 
