@@ -20,6 +20,7 @@ from correctness import router_reference as oracle
 from correctness.behaviour import LAYOUTS
 from correctness.blame import blamed
 from correctness.compare import FACTOR, CheckFailed
+from correctness.problems import LOW_PRECISION
 from correctness.settings import require_unchanged
 from moe_impls.interface import DTYPES, RouterSpec, Routing, dtype_name
 
@@ -320,6 +321,9 @@ def masked_experts(route: Route, problem: RouterProblem) -> None:
     (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
     if not bool(gradient.isfinite().all()) or bool(gradient[masked.isinf()].any()):
         raise CheckFailed("the gradient of a logit of -inf is not 0, or that of another is not finite")
+    few = logits.clone()
+    few[:, 1:] = -torch.inf
+    call(route, few, problem.spec, bias)  # whose experts are distinct, though one alone has a score
 
 
 def large_logits(route: Route, problem: RouterProblem) -> None:
@@ -328,6 +332,9 @@ def large_logits(route: Route, problem: RouterProblem) -> None:
     Near -100, where sigmoids underflow, the gates need only be finite: models add 1e-20 to their sum.
     """
     logits, bias, dgates = make_inputs(problem)
+    for dtype in LOW_PRECISION:
+        if not bool(call(route, (logits * 1000).to(dtype), problem.spec, bias).gates.isfinite().all()):
+            raise CheckFailed(f"gates are not finite for logits of size 1000 in {dtype_name(dtype)}")
     underflows = "near -100"
     extremes = {"of size 1000": logits * 1000, "near -25": logits - 25, underflows: logits - 100}
     for what, extreme in extremes.items():
@@ -395,6 +402,14 @@ def state(route: Route, problem: RouterProblem) -> None:
             _require(call(route, logits, problem.spec, bias), second)
         except CheckFailed as failure:
             raise CheckFailed(f"in call {repeat + 2}: {failure}") from failure
+    for number, mode in enumerate((torch.no_grad, torch.inference_mode, torch.inference_mode)):
+        now = replace(problem, seed=problem.seed + 2 + number)
+        new = make_inputs(now)
+        logits.data.copy_(new.logits)  # without a new version
+        if bias is not None and new.selection_bias is not None:
+            bias.data.copy_(new.selection_bias)
+        with mode():
+            _require(call(route, logits, problem.spec, bias), now)
     more = replace(problem, E=2 * problem.E)  # the same spec for another number of experts
     _require(call(route, make_inputs(more).logits, more.spec, make_inputs(more).selection_bias), more)
     if not all(torch.equal(a, b.detach()) for a, b in zip(kept, first, strict=True)):
@@ -519,7 +534,7 @@ _KINDS = tuple(
 )
 CHECKS = (
     RouterCheck(inputs_unchanged, _KINDS),
-    RouterCheck(values, ALL_DTYPES),
+    RouterCheck(values, (*ALL_DTYPES, *(replace(p, T=5_003) for p in _KINDS if p.E <= 64))),
     RouterCheck(gradients, ALL_DTYPES),
     RouterCheck(ties, PROBLEMS),
     RouterCheck(nan_contained, _KINDS + tuple(replace(p, dtype=torch.bfloat16) for p in _KINDS)),
