@@ -228,8 +228,9 @@ def prepared(subject: Implementation, problem: Problem) -> None:
     first = ready.forward(*inputs[:3], combine=problem.combine)
     before = first.clone()
     another(*other[:3], combine=problem.combine)
+    ready.forward(other.x, other.routing, inputs.experts, combine=problem.combine)
     if not torch.equal(first, before):
-        raise CheckFailed("a call of what prepare made for other experts changed an earlier result")
+        raise CheckFailed("a later call of what prepare made, for these experts or others, changed a result")
     for number in range(3):
         tokens = make_inputs(replace(problem, seed=problem.seed + number, T=problem.T + number // 2))
         hold_calls(ready, problem, tokens._replace(experts=inputs.experts))

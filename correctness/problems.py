@@ -580,7 +580,10 @@ OPTIONS = tuple(
 )
 
 # Inputs that reach the clamps of swiglu_clamped on every side, and outputs whose exp overflows float32.
-LARGE = tuple(replace(SMALL, activation="swiglu_clamped", x_scale=8.0, dtype=d) for d in DTYPES) + tuple(
+LARGE = (
+    *(replace(SMALL, activation="swiglu_clamped", x_scale=8.0, dtype=d) for d in DTYPES),
+    *(replace(SMALL, activation="swiglu_clamped", x_scale=60.0, dtype=d) for d in DTYPES[:2]),
+) + tuple(
     replace(SMALL, activation=a, combine="logsumexp", x_scale=300.0, dtype=d)
     for a in ("silu", "relu", "gelu")
     for d in (torch.float64, torch.float32, torch.bfloat16)
@@ -679,6 +682,7 @@ _EXACT = (
     ),
     replace(_INTEGERS, name="integers_cancelling", T=24, D=6, H=5, O=16, E=5, K=3, gates="cancelling"),
     replace(_INTEGERS, name="integers_cancelling_pairs", T=60, D=6, H=5, O=16, E=7, K=6, gates="cancelling"),
+    replace(_INTEGERS, name="integers_12_choices", T=30, D=6, H=5, O=16, E=13, K=12, gates="cancelling"),
     replace(_INTEGERS, name="integers_many", T=600, D=10, H=6, O=7, E=300, K=2, bias=False, load="zipf"),
 )
 # Sizes beyond the tiles, counters and grids of most kernels. Sums over so many tokens need float32.
@@ -697,7 +701,6 @@ _BEYOND = tuple(
         "7168_input": {"T": 9, "D": 7_168, "H": 6, "O": 7},  # of DeepSeek-V3
         "7168_hidden": {"T": 9, "D": 6, "H": 7_168, "O": 7},
         "7168_output": {"T": 9, "D": 6, "H": 7, "O": 7_168},
-        "12_choices": {"T": 60, "D": 6, "H": 5, "O": 16, "E": 13, "K": 12, "gates": "cancelling"},
         "aligned": {"T": 2_048, "D": 16, "H": 16, "O": 16, "E": 64, "K": 8},
     }.items()
 )
