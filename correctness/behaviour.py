@@ -199,23 +199,6 @@ def _same_frozen_objects(subject: Implementation, problem: Problem, mode: Callab
             hold({"y": result}, of)
 
 
-def inputs_written(subject: Implementation, problem: Problem) -> None:
-    """Where an input is written to before the backward, gradients are right or autograd raises its error."""
-    for name in (*make_inputs(problem).tensors, "expert_ids"):
-        inputs = make_inputs(problem)
-        graph = start(subject.forward, inputs, problem.combine)
-        with torch.no_grad():
-            written = inputs.routing.expert_ids if name == "expert_ids" else graph.leaves[name]
-            written.copy_(written.flip(0))
-        try:
-            results = finish(graph, inputs.dy)
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-        else:
-            hold(results, problem)
-
-
 def prepared(subject: Implementation, problem: Problem) -> None:
     """What ``prepare`` lays out serves all later tokens; once a weight has changed it raises or is right."""
     inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
@@ -490,19 +473,47 @@ def _other_options(problem: Problem, support: Support) -> list[Problem]:
 
 
 def backward_twice(subject: Implementation, problem: Problem) -> None:
-    """With retain_graph=True a second backward of a graph, of another dy, is right; the first stays."""
+    """With retain_graph=True a second backward of a graph, of another dy, is right; the first stays.
+
+    In exact problems it gives to the bit what the first gave, times the same power of two or zero.
+    """
     inputs = make_inputs(problem)
     graph = start(subject.forward, inputs, problem.combine)
     first = finish(graph, inputs.dy, retain_graph=True)
+    if problem.exact:
+        power = 40 if torch.finfo(problem.dtype).max > 1e30 else 2
+        for factor in (2.0**-power, 2.0**power, 0.0):
+            scaled = finish(graph, inputs.dy * factor, retain_graph=True)
+            for name in graph.leaves:
+                if not torch.equal(scaled[name], first[name] * factor):
+                    raise CheckFailed(f"dy times {factor:.3g} does not give {what(name)} times that")
     again = finish(graph, 2 * inputs.dy)
     hold(first, problem)
     hold({name: t if name == "y" else t / 2 for name, t in again.items()}, problem)
 
 
+def _arguments_written(subject: Implementation, problem: Problem) -> None:
+    """Where an argument is written to before the backward, gradients are right or autograd refuses."""
+    for name in (*make_inputs(problem).tensors, "expert_ids"):
+        inputs = make_inputs(problem)
+        graph = start(subject.forward, inputs, problem.combine)
+        with torch.no_grad():
+            written = inputs.routing.expert_ids if name == "expert_ids" else graph.leaves[name]
+            written.copy_(written.flip(0))
+        try:
+            results = finish(graph, inputs.dy)
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+        else:
+            hold(results, problem)
+
+
 def results_are_the_callers(subject: Implementation, problem: Problem) -> None:
-    """What a caller writes into y and gradients spoils no gradient in silence, and reaches no later call."""
+    """What a caller writes into y, gradients and arguments spoils in silence no gradient and no later call."""
     inputs = make_inputs(problem)
     if subject.support.gradients:
+        _arguments_written(subject, problem)
         graph = start(subject.forward, inputs, problem.combine)
         try:
             graph.y.add_(1)

@@ -134,7 +134,6 @@ CHECKS = (
     Check(behaviour.shared_memory, (problems.named("aligned"), problems.named("aligned_all_experts"))),
     Check(behaviour.results_are_the_callers, _BASIC),
     Check(behaviour.gradient_subsets, (*_BASIC, replace(_ZIPF, bias=False)), needs="gradients"),
-    Check(behaviour.inputs_written, _BASIC, needs="gradients"),
     Check(behaviour.inside_a_graph, _BASIC, needs="gradients"),
     Check(behaviour.several_graphs, (*_BASIC, problems.named("aligned")), needs="gradients"),
     Check(behaviour.backward_twice, _VARIED, needs="gradients"),

@@ -567,7 +567,6 @@ BUGS = {
         in_inference_mode(with_inputs(packed_for_an_object())),
         in_inference_mode(with_result(ring_of_results(1))),
     ),
-    "inputs_written": (*NULL_IMPLEMENTATIONS, with_inputs(read_in_the_backward)),
     "prepared": (
         with_prepare(stale),
         with_prepare(first_routing_only),
@@ -593,6 +592,7 @@ BUGS = {
     "gradient_subsets": (*NULL_IMPLEMENTATIONS, with_inputs(untrained_for_gates_alone)),
     "shared_memory": (*NULL_IMPLEMENTATIONS, with_inputs(shared_is_unbiased)),
     "results_are_the_callers": (
+        with_inputs(read_in_the_backward),
         sees_writes_to_y(),
         remembered_result(),
         with_result(lambda y, x: y[:1].expand(y.shape) if len(y) and bool((y == y[:1]).all()) else None),
@@ -606,6 +606,8 @@ BUGS = {
     "backward_twice": (
         with_backward(once_only),
         with_backward(remembers_its_gradient),
+        with_backward(lambda ctx, grad: torch.where(grad.abs() > 1e-6, grad, 0)),
+        with_backward(lambda ctx, grad: grad / grad.abs().max() * grad.abs().max()),
         with_inputs(one_buffer_for_gradients()),
     ),
     "non_finite_contained": (
@@ -644,10 +646,6 @@ BUGS = {
     "identical_experts": (with_gates(lambda ids, gates: gates.abs()),),
     "one_expert_doubled": (every_expert_matters,),
     "slot_split": (with_gates(lambda ids, gates: gates.square()),),
-    "upstream_scaled": (
-        with_backward(lambda ctx, grad: torch.where(grad.abs() > 1e-6, grad, 0)),
-        with_backward(lambda ctx, grad: grad / grad.abs().max() * grad.abs().max()),
-    ),
 }
 
 
