@@ -492,28 +492,10 @@ def backward_twice(subject: Implementation, problem: Problem) -> None:
     hold({name: t if name == "y" else t / 2 for name, t in again.items()}, problem)
 
 
-def _arguments_written(subject: Implementation, problem: Problem) -> None:
-    """Where an argument is written to before the backward, gradients are right or autograd refuses."""
-    for name in (*make_inputs(problem).tensors, "expert_ids"):
-        inputs = make_inputs(problem)
-        graph = start(subject.forward, inputs, problem.combine)
-        with torch.no_grad():
-            written = inputs.routing.expert_ids if name == "expert_ids" else graph.leaves[name]
-            written.copy_(written.flip(0))
-        try:
-            results = finish(graph, inputs.dy)
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-        else:
-            hold(results, problem)
-
-
 def results_are_the_callers(subject: Implementation, problem: Problem) -> None:
-    """What a caller writes into y, gradients and arguments spoils in silence no gradient and no later call."""
+    """What a caller writes into y and gradients spoils no gradient in silence, and reaches no later call."""
     inputs = make_inputs(problem)
     if subject.support.gradients:
-        _arguments_written(subject, problem)
         graph = start(subject.forward, inputs, problem.combine)
         try:
             graph.y.add_(1)

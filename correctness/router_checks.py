@@ -333,8 +333,10 @@ def large_logits(route: Route, problem: RouterProblem) -> None:
     """
     logits, bias, dgates = make_inputs(problem)
     for dtype in LOW_PRECISION:
-        if not bool(call(route, (logits * 1000).to(dtype), problem.spec, bias).gates.isfinite().all()):
-            raise CheckFailed(f"gates are not finite for logits of size 1000 in {dtype_name(dtype)}")
+        gates = call(route, (logits * 1000).to(dtype), problem.spec, bias).gates
+        if not bool(gates.isfinite().all()):
+            odd = gates[~gates.isfinite()][0].item()
+            raise CheckFailed(f"gates holds {odd} for logits of size 1000 in {dtype_name(dtype)}")
     underflows = "near -100"
     extremes = {"of size 1000": logits * 1000, "near -25": logits - 25, underflows: logits - 100}
     for what, extreme in extremes.items():

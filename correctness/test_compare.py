@@ -198,12 +198,6 @@ def in_inference_mode(wrong: Forward) -> Forward:
     return wrong_there
 
 
-def read_in_the_backward(x: Tensor, routing: Routing, experts: Experts) -> tuple:
-    """The backward reads x as it is then, which autograd does not know of."""
-    now, then = x.detach(), x.detach().clone()
-    return _Backward.apply(x, lambda ctx, grad: torch.where(now == then, grad, 0)), routing, experts
-
-
 def one_buffer_of_a_module() -> Callable[[Experts], Forward]:
     """Everything that was prepared answers in the same memory."""
     buffers: dict[torch.Size, Tensor] = {}
@@ -592,7 +586,6 @@ BUGS = {
     "gradient_subsets": (*NULL_IMPLEMENTATIONS, with_inputs(untrained_for_gates_alone)),
     "shared_memory": (*NULL_IMPLEMENTATIONS, with_inputs(shared_is_unbiased)),
     "results_are_the_callers": (
-        with_inputs(read_in_the_backward),
         sees_writes_to_y(),
         remembered_result(),
         with_result(lambda y, x: y[:1].expand(y.shape) if len(y) and bool((y == y[:1]).all()) else None),

@@ -9,11 +9,10 @@ It neither modifies its arguments, which may be strided and may share memory, no
 and depends on nothing but what they hold in that call: not on earlier calls, other graphs that still wait for
 their backward, the thread, calls of other threads at the same time, or the process's default dtype. (A weight
 that is written to through ``.data`` keeps its address and its version.) The result belongs to the caller: no
-later call changes it, and where the caller writes to it, or to an argument, in place before the backward, the
-gradients are right all the same or autograd raises its error. A backward with ``retain_graph=True`` may be
-repeated, and may run in another thread than its forward. NaN or infinity in the x, the gates or the incoming
-gradient of a token stays in its rows of y and of the gradients of x and the gates; a row of y that depends on
-one is not finite.
+later call changes it, and where the caller writes to it in place before the backward, the gradients are right
+all the same or autograd raises its error. A backward with ``retain_graph=True`` may be repeated, and may run
+in another thread than its forward. NaN or infinity in the x, the gates or the incoming gradient of a token
+stays in its rows of y and of the gradients of x and the gates; a row of y that depends on one is not finite.
 
 Notation, here and everywhere: T tokens, D input features (d_model), H hidden features of an expert,
 O output features, E experts, K experts per token.
