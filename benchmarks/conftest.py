@@ -334,11 +334,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     planned = len(_selected(session.items))
     if sweep.finished < planned:
         sweep.closing_lines.append(f"incomplete: {sweep.finished} of {planned} workloads were measured")
+    with contextlib.suppress(record.RecordError, OSError):  # which the report tells
+        sweep.closing_lines += filter(None, [report.unsteady(report.table_of(record.read(sweep.csv)))])
     sweep.closing_lines.append(f"CSV:    {_shown(sweep.csv)}")
     try:
         sweep.closing_lines += [f"report: {_shown(path)}" for path in report.write(sweep.out)]
         sweep.closing_lines += [] if page.is_available() else [page.MISSING]
-        sweep.closing_lines += filter(None, [report.unsteady(report.table_of(record.read(sweep.csv)))])
     except (record.RecordError, OSError) as error:
         sweep.closing_lines.append(f"report: not written, {error}")
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
