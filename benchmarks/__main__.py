@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     tuned.add_argument("--quick", action="store_true", help="a third of the cells")
     tuned.add_argument("--out", type=Path, metavar="FILE", help=(
-        f"where auto looks, unless given: {auto.tuned_path()}"
+        "where auto looks, unless given: moe_impls/ in $XDG_CACHE_HOME or ~/.cache"
     ))  # fmt: skip
     tuned.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda")
     tuned.set_defaults(run=_tune)

@@ -33,7 +33,7 @@ from correctness.problems import (
     resize,
     unsupported,
 )
-from correctness.settings import require_unchanged
+from correctness.settings import require_unchanged, restored, settings
 from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, Experts, Implementation, Routing, Support
 from moe_impls.registry import one_line
 
@@ -154,23 +154,29 @@ def _by_new_data(target: Tensor, source: Tensor) -> None:
     target.data = source.clone()
 
 
-def same_objects(subject: Implementation, problem: Problem) -> None:
-    """One x, one routing and nn.Parameter objects that live on: each call reads what they hold now.
-
-    They change as an optimiser changes them, through ``.data`` without a new version, and by a new ``.data``.
-    """
-    inputs = make_inputs(problem)
-    leaves: dict[str, Tensor] = {n: torch.nn.Parameter(t.clone()) for n, t in inputs.tensors.items()}
-    x, routing, experts = compare.assemble(inputs, leaves)
+def _rewritten(problem: Problem, leaves: dict[str, Tensor]) -> Iterator[tuple[tuple, Problem, Inputs]]:
+    """The arguments that ``leaves`` are, whose contents are changed each time, and what they then hold."""
+    arguments = compare.assemble(make_inputs(problem), leaves)
     for number, change in enumerate((_by_copy, _by_copy, _by_data, _by_new_data)):
         now = replace(problem, seed=problem.seed + number)
         new = make_inputs(now)
         for name, leaf in leaves.items():
             change(leaf, new.tensors[name])
-        change(routing.expert_ids, new.routing.expert_ids)
+        change(arguments[1].expert_ids, new.routing.expert_ids)
+        yield arguments, now, new
+
+
+def same_objects(subject: Implementation, problem: Problem) -> None:
+    """One x, one routing and nn.Parameter objects that live on: each call reads what they hold now.
+
+    They change as an optimiser changes them, through ``.data`` without a new version, and by a new ``.data``.
+    """
+    tensors = make_inputs(problem).tensors
+    leaves: dict[str, Tensor] = {n: torch.nn.Parameter(t.clone()) for n, t in tensors.items()}
+    for arguments, now, new in _rewritten(problem, leaves):
         for gradients in (False, subject.support.gradients):
             with torch.set_grad_enabled(gradients):
-                y = subject.forward(x, routing, experts, combine=problem.combine)
+                y = subject.forward(*arguments, combine=problem.combine)
             compare.check_output(y, new)
             graph = Graph(y, leaves if gradients else {})
             hold(finish(graph, new.dy) if gradients else {"y": y.detach()}, now)
@@ -181,18 +187,11 @@ def same_objects(subject: Implementation, problem: Problem) -> None:
 
 def _same_frozen_objects(subject: Implementation, problem: Problem, mode: Callable[[], Any]) -> None:
     """The same without gradients, of tensors that want none; earlier results stay what they are."""
-    inputs = make_inputs(problem)
-    leaves = {n: t.clone() for n, t in inputs.tensors.items()}
-    x, routing, experts = compare.assemble(inputs, leaves)
+    leaves = {n: t.clone() for n, t in make_inputs(problem).tensors.items()}
     earlier: list[tuple[Tensor, Problem]] = []
-    for number, change in enumerate((_by_copy, _by_copy, _by_data, _by_new_data)):
-        now = replace(problem, seed=problem.seed + number)
-        new = make_inputs(now)
-        for name, leaf in leaves.items():
-            change(leaf, new.tensors[name])
-        change(routing.expert_ids, new.routing.expert_ids)
+    for arguments, now, new in _rewritten(problem, leaves):
         with mode():
-            y = subject.forward(x, routing, experts, combine=problem.combine)
+            y = subject.forward(*arguments, combine=problem.combine)
         compare.check_output(y, new)
         earlier.append((y, now))
         for result, of in earlier:
@@ -644,13 +643,10 @@ def global_state(subject: Implementation, problem: Problem) -> None:
                 vary=not subject.support.compiles_per_case,  # each setting is compiled anew
             )
     if not subject.support.compiles_per_case:
-        usual = torch.get_default_dtype()
         for dtype in (torch.bfloat16, torch.float64):
-            try:
+            with restored(settings(problem.dtype)):
                 torch.set_default_dtype(dtype)
                 found = list(calls(subject, problem, inputs))
-            finally:
-                torch.set_default_dtype(usual)
             for results in found:
                 hold(results, problem)
 

@@ -491,7 +491,7 @@ def _is_buffer(bench: Bench, name: str) -> bool:
     with torch.no_grad():
         before = oracle.tensors(bench.subject.read(twin))[name].clone()
         for buffer in twin.buffers():
-            buffer.add_(1)
+            buffer.copy_(buffer == 0)  # of any dtype
         return not torch.equal(oracle.tensors(bench.subject.read(twin))[name], before)
 
 

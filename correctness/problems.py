@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -612,41 +612,29 @@ _SIZES = (
     Problem("wide", T=40, D=521, H=263, O=519, E=3, K=2),
     Problem("thousands", T=4500, D=48, H=40, O=56, E=11, K=2, load="zipf", seed=1),
 )
-# Each activation at sizes that kernels split into tiles, each time in another dtype.
+# At sizes that kernels split into tiles.
 _LARGER = (
     Problem("larger", T=150, D=40, H=36, O=44, E=12, K=3, load="zipf", gates="unnormalised"),
     Problem("larger_still", T=1100, D=130, H=70, O=100, E=9, K=2, load="router"),
 )
-_LARGER_OPTIONS = tuple(
-    replace(
-        p,
-        activation=activation,
-        output_activation=OUTPUT_ACTIVATIONS[(i + j) % len(OUTPUT_ACTIVATIONS)],
-        combine=COMBINES[i // 2 % len(COMBINES)],
-        dtype=DTYPES[(i + j) % len(DTYPES)],
-    )
-    for i, activation in enumerate(ACTIVATIONS)
-    for j, p in enumerate(_LARGER)
-)
 # For kernels that have a path for one token, for many, and for sizes that their tiles divide.
-_PATHS = tuple(
-    replace(
-        p,
-        activation=activation,
-        output_activation=OUTPUT_ACTIVATIONS[(i + j) % len(OUTPUT_ACTIVATIONS)],
-        combine=COMBINES[(i + j) // 2 % len(COMBINES)],
-        bias=(i + j) % 3 > 0,
-    )
-    for i, activation in enumerate(ACTIVATIONS)
-    for j, p in enumerate(
-        (
-            Problem("decode", T=1, D=19, H=16, O=15, E=7, K=3),
-            Problem("prefill", T=3_001, D=15, H=14, O=13, E=4, K=2),
-            Problem("all_128", T=40, D=128, H=128, O=128, E=3, K=2),
-            Problem("tiles_of_64", T=40, D=192, H=128, O=256, E=3, K=2),
-        )
-    )
+_PATHS = (
+    Problem("decode", T=1, D=19, H=16, O=15, E=7, K=3),
+    Problem("prefill", T=3_001, D=15, H=14, O=13, E=4, K=2),
+    Problem("all_128", T=40, D=128, H=128, O=128, E=3, K=2),
+    Problem("tiles_of_64", T=40, D=192, H=128, O=256, E=3, K=2),
 )
+
+
+def _with_each_activation(
+    problems: tuple[Problem, ...], others: Callable[[int, int], dict]
+) -> Iterator[Problem]:
+    """Each problem with each activation, the output activation in turn, and ``others`` by their numbers."""
+    for (i, activation), (j, p) in itertools.product(enumerate(ACTIVATIONS), enumerate(problems)):
+        output_activation = OUTPUT_ACTIVATIONS[(i + j) % len(OUTPUT_ACTIVATIONS)]
+        yield replace(p, activation=activation, output_activation=output_activation, **others(i, j))
+
+
 _LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnormalised", low_gates=True)
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
 SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
@@ -654,8 +642,14 @@ SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES f
     *(replace(SMALL, name="wide_gates", gates="wide", combine=c, dtype=d) for c in COMBINES for d in DTYPES),
     *(replace(_LOW_GATES, gates="signed", dtype=d) for d in LOW_PRECISION),
     *(replace(_LOW_GATES, combine="logsumexp", dtype=d) for d in LOW_PRECISION),
-    *_LARGER_OPTIONS,
-    *_PATHS,
+    *_with_each_activation(
+        _LARGER,
+        lambda i, j: {"combine": COMBINES[i // 2 % len(COMBINES)], "dtype": DTYPES[(i + j) % len(DTYPES)]},
+    ),
+    *_with_each_activation(
+        _PATHS,
+        lambda i, j: {"combine": COMBINES[(i + j) // 2 % len(COMBINES)], "bias": (i + j) % 3 > 0},
+    ),
 )
 
 _INTEGERS = Problem("integers", T=41, D=13, H=9, O=11, E=6, K=2, activation="relu", exact=True)
