@@ -13,27 +13,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import (
-    comparison,
-    figures,
-    history,
-    on_gpu,
-    page,
-    peers,
-    profile,
-    record,
-    report,
-    tune,
-    versions,
-)
-from benchmarks.plan import SIZES
+from benchmarks.commands import compare, cuda, history, measurement, peers, tune
+from benchmarks.report import markdown, page
+from benchmarks.sweep import record
+from benchmarks.sweep.plan import SIZES
+from benchmarks.timing import profile, versions
 from benchmarks.workloads import MODELS, MODES, Workloads, chosen
-from correctness.compare import CheckFailed
-from correctness.problems import LOAD_NAMES, Problem, check_device
-from correctness.provenance import ROOT
+from correctness.judging.finding import CheckFailed
+from correctness.problems.loads import LOAD_NAMES
+from correctness.problems.problem import Problem, check_device
 from moe_impls import auto
 from moe_impls.interface import DEVICES, DTYPES, Implementation, RouterSpec, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
+from reporting.provenance import ROOT
 
 RESULTS = ROOT / "results"
 HISTORY = RESULTS / "history"
@@ -132,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         timed.add_argument("--base", metavar="REF", required=needed, help=(
             "a commit, or a folder with another version of moe_impls"
         ))  # fmt: skip
-        timed.add_argument("--seconds", type=float, default=comparison.SECONDS, metavar="S", help=(
-            f"for the samples of each of the two on each problem (default: {comparison.SECONDS:g})"
+        timed.add_argument("--seconds", type=float, default=compare.SECONDS, metavar="S", help=(
+            f"for the samples of each of the two on each problem (default: {compare.SECONDS:g})"
         ))  # fmt: skip
         timed.add_argument("--threads", type=int, metavar="N", help="threads that torch computes with")
         timed.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
@@ -185,12 +177,12 @@ def _cuda(options: argparse.Namespace) -> int:
     if options.device == "cpu" and not options.smoke:
         raise ValueError("--device is cpu; valid with --smoke only: `pytest benchmarks` measures on a CPU")
     folder = options.out or RESULTS / record.environment(options.device, "cuda").machine
-    return 0 if on_gpu.run(folder, options.device, options.minutes, smoke=options.smoke) else 1
+    return 0 if cuda.run(folder, options.device, options.minutes, smoke=options.smoke) else 1
 
 
 def _figures(options: argparse.Namespace) -> int:
-    found = figures.all_figures(options.quick)
-    for path in figures.write(options.out, found, options.quick):
+    found = measurement.all_figures(options.quick)
+    for path in measurement.write(options.out, found, options.quick):
         print(path)
     return 0 if all(figure.reached for figure in found) else 1
 
@@ -222,11 +214,11 @@ def _compare(options: argparse.Namespace) -> int:
     cells = _cells(options)
     if options.base:
         with versions.checked_out(options.base) as base:
-            found = list(comparison.base_and_here(base, resolve(names[0]), options.seconds, cells=cells))
+            found = list(compare.base_and_here(base, resolve(names[0]), options.seconds, cells=cells))
         title = f"{names[0]} here, relative to {options.base}"
     else:
         first, second = map(resolve, names)
-        found = comparison.implementations(first, second, options.seconds, cells=cells)
+        found = compare.implementations(first, second, options.seconds, cells=cells)
         title = f"{second.name}, relative to {first.name}"
     _tell(options, found, title)
     return 0 if any(c.ratio for c in found) else 1
@@ -239,7 +231,7 @@ def _cells(options: argparse.Namespace) -> list[tuple[Problem, str]]:
     for mode in options.mode or ():
         check_choice("--mode", mode, MODES)
     sizes = {size: getattr(options, size) or () for size in SIZES}
-    blocks = (Workloads(),) if options.load or any(sizes.values()) else comparison.PROBLEMS
+    blocks = (Workloads(),) if options.load or any(sizes.values()) else compare.PROBLEMS
     found = [p for block in chosen(blocks, options.model, sizes, options.load) for p in block.problems()]
     found = [replace(p, device=options.device, dtype=getattr(torch, options.dtype)) for p in found]
     return [(problem, mode) for problem in found for mode in options.mode or MODES]
@@ -254,18 +246,18 @@ def _gate(options: argparse.Namespace) -> int:
         usual = [name for name in IMPLEMENTATIONS if name in there and not name.endswith(PREPARED)]
         subjects = [resolve(name) for name in options.impl or usual]
         subjects = [s for s in subjects if options.impl or not s.support.compiles_per_case]
-        found, slower = comparison.gate(base, subjects, options.threshold, options.seconds)
+        found, slower = compare.gate(base, subjects, options.threshold, options.seconds)
     _tell(options, found, f"here, relative to {options.base}")
     if not slower:
         print(f"no implementation is slower than at {options.base} by more than {options.threshold:.0%}")
         return 0
-    comparison.show(slower, f"slower than at {options.base} by more than {options.threshold:.0%}, twice")
+    compare.show(slower, f"slower than at {options.base} by more than {options.threshold:.0%}, twice")
     return 1
 
 
-def _tell(options: argparse.Namespace, found: list[comparison.Compared], title: str) -> None:
-    comparison.show(found, title)
-    for path, write in ((options.csv, comparison.write_csv), (options.markdown, comparison.write_markdown)):
+def _tell(options: argparse.Namespace, found: list[compare.Compared], title: str) -> None:
+    compare.show(found, title)
+    for path, write in ((options.csv, compare.write_csv), (options.markdown, compare.write_markdown)):
         if path is not None:
             write(path, found)
             print(path)
@@ -285,7 +277,7 @@ def _report(options: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"{RESULTS} holds no CSV file; `pytest benchmarks` makes them")
     for folder in folders:
-        print(*report.write(folder), sep="\n")
+        print(*markdown.write(folder), sep="\n")
     if not page.is_available():
         print(page.MISSING, file=sys.stderr)
     return 0

@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import page, plan, record, report
-from benchmarks.isolated import Child
-from benchmarks.measure import CACHES
-from benchmarks.plan import SIZES
-from benchmarks.progress import SweepProgress
-from benchmarks.sweep import Settings, measure_workload
+from benchmarks.report import markdown, page
+from benchmarks.sweep import plan, record
+from benchmarks.sweep.isolated import Child
+from benchmarks.sweep.plan import SIZES
+from benchmarks.sweep.progress import SweepProgress
+from benchmarks.sweep.workload import Settings, measure_workload
+from benchmarks.timing.measure import CACHES
 from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS, Workloads, chosen
-from correctness import isolation
-from correctness.problems import LOAD_NAMES, Problem, check_device
-from correctness.provenance import ROOT
+from correctness.problems.loads import LOAD_NAMES
+from correctness.problems.problem import Problem, check_device
+from correctness.session import isolation
 from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
-
-SELF_TESTS = Path(__file__).parent / "tests"
+from reporting.pages import slug
+from reporting.provenance import ROOT
 
 
 @dataclass
@@ -155,7 +156,7 @@ def _sweep(config: pytest.Config) -> Sweep:
             for mode in option.mode or block.modes:
                 cells[plan.cell_id(made, mode)] = (made, mode)
     name = "-".join(option.model or [grid])
-    environment = record.environment(device, record.slug(name), option.cache)
+    environment = record.environment(device, slug(name), option.cache)
     csv = Path(option.resume) if option.resume else None
     if csv is not None and (before := record.read(csv)):
         environment = _continued(csv, before[0], environment)
@@ -201,14 +202,6 @@ def _blocks(config: pytest.Config, grid: str) -> list[Workloads]:
     # Given sizes or loads replace the axes of the grid's first block: its other blocks hold single cases.
     of_grid = GRIDS[grid][:1] if loads or any(sizes.values()) else GRIDS[grid]
     return chosen(of_grid, models, sizes, loads)
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The tests of the benchmark code run when asked for by path, not as part of a sweep."""
-    if collection_path != SELF_TESTS:
-        return None
-    asked = (Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args)
-    return None if any(path.is_relative_to(SELF_TESTS) for path in asked) else True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -335,10 +328,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if sweep.finished < planned:
         sweep.closing_lines.append(f"incomplete: {sweep.finished} of {planned} workloads were measured")
     with contextlib.suppress(record.RecordError, OSError):  # which the report tells
-        sweep.closing_lines += filter(None, [report.unsteady(report.table_of(record.read(sweep.csv)))])
+        sweep.closing_lines += filter(None, [markdown.unsteady(markdown.table_of(record.read(sweep.csv)))])
     sweep.closing_lines.append(f"CSV:    {_shown(sweep.csv)}")
     try:
-        sweep.closing_lines += [f"report: {_shown(path)}" for path in report.write(sweep.out)]
+        sweep.closing_lines += [f"report: {_shown(path)}" for path in markdown.write(sweep.out)]
         sweep.closing_lines += [] if page.is_available() else [page.MISSING]
     except (record.RecordError, OSError) as error:
         sweep.closing_lines.append(f"report: not written, {error}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.record import Row
+from benchmarks.sweep.record import Row
 
 
 @pytest.mark.timeout(0)  # the sweep limits each call by itself

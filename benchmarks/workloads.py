@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from correctness.problems import LOADS, Problem, load_named
+from correctness.problems.loads import LOADS, load_named
+from correctness.problems.problem import Problem
 from moe_impls.interface import GATED_ACTIVATIONS, RouterSpec, check_choice
 
 # forward: inference, no gradients recorded. forward_backward: y, then the gradients of x, the gates and

@@ -15,42 +15,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import Phase, Verbosity, settings  # noqa: E402
 
-from correctness import isolation, layer_checks, shrink, summary  # noqa: E402
-from correctness.blame import Timeout  # noqa: E402
-from correctness.checks import cases  # noqa: E402
-from correctness.compare import CheckFailed  # noqa: E402
-from correctness.limits import Limits, time_limit  # noqa: E402
-from correctness.mutants import MUTANTS, table  # noqa: E402
-from correctness.problems import check_device  # noqa: E402
-from correctness.settings import restored  # noqa: E402
-from correctness.settings import settings as process_settings  # noqa: E402
-from correctness.subjects import Subjects, find_subjects  # noqa: E402
+import correctness.session.profiles  # noqa: E402, F401  # of Hypothesis
+from correctness.checks import layers  # noqa: E402
+from correctness.checks.table import cases  # noqa: E402
+from correctness.judging.finding import CheckFailed, Timeout  # noqa: E402
+from correctness.judging.process_state import restored  # noqa: E402
+from correctness.judging.process_state import settings as process_settings  # noqa: E402
+from correctness.problems.problem import check_device  # noqa: E402
+from correctness.session import isolation, shrink, summary  # noqa: E402
+from correctness.session.limits import Limits, time_limit  # noqa: E402
+from correctness.session.subjects import Subjects, find_subjects  # noqa: E402
 
 MOST_WORKERS = 8  # each holds a copy of torch in memory
-
-# Hypothesis draws the same examples in every run, or with --hypothesis-profile=thorough many new ones.
-QUICK = settings(
-    max_examples=100,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    report_multiple_bugs=False,
-    verbosity=Verbosity.quiet,  # the failure itself says on which problem
-    phases=[phase for phase in Phase if phase is not Phase.explain],
-)
-settings.register_profile("ci", QUICK)
-settings.register_profile(
-    "thorough",
-    QUICK,
-    max_examples=2000,
-    derandomize=False,
-    database=settings().database,
-    verbosity=Verbosity.normal,
-    print_blob=True,
-)
-settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,20 +45,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--layer", metavar="FILE:CLASS", help="check only this whole layer; its file holds read(layer), too"
     )
     group.addoption("--device", default="cpu", metavar="NAME", help="of implementations: cpu (default), cuda")
-    group.addoption(
-        "--mutants",
-        action="store_true",
-        help="only the deliberately wrong subjects, each through every check; writes results/mutants.csv",
-    )
-    group.addoption(
-        "--seeds",
-        type=int,
-        metavar="N",
-        help="of test_lookalikes.py: run every numeric problem on N seeds, not one seed of a few problems",
-    )
-    group.addoption(
-        "--error-budget", metavar="CSV", help="write there how much of the budget each lookalike uses"
-    )
     group.addoption(
         "--isolate",
         action="store_true",
@@ -103,7 +66,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def _is_whole(config: pytest.Config) -> bool:
     """Whether all of ``pytest correctness`` is to be run, if only on some subjects, and nothing says how."""
     options = (
-        *("mutants", "seeds", "error_budget"),  # what gathers results in one process
         *("keyword", "markexpr", "deselect", "lf", "failedfirst"),  # which tests
         *("collectonly", "usepdb", "trace", "maxfail"),  # and how
     )
@@ -178,13 +140,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 if "cpu" in subject.support.devices
             ],
         )
-    if "mutant" in metafunc.fixturenames:
-        metafunc.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.kind}-{mutant.name}")
     if "router" in metafunc.fixturenames:
         router = config.stash[SUBJECTS].router
         metafunc.parametrize("router", [pytest.param(router, id=router.name.rpartition(":")[2])])
     if "layer_case" in metafunc.fixturenames:
-        layer_cases = layer_checks.cases(config.stash[SUBJECTS].layers)
+        layer_cases = layers.cases(config.stash[SUBJECTS].layers)
         metafunc.parametrize(
             "layer_case",
             [
@@ -201,7 +161,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ("subject", "impl"),
         ("router", "router"),
         ("layer_case", "layer"),
-        ("mutant", "mutants"),
     )
     wanted = {name for name, option in options if config.getoption(option)}
     if not wanted:
@@ -251,8 +210,3 @@ def _smallest_failure(item: pytest.Function) -> str:
         smallest = case.problem
     spent[case.subject.name, case.check.name] = time.monotonic() - begin
     return "" if smallest == case.problem else f"\n  smallest failing case: {smallest.code()}"
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.getoption("mutants"):
-        table.report(terminalreporter)

@@ -1,0 +1,221 @@
+"""``python -m benchmarks cuda``: verify, measure and profile on a GPU, the most important first, in time.
+
+Every step is one of this project's own commands in a process of its own, with its output in a log. The same
+command with the same folder does what is left: a sweep goes on with the row after the last on disk, any other
+step whose time was up begins again, and what failed is tried again after all else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import markdown
+from benchmarks.sweep import plan, record
+from moe_impls.registry import ResolveError, is_installed, resolve
+from reporting import provenance
+from reporting.pages import write_atomically
+from reporting.provenance import ROOT
+
+STEPS = "steps.json"
+OURS = ("triton_fused", "grouped_mm", "sorted_dispatch", "padded")
+PEERS = (
+    "transformers.grouped_mm",
+    "transformers.batched_mm",
+    "liger.fused_moe",
+    "scattermoe.parallel_experts",
+    "torchtitan.grouped_mm",
+)
+REPORT_S = 30.0  # kept for the report
+LEAST_S = 5.0  # a step that would have less is not begun
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of this project, without ``python -m``, and the share of all the time that it may take."""
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+    may_fail: bool = False  # what fails in it is a finding about others
+
+    @property
+    def is_sweep(self) -> bool:
+        return self.command[:2] == ("pytest", "benchmarks")
+
+
+@dataclass
+class Done:
+    """How a step ended: finished, failed (its command said so) or stopped (its time was up)."""
+
+    status: str
+    seconds: float
+    exit_status: int | None = None
+    csv: str = ""  # of a sweep, in the folder
+
+
+def usable_peers(tell: Callable[[str], None]) -> list[str]:
+    """Those of PEERS whose package is installed; of one that cannot be imported, why is told."""
+    found = []
+    for name in filter(is_installed, PEERS):
+        try:
+            found.append(resolve(name).name)
+        except ResolveError as error:
+            tell(f"left out: {error}")
+    return found
+
+
+def steps(device: str, smoke: bool, peers: Sequence[str] = ()) -> list[Step]:
+    """What is done, in this order."""
+    subjects = [f"--impl={name}" for name in (*OURS, *peers)]
+    verify = ["pytest", "correctness", f"--device={device}", "-q"]
+
+    def sweep(*options: str) -> tuple[str, ...]:
+        return ("pytest", "benchmarks", "--benchmark-autosave", "-q", f"--device={device}", *options)
+
+    if smoke:
+        chosen = ("--impl=sorted_dispatch", "--impl=grouped_mm")
+        return [
+            Step("verify", (*verify, "--impl=sorted_dispatch", "-k", "exact"), 0.4),
+            Step("sweep", sweep("--grid=smoke", *chosen), 0.4),
+            Step("profile", ("benchmarks", "profile", f"--device={device}", "--impl=sorted_dispatch",
+                             "--T=64", "--D=32", "--H=32", "--E=4", "--K=2"), 0.2),
+        ]  # fmt: skip
+
+    def models(*tokens: int) -> tuple[str, ...]:
+        names = ("qwen3-30b-a3b", "olmoe-1b-7b", "mixtral-8x7b")
+        return (*(f"--model={name}" for name in names), *(f"--T={T}" for T in tokens))
+
+    low = "--dtype=bfloat16"
+    return [
+        Step("verify-first", (*verify, "-x", *subjects[:2], "-k", "values or exact"), 0.2),
+        Step("models-many-tokens", sweep(low, *models(32768, 4096), *subjects), 0.25),
+        Step("models-few-tokens", sweep(low, *models(1, 16, 64), *subjects), 0.15),
+        *(
+            Step(f"profile-{name}", ("benchmarks", "profile", f"--device={device}", low, f"--impl={name}",
+                                     "--model=qwen3-30b-a3b", "--T=4096"), 0.04)
+            for name in OURS[:2]
+        ),
+        Step("verify", (*verify, "-x", *(f"--impl={name}" for name in OURS)), 0.3),
+        Step("sweep-bfloat16", sweep(low, "--grid=throughput", *subjects), 0.3),
+        Step("sweep-float32", sweep("--grid=default", *subjects), 0.3),
+        Step("sweep-float16", sweep("--dtype=float16", "--grid=default", *subjects), 0.3),
+        *(
+            Step(f"verify-{name}", (*verify, f"--impl={name}"), 0.1, may_fail=True)
+            for name in peers
+        ),
+    ]  # fmt: skip
+
+
+def environment(device: str) -> dict[str, object]:
+    """What the figures depend on and no row holds."""
+    found: dict[str, object] = {
+        **provenance.columns(),
+        "device": device,
+        "device_name": provenance.device_name(device),
+        "cuda": torch.version.cuda,
+        "float32_products": torch.backends.cuda.matmul.fp32_precision,  # tf32, or as they are
+        "triton": importlib.util.find_spec("triton") is not None,
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return found
+
+
+def run(
+    folder: Path, device: str, minutes: float, *, smoke: bool, tell: Callable[[str], None] = print
+) -> bool:
+    """All steps that fit, then the report. Whether none failed that may not.
+
+    Raises:
+        RecordError: the folder's list of steps cannot be read.
+    """
+    end = time.monotonic() + 60 * minutes
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "environment.json", _json(environment(device)))
+    done = _read(folder / STEPS)
+    planned = steps(device, smoke, [] if smoke else usable_peers(tell))
+
+    def failed(step: Step) -> bool:
+        return step.name in done and done[step.name].status == "failed"
+
+    for step in sorted(planned, key=failed):
+        if step.name in done and (done[step.name].status == "finished" or (failed(step) and step.may_fail)):
+            tell(f"{step.name}: {done[step.name].status} before")
+            continue
+        seconds = min(end - time.monotonic() - REPORT_S, step.share * 60 * minutes)
+        if seconds < LEAST_S:
+            tell(f"{step.name}: no time is left for it")
+            continue
+        done[step.name] = _run(step, folder, seconds, done.get(step.name))
+        write_atomically(folder / STEPS, _json({name: asdict(d) for name, d in done.items()}))
+        tell(f"{step.name}: {done[step.name].status} after {done[step.name].seconds:.0f} s")
+    if any(folder.glob("*.csv")):
+        for path in markdown.write(folder):
+            tell(str(path))
+    return not any(failed(step) and not step.may_fail for step in planned)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _read(path: Path) -> dict[str, Done]:
+    try:
+        return {name: Done(**d) for name, d in json.loads(path.read_text(encoding="utf-8")).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise record.RecordError(f"{path} is no list of steps: {error}; remove it to begin anew") from error
+
+
+def _can_go_on(csv: Path) -> bool:
+    """Whether a sweep was begun at this commit and has rows; else it is begun anew."""
+    if not plan.progress(csv):
+        return False
+    return all(row.git_commit == provenance.columns()["git_commit"] for row in record.read(csv)[:1])
+
+
+def _run(step: Step, folder: Path, seconds: float, before: Done | None) -> Done:
+    command = [sys.executable, "-m", *step.command]
+    if step.is_sweep and before is not None and before.csv and _can_go_on(folder / before.csv):
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-q", f"--resume={folder / before.csv}"]
+    elif step.is_sweep:
+        command.append(f"--out={folder}")
+    elif step.command[0] == "benchmarks":
+        command.append(f"--out={folder / 'profiles'}")
+    known = set(folder.glob("*.csv"))
+    begin, status, exit_status = time.monotonic(), "finished", None
+    with (folder / f"{step.name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"NO_COLOR": "1"},
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            exit_status = process.wait(timeout=seconds)
+            status = "finished" if exit_status == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "stopped"
+        finally:  # of its workers, too, none may compute beside the next step
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    made = [path.name for path in folder.glob("*.csv") if path not in known]
+    csv = made[0] if made else before.csv if before else ""
+    return Done(status, round(time.monotonic() - begin, 1), exit_status, csv)

@@ -1,0 +1,408 @@
+"""``python -m benchmarks peers``: the implementations of this project beside those of other libraries.
+
+Layers of models, most of them smaller in one of their sizes so that they fit, in three regimes. All that take
+a call are timed in the same rounds; the figures are ratios of the best peer and the best of ours, each chosen
+by its median.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from rich.progress import track
+
+from benchmarks.report.plots import png
+from benchmarks.sweep import record
+from benchmarks.sweep.workload import taken, undeclared
+from benchmarks.timing import measure, memory, ratio, roofline
+from benchmarks.timing.measure import Call
+from benchmarks.workloads import MODELS
+from correctness.problems.inputs import make_inputs
+from correctness.problems.problem import Inputs, Problem
+from moe_impls.interface import Implementation, dtype_name
+from moe_impls.registry import IMPLEMENTATIONS, PEERS, is_installed, resolve
+from reporting import provenance
+from reporting.pages import markdown_table, write_atomically
+
+
+def _layer(model: str, name: str = "", **smaller: int) -> Problem:
+    """A model's layer, without the output activation that no peer has; T is set by the regime."""
+    layer = next(MODELS[model].problems())
+    smaller = {"O": smaller.get("D", layer.O), **smaller}
+    return replace(layer, name=name or model, T=1, output_activation="none", **smaller)
+
+
+LAYERS = (
+    _layer("olmoe-1b-7b"),
+    _layer("qwen3-30b-a3b", "qwen3-30b-a3b, 32 experts", E=32),
+    _layer("mixtral-8x7b", "mixtral-8x7b, a quarter", D=1024, H=3584),
+    _layer("gpt-oss-20b", "gpt-oss-20b, half", D=1440, H=1440),
+    _layer("notebook"),
+)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Numbers of tokens in one mode, and of them those of a quick run."""
+
+    name: str
+    mode: str
+    tokens: tuple[int, ...]
+    quick: tuple[int, ...]
+
+
+REGIMES = (
+    Regime("few tokens", "forward", (1, 4, 16, 64, 256), (1, 64)),
+    Regime("many tokens", "forward", (1024, 4096), (1024,)),
+    Regime("training", "forward_backward", (256, 2048), (256,)),
+)
+QUICK_LAYERS = (LAYERS[2], LAYERS[4])
+# Growth with the number of experts at a fixed number of slots, and with K.
+GROWTH = Problem("growth", T=256, D=256, H=256, O=256, E=32, K=4, bias=False)
+GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
+QUICK_GROWN = {"E": (8, 32, 128, 256), "K": (1, 4, 8, 16)}
+SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
+HOPELESS = 1.2  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
+MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
+CANDIDATES = 3  # of a side, at most
+PART = "peers.part.csv"  # what is measured so far
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One call. ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
+
+    auto_ratio: auto over the best of ours that takes the weights as they are. of_products: the time of dense
+    products of the same FLOPs over that of ours. of_reading: the time of the traffic at the bandwidth that is
+    measured beside it over that of ours.
+    """
+
+    regime: str
+    layer: str
+    dtype: str
+    mode: str
+    T: int
+    D: int
+    H: int
+    E: int
+    K: int
+    ours: str
+    ours_ms: float
+    peer: str
+    peer_ms: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    verdict: str
+    auto_took: str
+    auto_ratio: float
+    of_products: float
+    of_reading: float
+    times_ms: str
+
+
+def compared() -> tuple[str, ...]:
+    """The peers that run on a CPU and combine by sums; torchtitan's, if it is there."""
+    asked_for = ("transformers", "einsum")
+    return tuple(
+        name
+        for name in PEERS
+        if (library := name.partition(".")[0]) in asked_for
+        or (library == "torchtitan" and is_installed(name))
+    )
+
+
+def subjects() -> tuple[list[Implementation], list[Implementation]]:
+    """Ours, without what compiles for each shape, and the peers.
+
+    Raises:
+        ResolveError: the package of a peer is missing; the message names the extra.
+    """
+    ours = [resolve(name) for name in IMPLEMENTATIONS]
+    ours = [i for i in ours if not i.support.compiles_per_case and i.is_available()]
+    return ours, [resolve(name) for name in compared()]
+
+
+def samples(
+    problem: Problem, mode: str, inputs: Inputs, groups: Sequence[Sequence[Implementation]]
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of each that takes the call and comes near the fastest of its group, by name, in common rounds.
+
+    One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out.
+    """
+    near: dict[str, Call] = {}
+    # Tried first: what others take is limited by what it took, and it is one of the fastest.
+    first = taken(resolve("auto"), problem, inputs, mode)
+    with memory.memory_limit("cpu", min(MEMORY_BYTES, memory.available_memory_bytes("cpu"))):
+        for group in groups:
+            calls = {
+                i.name: measure.call_of(i.ready(inputs.experts), problem, inputs, mode)
+                for i in group
+                if undeclared(i, problem, mode) is None
+            }
+            auto = {name: calls.pop(name) for name in ("auto",) if name in calls}  # timed however slow it is
+            near |= measure.near_the_fastest(calls, first, hopeless=HOPELESS, most=CANDIDATES) | auto
+    timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
+    return {name: timing.samples_s for name, timing in timings.items()}
+
+
+def measure_cell(
+    regime: Regime,
+    problem: Problem,
+    inputs: Inputs,
+    ours: Sequence[Implementation],
+    peers: Sequence[Implementation],
+) -> Cell | None:
+    """One cell; None if no peer takes the call."""
+    p, mode = problem, regime.mode
+    prepared = [i for i in ours if i.prepare is not None]
+    as_they_are = [i for i in ours if i.prepare is None]
+    found = samples(p, mode, inputs, [as_they_are, prepared, peers])
+    median_s = {name: statistics.median(s) for name, s in found.items()}
+
+    def fastest(of: Sequence[Implementation]) -> str:
+        return min((i.name for i in of if i.name in found and i.name != "auto"), key=median_s.__getitem__)
+
+    if not any(i.name in found for i in peers):
+        return None
+    best, peer = fastest(ours), fastest(peers)
+    between = ratio.compare(found[best], found[peer])
+    limits = roofline.measure_roofline(p, mode, inputs.routing)
+    ours_ms = median_s[best] * 1e3
+    return Cell(
+        regime=regime.name,
+        layer=p.name,
+        dtype=dtype_name(p.dtype),
+        mode=mode,
+        **{size: getattr(p, size) for size in ("T", "D", "H", "E", "K")},
+        ours=best,
+        ours_ms=_rounded(ours_ms),
+        peer=peer,
+        peer_ms=_rounded(median_s[peer] * 1e3),
+        **{n: v if isinstance(v, str | int) else _rounded(v) for n, v in asdict(between).items()},
+        auto_took=taken(resolve("auto"), p, inputs, mode),
+        auto_ratio=_rounded(ratio.compare(found[fastest(as_they_are)], found["auto"]).ratio),
+        of_products=_rounded(limits.compute_limit_ms / ours_ms),
+        of_reading=_rounded(limits.traffic_limit_ms / ours_ms),
+        times_ms="; ".join(f"{n} {s * 1e3:.4g}" for n, s in sorted(median_s.items(), key=lambda i: i[1])),
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def planned(quick: bool) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
+    """Each layer and dtype with its most tokens, and the regimes and numbers of tokens it is measured at."""
+    for dtype in DTYPES:
+        for layer in QUICK_LAYERS if quick else LAYERS:
+            cells = [(r, T) for r in REGIMES for T in (r.quick if quick else r.tokens)]
+            yield replace(layer, dtype=dtype, T=max(T for _, T in cells)), cells
+
+
+def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
+    """Every cell of every regime. Each is in ``folder`` when it is measured, and a run is continued there.
+
+    Raises:
+        ValueError: what was begun there is of another version, machine, set of peers or choice of cells.
+    """
+    ours, peers = subjects()
+    part, made = folder / PART, _made(quick)
+    rows = _begun(part, made) if part.exists() else []
+    done = {(row["regime"], row["layer"], row["dtype"], row["T"]) for row in rows}
+    for whole, cells in track(list(planned(quick)), "layers"):
+        dtype = dtype_name(whole.dtype)
+        left = [(regime, T) for regime, T in cells if (regime.name, whole.name, dtype, T) not in done]
+        inputs = make_inputs(whole) if left else None
+        for regime, T in left:
+            assert inputs is not None
+            cell = measure_cell(regime, replace(whole, T=T), inputs.first(T), ours, peers)
+            rows += [made | asdict(cell)] if cell else []
+            write_atomically(part, _csv(pd.DataFrame(rows)))
+    return pd.DataFrame(rows)
+
+
+def _made(quick: bool) -> dict[str, object]:
+    return {**provenance.columns(), **record.threads(), "peers": " ".join(compared()), "quick": quick}
+
+
+def _begun(part: Path, made: dict[str, object]) -> list[dict[str, object]]:
+    """The rows of a run that was interrupted."""
+    rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(part).to_dict("records")]
+    for row in rows:
+        other = [name for name, value in made.items() if row.get(name) != value]
+        if other:
+            raise ValueError(
+                f"{part} was begun with {other[0]} {row.get(other[0])}, this run is with {made[other[0]]}: "
+                "delete it to begin anew"
+            )
+    return rows
+
+
+def _csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The time of one implementation at one number of experts, or of experts per token."""
+
+    axis: str
+    value: int
+    mode: str
+    implementation: str
+    median_ms: float
+
+
+def measure_growth(quick: bool) -> list[Growth]:
+    """Times against E at a fixed T and K, and against K at a fixed E; the number of slots grows with K."""
+    found = []
+    names = ("sorted_dispatch", "recompute", "native", "auto")
+    implementations = [i for i in map(resolve, names) if i.is_available()]
+    for axis, values in (QUICK_GROWN if quick else GROWN).items():
+        for value in track(values, f"growth with {axis}"):
+            p = replace(GROWTH, **{axis: value})
+            inputs = make_inputs(p)
+            for mode in ("forward", "forward_backward"):
+                for name, s in samples(p, mode, inputs, [[i] for i in implementations]).items():
+                    found.append(Growth(axis, value, mode, name, _rounded(statistics.median(s) * 1e3)))
+    return found
+
+
+def by_regime(cells: pd.DataFrame) -> pd.DataFrame:
+    """The figures of each regime and dtype."""
+    lines = []
+    for (regime, dtype), rows in cells.groupby(["regime", "dtype"], sort=False):
+        worst = rows.loc[rows["ratio"].idxmin()]
+        few = rows[rows["T"] <= 4]
+        lines.append(
+            {
+                "regime": regime,
+                "dtype": dtype,
+                "cells": len(rows),
+                "best peer / ours, geometric mean": f"{ratio.geometric_mean(rows['ratio'].tolist()):.2f}",
+                "least": f"{worst['ratio']:.2f}",
+                "where": f"{worst['layer']}, T={worst['T']}",
+                "slower than the peer": int((rows["verdict"] == "faster").sum()),
+                "of dense products, median": f"{rows['of_products'].median():.2f}",
+                "of reading at T <= 4, median": f"{few['of_reading'].median():.2f}" if len(few) else "",
+                "auto within 5 %": f"{(rows['auto_ratio'] <= 1.05).mean():.0%}",
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def figure(cells: pd.DataFrame) -> bytes:
+    """The best peer's time over ours, a dot for each cell: one panel for each regime."""
+    regimes = list(dict.fromkeys(cells["regime"]))
+    drawn, axes = plt.subplots(
+        1, len(regimes), figsize=(4.2 * len(regimes), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    styles = {"float32": ("#0072B2", "o"), "bfloat16": ("#D55E00", "s")}
+    for panel, regime in zip(axes[0], regimes, strict=True):
+        rows = cells[cells["regime"] == regime]
+        tokens = sorted(rows["T"].unique())
+        for side, (dtype, (colour, marker)) in zip((-0.12, 0.12), styles.items(), strict=True):
+            of_dtype = rows[rows["dtype"] == dtype]
+            x = [tokens.index(T) + side for T in of_dtype["T"]]
+            panel.scatter(x, of_dtype["ratio"], color=colour, marker=marker, alpha=0.75, label=dtype)
+        panel.axhline(1, color="0.4", linestyle="--", linewidth=1)
+        panel.set_xticks(range(len(tokens)), [str(T) for T in tokens])
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        panel.set_xlabel("tokens T")
+        panel.set_title(regime)
+        panel.grid(True, axis="y", color="0.9")
+    axes[0, 0].set_ylabel("time of the best peer / time of ours")
+    axes[0, 0].legend(frameon=False)
+    return png(drawn)
+
+
+def growth_figure(growth: pd.DataFrame) -> bytes:
+    """Time against E and K on linear axes, where a quadratic term would bend the line."""
+    drawn, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    colours = ("#0072B2", "#E69F00", "#009E73", "#D55E00")
+    for row, mode in zip(axes, ("forward", "forward_backward"), strict=True):
+        for panel, axis in zip(row, GROWN, strict=True):
+            rows = growth[(growth["axis"] == axis) & (growth["mode"] == mode)]
+            for colour, (name, line) in zip(colours, rows.groupby("implementation"), strict=False):
+                panel.plot(line["value"], line["median_ms"], "o-", color=colour, label=name)
+            panel.set_xlabel({"E": "experts E", "K": "experts per token K"}[axis])
+            panel.set_ylabel("median time, ms")
+            panel.set_title(mode.replace("_", " + "))
+            panel.set_ylim(bottom=0)
+            panel.grid(True, color="0.9")
+            panel.legend(frameon=False, fontsize="small")
+    return png(drawn)
+
+
+def quadratic_share(growth: pd.DataFrame) -> pd.DataFrame:
+    """Of a parabola through the times, what the square adds at the largest value, as a share of the time."""
+    lines = []
+    for (axis, mode, name), rows in growth.groupby(["axis", "mode", "implementation"], sort=False):
+        square = np.polyfit(rows["value"], rows["median_ms"], 2, w=1 / rows["median_ms"])[0]
+        largest = rows.loc[rows["value"].idxmax()]
+        share = square * largest["value"] ** 2 / largest["median_ms"]
+        lines.append({"against": axis, "mode": mode, "implementation": name, "share": f"{share:.0%}"})
+    return pd.DataFrame(lines)
+
+
+def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -> list[Path]:
+    """peers.csv, peers-growth.csv, their page and its plots, in the place of what was measured so far."""
+    made = _made(quick)
+    growth = pd.DataFrame([made | asdict(point) for point in grown])
+    share = quadratic_share(growth)
+    shown = ["layer", "dtype", "mode", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "auto_took",
+             "auto_ratio", "of_products", "of_reading"]  # fmt: skip
+    commit = str(made["git_commit"])[:12]
+    page = f"""# Beside other libraries
+
+Written by `python -m benchmarks peers{" --quick" * quick}` at commit {commit} with torch
+{made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. *Ours* is the fastest
+implementation of this project in a cell, *peer* the fastest of the others: {", ".join(compared())}.
+Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
+first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
+or comes after the {CANDIDATES} fastest, was not timed further. *auto_ratio*: `auto` over the fastest of ours
+that needs no `prepare`. *of_products*: the time of dense products of the same FLOPs over ours. *of_reading*:
+the time of the least traffic at the bandwidth measured beside it, over ours.
+
+{markdown_table(by_regime(cells))}
+
+![The best peer's time over ours](peers.png)
+
+## Growth
+
+T={GROWTH.T} D={GROWTH.D} H={GROWTH.H}, float32; against E at K={GROWTH.K}, against K at E={GROWTH.E}.
+
+![Time against E and K](peers-growth.png)
+
+What the square in a parabola adds at the largest value:
+
+{markdown_table(share)}
+
+## Every cell
+
+{markdown_table(cells[shown])}
+"""
+    contents = {
+        "peers.csv": _csv(cells),
+        "peers-growth.csv": _csv(growth),
+        "peers.png": figure(cells),
+        "peers-growth.png": growth_figure(growth),
+        "peers.md": page.encode(),
+    }
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    (folder / PART).unlink(missing_ok=True)
+    return [folder / name for name in contents]

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.utils.deterministic as torch_deterministic
+
+from correctness.judging.calling import calls, finish, start
+from correctness.judging.compare import hold, hold_calls
+from correctness.judging.finding import CheckFailed, what
+from correctness.problems.inputs import make_inputs
+from correctness.problems.problem import Problem
+from moe_impls.interface import Implementation, Routing
+from moe_impls.registry import one_line
+
+
+@contextlib.contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """New tensors hold NaN until they are written to, as reused memory might."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fills = torch_deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(torch_deterministic, "fill_uninitialized_memory", True)  # noqa: B010  # of a property
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about operators without a deterministic form
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        setattr(torch_deterministic, "fill_uninitialized_memory", fills)  # noqa: B010
+
+
+def dirty_memory(subject: Implementation, problem: Problem) -> None:
+    """Memory that nothing wrote to is never read, nor left in a result: in the first call or the second."""
+    with fresh_memory_is_nan():
+        for _ in range(2):
+            hold_calls(subject, problem)
+
+
+def recycled_memory(subject: Implementation, problem: Problem) -> None:
+    """The same where the allocator hands out blocks of the results' sizes that were full of NaN, or of 7."""
+    inputs = make_inputs(problem)
+    shapes = [inputs.dy.shape, *(t.shape for t in inputs.tensors.values())]
+    for filling in (torch.nan, 7.0):
+        blocks = [
+            torch.full(s, filling, dtype=d, device=problem.device)
+            for s in shapes
+            for d in (problem.dtype, torch.float32)
+        ]
+        del blocks
+        hold_calls(subject, problem)
+
+
+def inputs_unchanged(subject: Implementation, problem: Problem) -> None:
+    """No input is written to, by forward or backward, and no result is a view of one."""
+    inputs = make_inputs(problem)
+    before = inputs.map(torch.clone)
+    ids = inputs.routing.expert_ids.clone()
+    named = {**inputs.tensors, "dy": inputs.dy, "expert_ids": inputs.routing.expert_ids}
+    versions = {name: tensor._version for name, tensor in named.items()}
+    kept = {**before.tensors, "dy": before.dy, "expert_ids": ids}
+    for results in calls(subject, problem, inputs):
+        for name, tensor in named.items():
+            if not torch.equal(tensor, kept[name]):
+                raise CheckFailed(f"{name} was written to")
+            if tensor._version != versions[name]:
+                raise CheckFailed(f"{name} was written to, and its contents restored")
+            for result, value in results.items():
+                if (
+                    value.numel()
+                    and value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+                ):
+                    raise CheckFailed(f"{what(result)} shares its memory with the input {name}")
+
+
+def shared_memory(subject: Implementation, problem: Problem) -> None:
+    """Inputs of one shape may be one and the same memory: w_in and w_out, b_in and b_out, x and dy."""
+    inputs = make_inputs(problem)
+    experts = inputs.experts
+    if experts.w_in.shape == experts.w_out.shape:
+        experts = replace(experts, w_out=experts.w_in, b_out=experts.b_in)
+    hold_calls(subject, problem, inputs._replace(experts=experts, dy=inputs.x))
+
+
+def results_are_the_callers(subject: Implementation, problem: Problem) -> None:
+    """What a caller writes into y and gradients spoils no gradient in silence, and reaches no later call."""
+    inputs = make_inputs(problem)
+    if subject.support.gradients:
+        graph = start(subject.forward, inputs, problem.combine)
+        try:
+            graph.y.add_(1)
+            results = finish(graph, inputs.dy)
+        except RuntimeError as error:  # autograd may refuse, as it does for its own sigmoid
+            if "inplace" not in str(error):
+                raise
+        else:
+            hold({name: t for name, t in results.items() if name != "y"}, problem)
+    x, (ids, gates), _, _ = inputs
+    one_token = inputs._replace(
+        x=x[:1].expand(x.shape), routing=Routing(*(t[:1].expand(t.shape) for t in (ids, gates)))
+    )
+    for given in (one_token, inputs):
+        for results in calls(subject, problem, given):
+            for name, t in results.items():
+                if name == "y" or 0 not in t.stride():  # autograd itself makes gradients that repeat a row
+                    try:
+                        t.add_(torch.nan)
+                    except RuntimeError as error:
+                        raise CheckFailed(f"{what(name)} cannot be written to: {one_line(error)}") from error
+    hold_calls(subject, problem, inputs)

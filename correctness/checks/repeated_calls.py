@@ -1,0 +1,302 @@
+"""Checks of how an implementation behaves beyond one right result: memory, state, layouts, graphs, modes.
+
+Each is a function of an implementation and a problem that raises ``CheckFailed``; ``checks.table``
+lists the problems that each runs on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from correctness.judging import calling
+from correctness.judging.calling import Graph, calls, finish, run, start
+from correctness.judging.compare import hold, hold_calls
+from correctness.judging.finding import CheckFailed, what
+from correctness.judging.process_state import require_unchanged, restored, settings
+from correctness.problems.inputs import make_inputs
+from correctness.problems.problem import Inputs, Problem, fit, resize
+from moe_impls.interface import Implementation
+
+REPEATS = 50
+THREADS, ROUNDS = 3, 3
+# Each number of tokens, experts, choices and features up to these is met once, beside sizes that differ.
+MOST_TOKENS, MOST_EXPERTS, MOST_FEATURES = 67, 19, 19
+
+
+def new_contents(subject: Implementation, problem: Problem) -> None:
+    """New numbers and a new routing at the same addresses give the new result; the old result stays.
+
+    With gradients and without: what a kernel remembers for inference it may not remember for training.
+    """
+    second = replace(problem, seed=problem.seed + 1)
+    for gradients in {subject.support.gradients, False}:
+        inputs = make_inputs(problem)
+        before = run(subject.forward, inputs, problem.combine, gradients=gradients)
+        copies = {name: t.clone() for name, t in before.items()}
+        inputs.overwrite(make_inputs(second))
+        hold(run(subject.forward, inputs, problem.combine, gradients=gradients), second)
+        for name, t in before.items():
+            if not torch.equal(t, copies[name]):
+                raise CheckFailed(
+                    f"{what(name)} that an earlier call returned was overwritten by a later one"
+                )
+
+
+def one_input_changes(subject: Implementation, problem: Problem) -> None:
+    """One tensor in place gets new contents, then two of its rows trade places: each is read in each call.
+
+    Rows that trade places leave the first and last entries, the sum and every other statistic as they were.
+    """
+    inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
+    hold_calls(subject, problem, inputs)
+    changes = {name: (t, other.tensors[name]) for name, t in inputs.tensors.items()}
+    changes["expert_ids"] = (inputs.routing.expert_ids, other.routing.expert_ids)
+    for target, source in changes.values():
+        target.copy_(source)
+        hold_calls(subject, problem, inputs)
+        target[[1, 2]] = target[[2, 1]]
+        hold_calls(subject, problem, inputs)
+
+
+def _by_copy(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():  # as an optimiser does
+        target.copy_(source)
+
+
+def _by_data(target: Tensor, source: Tensor) -> None:
+    target.data.copy_(source)  # leaves the version of the tensor as it was
+
+
+def _by_new_data(target: Tensor, source: Tensor) -> None:
+    target.data = source.clone()
+
+
+def _rewritten(problem: Problem, leaves: dict[str, Tensor]) -> Iterator[tuple[tuple, Problem, Inputs]]:
+    """The arguments that ``leaves`` are, whose contents are changed each time, and what they then hold."""
+    arguments = calling.assemble(make_inputs(problem), leaves)
+    for number, change in enumerate((_by_copy, _by_copy, _by_data, _by_new_data)):
+        now = replace(problem, seed=problem.seed + number)
+        new = make_inputs(now)
+        for name, leaf in leaves.items():
+            change(leaf, new.tensors[name])
+        change(arguments[1].expert_ids, new.routing.expert_ids)
+        yield arguments, now, new
+
+
+def same_objects(subject: Implementation, problem: Problem) -> None:
+    """One x, one routing and nn.Parameter objects that live on: each call reads what they hold now.
+
+    They change as an optimiser changes them, through ``.data`` without a new version, and by a new ``.data``.
+    """
+    tensors = make_inputs(problem).tensors
+    leaves: dict[str, Tensor] = {n: torch.nn.Parameter(t.clone()) for n, t in tensors.items()}
+    for arguments, now, new in _rewritten(problem, leaves):
+        for gradients in (False, subject.support.gradients):
+            with torch.set_grad_enabled(gradients):
+                y = subject.forward(*arguments, combine=problem.combine)
+            calling.check_output(y, new)
+            graph = Graph(y, leaves if gradients else {})
+            hold(finish(graph, new.dy) if gradients else {"y": y.detach()}, now)
+    if not subject.support.compiles_per_case:  # each mode is compiled anew
+        for mode in (torch.no_grad, torch.inference_mode):
+            _same_frozen_objects(subject, problem, mode)
+
+
+def _same_frozen_objects(subject: Implementation, problem: Problem, mode: Callable[[], Any]) -> None:
+    """The same without gradients, of tensors that want none; earlier results stay what they are."""
+    leaves = {n: t.clone() for n, t in make_inputs(problem).tensors.items()}
+    earlier: list[tuple[Tensor, Problem]] = []
+    for arguments, now, new in _rewritten(problem, leaves):
+        with mode():
+            y = subject.forward(*arguments, combine=problem.combine)
+        calling.check_output(y, new)
+        earlier.append((y, now))
+        for result, of in earlier:
+            hold({"y": result}, of)
+
+
+def prepared(subject: Implementation, problem: Problem) -> None:
+    """What ``prepare`` lays out serves all later tokens; once a weight has changed it raises or is right."""
+    inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
+
+    def lay_out() -> Implementation:
+        return replace(subject, forward=subject.ready(inputs.experts))
+
+    ready = lay_out()
+    another = subject.ready(other.experts)  # of another layer
+    first = ready.forward(*inputs[:3], combine=problem.combine)
+    before = first.clone()
+    another(*other[:3], combine=problem.combine)
+    ready.forward(other.x, other.routing, inputs.experts, combine=problem.combine)
+    if not torch.equal(first, before):
+        raise CheckFailed("a later call of what prepare made, for these experts or others, changed a result")
+    for number in range(3):
+        tokens = make_inputs(replace(problem, seed=problem.seed + number, T=problem.T + number // 2))
+        hold_calls(ready, problem, tokens._replace(experts=inputs.experts))
+    for name, weight in inputs.experts.tensors.items():
+        weight.copy_(other.experts.tensors[name])
+        with contextlib.suppress(RuntimeError):  # that the weights have changed
+            hold_calls(ready, problem, inputs)
+            continue
+        ready = lay_out()
+        hold_calls(ready, problem, inputs)
+
+
+def options_change(subject: Implementation, problem: Problem) -> None:
+    """The same tensors under another activation or combine, or without a bias, give the result of that."""
+    inputs = make_inputs(problem)
+    hold_calls(subject, problem, inputs)
+    if problem.combine == "sum":
+
+        def by_default(*arguments: Any, combine: str) -> Tensor:
+            return subject.forward(*arguments)
+
+        hold_calls(replace(subject, forward=by_default), problem, inputs)
+    experts, support = inputs.experts, subject.support
+    alike = {"swiglu": "geglu", "geglu": "swiglu", "silu": "gelu", "gelu": "silu"}.get(problem.activation)
+    if alike in support.activations:
+        other = inputs._replace(experts=replace(experts, activation=alike))
+        hold_calls(subject, replace(problem, activation=alike), other)
+    if "logsumexp" in support.combines:
+        hold_calls(subject, replace(problem, combine="logsumexp"), inputs)
+    if set(support.biases) == {True, False}:
+        for without in ({"b_in": None}, {"b_out": None}, {"b_in": None, "b_out": None}):
+            hold_calls(subject, problem, inputs._replace(experts=replace(experts, **without)))
+
+
+def every_size(subject: Implementation, problem: Problem) -> None:
+    """No number of tokens, experts, choices or features is special: all small ones are right."""
+    for sized in _small_sizes(problem):
+        p = fit(resize(sized, subject.support), subject.support)
+        hold_calls(subject, p)
+
+
+def _small_sizes(problem: Problem) -> list[Problem]:
+    """Problems in which each size takes each of its small values, beside other sizes that are varied, too."""
+    found = []
+    for T in range(2, MOST_TOKENS + 1):
+        E = 1 + T % MOST_EXPERTS
+        features = {name: 1 + (T * step) % MOST_FEATURES for name, step in (("D", 3), ("H", 5), ("O", 7))}
+        found.append(replace(problem, name=f"{problem.name}_{T}", T=T, E=E, K=1 + T % E, seed=T, **features))
+    return found
+
+
+def changing_sizes(subject: Implementation, problem: Problem) -> None:
+    """Batches of other sizes with the same weights: nothing is left of the larger one, no result is lost."""
+    inputs = make_inputs(problem)
+    returned = []
+    for T in (problem.T, 1, problem.T // 2, 0, problem.T // 3, problem.T):
+        part = inputs.first(T)
+        smaller = replace(problem, T=T)
+        for results in calls(subject, smaller, part):
+            hold(results, smaller, part)
+            returned += [(T, name, t, t.clone()) for name, t in results.items()]
+    for T, name, t, copy in returned:
+        if not torch.equal(t, copy):
+            raise CheckFailed(
+                f"{what(name)} that a call with {T} tokens returned was overwritten by a later one"
+            )
+
+
+def another_thread(subject: Implementation, problem: Problem) -> None:
+    """Threads that never called it before get the right results and gradients: one alone, several at once.
+
+    A backward may run in another thread than its forward. Threads that call at once have inputs of their
+    own, of one shape, and begin each round together.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        for results in pool.submit(lambda: list(calls(subject, problem))).result():
+            hold(results, problem)
+    if subject.support.gradients:
+        inputs = make_inputs(problem)
+        graph = start(subject.forward, inputs, problem.combine)
+        with ThreadPoolExecutor(1) as pool:
+            hold(pool.submit(finish, graph, inputs.dy).result(), problem)
+    own = [replace(problem, seed=problem.seed + 1 + number) for number in range(THREADS)]
+    inputs = [make_inputs(p) for p in own]
+    together = threading.Barrier(THREADS)
+
+    def call_in_rounds(number: int) -> list[dict[str, Tensor]]:
+        found = []
+        for _ in range(ROUNDS):
+            together.wait()
+            found += calls(subject, own[number], inputs[number])
+        return found
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = [pool.submit(call_in_rounds, number) for number in range(THREADS)]
+        for future in waiting:
+            future.add_done_callback(lambda done: together.abort() if done.exception() else None)
+        failures = [e for e in (future.exception() for future in waiting) if e is not None]
+        for failure in failures:
+            if not isinstance(failure, threading.BrokenBarrierError):
+                raise failure
+    for p, future in zip(own, waiting, strict=True):
+        for results in future.result():
+            hold(results, p)
+
+
+def deterministic(subject: Implementation, problem: Problem) -> None:
+    """Ten calls on equal inputs are bit-equal, output and gradients, where that is declared."""
+    inputs = make_inputs(problem)
+    first = list(calls(subject, problem, inputs))
+    for repeat in range(1, 10):
+        for before, again in zip(first, calls(subject, problem, inputs), strict=True):
+            for name, want in before.items():
+                if not torch.equal(again[name], want):
+                    raise CheckFailed(
+                        f"{what(name)} differs between call 1 and call {repeat + 1} on equal inputs: with "
+                        "threads the backward of x[index] adds in any order, where that of index_select does "
+                        "not; or declare deterministic=False in SUPPORT"
+                    )
+
+
+def every_call(subject: Implementation, problem: Problem) -> None:
+    """Not only the first call is right: fifty with gradients and fifty without are; all results stay."""
+    inputs = make_inputs(problem)
+    for gradients in (subject.support.gradients, False):
+        found = [run(subject.forward, inputs, problem.combine, gradients=gradients) for _ in range(REPEATS)]
+        places: set[int] = set()
+        for results in found:
+            hold(results, problem)
+            own = {t.untyped_storage().data_ptr() for t in results.values()}
+            if own & places:
+                raise CheckFailed(f"two of {REPEATS} calls return their results in the same memory")
+            places |= own
+
+
+def global_state(subject: Implementation, problem: Problem) -> None:
+    """Random generators, modes, threads and other settings are after forward and backward as before them."""
+    inputs = make_inputs(problem)
+
+    def forward_and_backward(gradients: bool) -> None:
+        leaves = {n: t.detach().requires_grad_(gradients) for n, t in inputs.tensors.items()}
+        x, routing, experts = calling.assemble(inputs, leaves)
+        y = subject.forward(x, routing, experts, combine=problem.combine)
+        if gradients:
+            torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+
+    for results in calls(subject, problem, inputs):  # what the first call imports is no setting
+        gradients = len(results) > 1
+        with torch.set_grad_enabled(gradients):
+            require_unchanged(
+                functools.partial(forward_and_backward, gradients),
+                problem.dtype,
+                vary=not subject.support.compiles_per_case,  # each setting is compiled anew
+            )
+    if not subject.support.compiles_per_case:
+        for dtype in (torch.bfloat16, torch.float64):
+            with restored(settings(problem.dtype)):
+                torch.set_default_dtype(dtype)
+                found = list(calls(subject, problem, inputs))
+            for results in found:
+                hold(results, problem)

@@ -1,0 +1,502 @@
+"""What every ``route(logits, spec, *, selection_bias=None)`` is held to.
+
+A check is a function of a route and a problem that raises ``CheckFailed`` with its finding. The same table
+judges the project's router, a stranger's (``--router``) and the deliberately wrong ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from correctness.checks.layouts import LAYOUTS
+from correctness.judging.blame import blamed
+from correctness.judging.compare import FACTOR
+from correctness.judging.finding import CheckFailed
+from correctness.judging.process_state import require_unchanged
+from correctness.oracle import router as oracle
+from correctness.problems.problem import LOW_PRECISION
+from correctness.problems.routers import (
+    _EVERY_FIELD,
+    _KINDS,
+    _TOP2,
+    ALL_DTYPES,
+    PROBLEMS,
+    RouterProblem,
+    make_inputs,
+)
+from moe_impls.interface import RouterSpec, Routing, dtype_name
+
+Route = Callable[..., Routing]
+THREADS, ROUNDS = 3, 20
+
+
+class RouterSubject(NamedTuple):
+    """A router under test and its name."""
+
+    name: str
+    route: Route
+
+
+def budget(plain_errors: Tensor, computed: torch.dtype, stored: torch.dtype) -> float:
+    """The relative error that a right router may show.
+
+    FACTOR times what the oracle's equations lose in float32, scaled to the dtype in which the router
+    computes (never less than FACTOR * eps), and one rounding to the dtype in which the result is stored.
+    """
+    narrow = torch.finfo(torch.float32).eps
+    worst = max(narrow, float(plain_errors.max()) if plain_errors.numel() else 0.0)
+    rounding = torch.finfo(stored).eps if torch.finfo(stored).eps > narrow else 0.0
+    return FACTOR * worst * torch.finfo(computed).eps / narrow + rounding
+
+
+def _computed(gates: Tensor) -> torch.dtype:
+    """The dtype whose precision is asked for: float64 where the router hands out float64, else float32."""
+    return torch.float64 if gates.dtype == torch.float64 else torch.float32
+
+
+def _relative(error: Tensor, scale: Tensor) -> Tensor:
+    """|error| / scale, where nothing but zero is right over a scale of zero; NaN is never right."""
+    return torch.where(error == 0, 0.0, error.abs() / scale).nan_to_num(nan=torch.inf)
+
+
+def _difference(got: Tensor, want: Tensor) -> Tensor:
+    """got - want, where nothing is owed below the smallest normal number of the dtype of ``got``."""
+    difference = got.double() - want
+    return torch.where(difference.abs() <= torch.finfo(got.dtype).smallest_normal, 0.0, difference)
+
+
+def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
+    """The routing, or CheckFailed unless it is what the contract says, whatever the logits are."""
+    bias = {} if selection_bias is None else {"selection_bias": selection_bias}
+    result = route(logits, spec, **bias)
+    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, Tensor) for t in result)):
+        raise CheckFailed(f"the result is a {type(result).__name__}; it must be Routing(expert_ids, gates)")
+    ids, gates = result
+    T, E, K = len(logits), logits.shape[1], spec.top_k
+    for name, tensor in (("expert_ids", ids), ("gates", gates)):
+        if tensor.shape != (T, K):
+            raise CheckFailed(f"{name} has shape {list(tensor.shape)}; it must be [{T}, {K}]")
+        if tensor.device != logits.device:
+            raise CheckFailed(f"{name} is on {tensor.device}; logits are on {logits.device}")
+    if ids.dtype != torch.int64:
+        raise CheckFailed(f"expert_ids has dtype {ids.dtype}; it must be torch.int64")
+    if gates.dtype not in (torch.float32, logits.dtype):
+        raise CheckFailed(f"gates has dtype {gates.dtype}; it must be torch.float32 or {logits.dtype}")
+    for t, row in enumerate(ids.tolist()):
+        if not all(0 <= e < E for e in row):
+            raise CheckFailed(f"expert_ids[{t}] is {row}; ids must be in [0, {E})")
+        if len(set(row)) < K:
+            raise CheckFailed(f"expert_ids[{t}] is {row}; the ids of a row must be distinct")
+        if len({e // (E // spec.groups) for e in row}) > spec.keep_groups:
+            raise CheckFailed(
+                f"expert_ids[{t}] is {row}: more than {spec.keep_groups} groups of {E // spec.groups}"
+            )
+    return Routing(ids, gates)
+
+
+def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
+    """The gates are those of the experts that were chosen, for every token."""
+    wide, narrow = logits.double(), logits.float()
+    rows = routing.expert_ids.tolist()
+    want = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(wide, rows, strict=True)])
+    plain = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(narrow, rows, strict=True)])
+    computed = _computed(routing.gates)
+    allowed = budget(_relative(_difference(plain, want), want), computed, routing.gates.dtype)
+    # exp(log(gate)) is right, too: a logarithm rounded to eps of its size is a gate off by as much.
+    logarithm = torch.where(want == 0, 0.0, want.abs().log().abs())
+    budgets = allowed + torch.finfo(computed).eps * logarithm
+    error = _relative(_difference(routing.gates.detach(), want), want)
+    if not bool((error <= budgets).all()):
+        t, k = divmod(int((error / budgets).argmax()), spec.top_k)
+        raise CheckFailed(
+            f"the gate of token {t}, expert {rows[t][k]} is {float(routing.gates.detach()[t, k])!r}, "
+            f"right is {float(want[t, k])!r}: relative error {float(error[t, k]):.3g}, "
+            f"budget {float(budgets[t, k]):.3g}; "
+            f"{int((error > budgets).sum())} of {error.numel()} gates are over theirs"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def right_choices(problem: RouterProblem, eps: float) -> list[tuple[list[int], bool]]:
+    """For each token the oracle's experts, and whether the choice is clear at precision ``eps``."""
+    logits, bias, _ = make_inputs(problem)
+    return [oracle.select(z, problem.spec, bias, eps) for z in logits.double()]
+
+
+def values(route: Route, problem: RouterProblem) -> None:
+    """The experts of every token whose choice is clear, and the gates of every token, gradients on or off."""
+    logits, bias, _ = make_inputs(problem)
+    _require(call(route, logits, problem.spec, bias), problem)
+    with torch.no_grad():
+        _require(call(route, logits, problem.spec, bias), problem)
+
+
+def _require(routing: Routing, problem: RouterProblem) -> None:
+    """The routing is right for the problem."""
+    eps = torch.finfo(_computed(routing.gates)).eps
+    for t, (row, (chosen, clear)) in enumerate(
+        zip(routing.expert_ids.tolist(), right_choices(problem, eps), strict=True)
+    ):
+        if clear and set(row) != set(chosen):
+            raise CheckFailed(f"token {t} visits experts {sorted(row)}; right is {sorted(chosen)}")
+    _require_gates(routing, make_inputs(problem).logits, problem.spec)
+
+
+def gradients(route: Route, problem: RouterProblem) -> None:
+    """What flows back to the logits of each token from a random gradient of the gates; none to the bias."""
+    logits, bias, dgates = make_inputs(problem)
+    leaf = logits.clone().requires_grad_()
+    bias = None if bias is None else bias.requires_grad_()
+    routing = call(route, leaf, problem.spec, bias)
+    _require(routing, problem)
+    if not routing.gates.requires_grad:
+        raise CheckFailed("gates does not require a gradient though logits does: the graph is cut")
+    wanted = [leaf] if bias is None else [leaf, bias]
+    got, *of_bias = torch.autograd.grad(
+        routing.gates, wanted, dgates.to(routing.gates.dtype), allow_unused=True
+    )
+    if got is None:
+        raise CheckFailed("gates does not depend on logits: the graph is cut")
+    if any(d is not None and bool(d.any()) for d in of_bias):
+        raise CheckFailed("selection_bias gets a gradient: it is in the gates")
+    _require_gradient(got, routing, problem)
+
+
+def _require_gradient(got: Tensor, routing: Routing, problem: RouterProblem) -> None:
+    """The gradient of the logits is right for the experts that were chosen."""
+    ids, gates = routing
+    logits, _, dgates = make_inputs(problem)
+
+    def evaluate(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rows = [
+            oracle.gate_gradient(z, row, problem.spec, d)
+            for z, row, d in zip(logits.to(dtype), ids.tolist(), dgates.to(dtype), strict=True)
+        ]
+        return torch.stack([d for d, _ in rows]).double(), torch.stack([size for _, size in rows]).double()
+
+    (want, scale), (plain, _) = evaluate(torch.float64), evaluate(torch.float32)
+    allowed = budget(_relative(plain - want, scale), _computed(gates), got.dtype)
+    error = _relative(_difference(got, want), scale)
+    if not float(error.max()) <= allowed:
+        t, e = divmod(int(error.argmax()), problem.E)
+        raise CheckFailed(
+            f"the gradient of logits[{t}, {e}] is {float(got[t, e])!r}, right is {float(want[t, e])!r}: "
+            f"error {float(error.max()):.3g} of its scale, budget {allowed:.3g}; "
+            f"token {t} visits {ids[t].tolist()}"
+        )
+
+
+def ties(route: Route, problem: RouterProblem) -> None:
+    """Where scores are equal, ids are valid, distinct and always the same, and the gates right for them."""
+    logits, bias, _ = make_inputs(problem)
+    equal = logits.clone()
+    equal[::2] = 0
+    equal[1::2] = equal[1::2].clamp(-0.5, 0.5).round()  # -1, 0 and 1 at most
+    bias = None if bias is None else torch.zeros_like(bias)
+    routing = call(route, equal, problem.spec, bias)
+    _require_gates(routing, equal, problem.spec)
+    if not torch.equal(call(route, equal, problem.spec, bias).expert_ids, routing.expert_ids):
+        raise CheckFailed("equal scores lead to other experts in a second call")
+
+
+def nan_contained(route: Route, problem: RouterProblem) -> None:
+    """A token with NaN is refused with a ValueError, or it alone has gates of NaN, and its ids are valid."""
+    logits, bias, _ = make_inputs(problem)
+    poisoned = logits.clone()
+    poisoned[3] = torch.nan
+    poisoned[7, -1] = torch.nan
+    try:
+        ids, gates = call(route, poisoned, problem.spec, bias)
+    except ValueError:
+        return
+    if bool(gates[3].isfinite().all()):
+        raise CheckFailed("a token whose logits are all NaN has finite gates")
+    clean = call(route, logits, problem.spec, bias)
+    sound = torch.ones(len(logits), dtype=torch.bool)
+    sound[[3, 7]] = False
+    if not torch.equal(ids[sound], clean.expert_ids[sound]):
+        raise CheckFailed("a NaN in the logits of one token changes the experts of others")
+    _require_gates(Routing(ids[sound], gates[sound]), logits[sound], problem.spec)
+
+
+def masked_experts(route: Route, problem: RouterProblem) -> None:
+    """An expert with a logit of -inf is not chosen where others are left; gates and gradients are sound."""
+    logits, bias, dgates = make_inputs(problem)
+    masked = logits.scatter(1, logits.topk(3, dim=1, largest=False).indices, -torch.inf)
+    leaf = masked.clone().requires_grad_()
+    ids, gates = call(route, leaf, problem.spec, bias)
+    if bias is None and bool(masked.gather(1, ids).isinf().any()):
+        raise CheckFailed("an expert whose logit is -inf is chosen though others are left")
+    _require_gates(Routing(ids, gates), masked, problem.spec)
+    (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+    if not bool(gradient.isfinite().all()) or bool(gradient[masked.isinf()].any()):
+        raise CheckFailed("the gradient of a logit of -inf is not 0, or that of another is not finite")
+    few = logits.clone()
+    few[:, 1:] = -torch.inf
+    call(route, few, problem.spec, bias)  # whose experts are distinct, though one alone has a score
+
+
+def large_logits(route: Route, problem: RouterProblem) -> None:
+    """Logits a thousand times larger than usual, or far below 0, give right gates and finite gradients.
+
+    Near -100, where sigmoids underflow, the gates need only be finite: models add 1e-20 to their sum.
+    """
+    logits, bias, dgates = make_inputs(problem)
+    for dtype in LOW_PRECISION:
+        gates = call(route, (logits * 1000).to(dtype), problem.spec, bias).gates
+        if not bool(gates.isfinite().all()):
+            odd = gates[~gates.isfinite()][0].item()
+            raise CheckFailed(f"gates holds {odd} for logits of size 1000 in {dtype_name(dtype)}")
+    underflows = "near -100"
+    extremes = {"of size 1000": logits * 1000, "near -25": logits - 25, underflows: logits - 100}
+    for what, extreme in extremes.items():
+        leaf = extreme.clone().requires_grad_()
+        ids, gates = call(route, leaf, problem.spec, bias)
+        (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+        for name, tensor in {"gates": gates, "the gradient of logits": gradient}.items():
+            if not bool(tensor.isfinite().all()):
+                raise CheckFailed(f"{name} holds {tensor[~tensor.isfinite()][0].item()} for logits {what}")
+        if what != underflows:
+            try:
+                _require_gates(Routing(ids, gates), extreme, problem.spec)
+            except CheckFailed as failure:
+                raise CheckFailed(f"for logits {what}: {failure}") from failure
+
+
+def empty(route: Route, problem: RouterProblem) -> None:
+    """Without tokens the routing is empty."""
+    logits, bias, _ = make_inputs(replace(problem, T=0))
+    leaf = logits.requires_grad_()
+    _, gates = call(route, leaf, problem.spec, bias)
+    if not gates.requires_grad:
+        raise CheckFailed("without tokens gates does not require a gradient though logits does")
+    torch.autograd.grad(gates.sum(), leaf)
+
+
+def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
+    """Neither logits nor bias is written to, with gradients or without."""
+    logits, bias, dgates = make_inputs(problem)
+    before = make_inputs(problem)
+    for gradients in (True, False):
+        leaf = logits.detach().requires_grad_(gradients)
+        gates = call(route, leaf, problem.spec, bias).gates
+        if gradients:
+            torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+        for name, got, want in zip(before._fields, (logits, bias, dgates), before, strict=True):
+            if got is not None and want is not None and not torch.equal(got, want):
+                raise CheckFailed(f"{name} was written to")
+
+
+def strides(route: Route, problem: RouterProblem) -> None:
+    """Logits, the bias and the gradient that flows in need not be contiguous: the numbers alone decide."""
+    logits, bias, dgates = make_inputs(problem)
+    for layout in LAYOUTS:
+        leaf = layout(logits).requires_grad_()
+        spread = None if bias is None else bias.repeat_interleave(2)[::2]
+        routing = call(route, leaf, problem.spec, spread)
+        _require(routing, problem)
+        (got,) = torch.autograd.grad(routing.gates, leaf, layout(dgates.to(routing.gates.dtype)))
+        _require_gradient(got, routing, problem)
+
+
+def state(route: Route, problem: RouterProblem) -> None:
+    """Nothing depends on earlier calls, and no result is overwritten by a later call."""
+    logits, bias, _ = make_inputs(problem)
+    first = call(route, logits, problem.spec, bias)
+    kept = Routing(first.expert_ids.clone(), first.gates.detach().clone())
+    second = replace(problem, seed=problem.seed + 1)
+    others = make_inputs(second)
+    logits.copy_(others.logits)  # new contents at the same address
+    if bias is not None and others.selection_bias is not None:
+        bias.copy_(others.selection_bias)
+    for repeat in range(30):
+        try:
+            _require(call(route, logits, problem.spec, bias), second)
+        except CheckFailed as failure:
+            raise CheckFailed(f"in call {repeat + 2}: {failure}") from failure
+    for number, mode in enumerate((torch.no_grad, torch.inference_mode, torch.inference_mode)):
+        now = replace(problem, seed=problem.seed + 2 + number)
+        new = make_inputs(now)
+        logits.data.copy_(new.logits)  # without a new version
+        if bias is not None and new.selection_bias is not None:
+            bias.data.copy_(new.selection_bias)
+        with mode():
+            _require(call(route, logits, problem.spec, bias), now)
+    more = replace(problem, E=2 * problem.E)  # the same spec for another number of experts
+    _require(call(route, make_inputs(more).logits, more.spec, make_inputs(more).selection_bias), more)
+    if not all(torch.equal(a, b.detach()) for a, b in zip(kept, first, strict=True)):
+        raise CheckFailed("the routing returned by an earlier call was overwritten by a later one")
+
+
+def several_threads(route: Route, problem: RouterProblem) -> None:
+    """Threads that route tokens of their own at the same time get their own routing."""
+    own = [replace(problem, seed=problem.seed + number) for number in range(THREADS)]
+    inputs = [make_inputs(p) for p in own]
+    want = [call(route, logits, problem.spec, bias) for logits, bias, _ in inputs]
+    together = threading.Barrier(THREADS)
+
+    def route_in_rounds(number: int) -> bool:
+        logits, bias, _ = inputs[number]
+        same = True
+        for _ in range(ROUNDS):
+            together.wait()
+            got = call(route, logits, problem.spec, bias)
+            same &= torch.equal(got.expert_ids, want[number].expert_ids)
+        return same
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        if not all(pool.map(route_in_rounds, range(THREADS))):
+            raise CheckFailed("a token gets other experts where another thread routes at the same time")
+
+
+def global_state(route: Route, problem: RouterProblem) -> None:
+    """Random generators, modes, threads and other settings are after the call as before it."""
+    logits, bias, dgates = make_inputs(problem)
+
+    def forward_and_backward(gradients: bool) -> None:
+        leaf = logits.detach().requires_grad_(gradients)
+        _, gates = call(route, leaf, problem.spec, bias)
+        if gradients:
+            torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+
+    for gradients in (True, False):
+        forward_and_backward(gradients)  # what the first call imports is no setting
+        with torch.set_grad_enabled(gradients):
+            require_unchanged(functools.partial(forward_and_backward, gradients), problem.dtype)
+
+
+def modes(route: Route, problem: RouterProblem) -> None:
+    """The routing is the same under no_grad, inference_mode and autocast, and for a bias of another dtype."""
+    logits, bias, _ = make_inputs(problem)
+    want = call(route, logits, problem.spec, bias)
+    modes = {
+        "no_grad": torch.no_grad(),
+        "inference_mode": torch.inference_mode(),
+        "autocast": torch.autocast(logits.device.type, dtype=torch.bfloat16),
+    }
+    for name, mode in modes.items():
+        with mode:
+            got = call(route, logits, problem.spec, bias)
+            if not torch.equal(got.expert_ids, want.expert_ids):
+                raise CheckFailed(f"the experts change under {name}")
+            _require_gates(got, logits, problem.spec)
+    if bias is not None:
+        in_float64 = call(route, logits, problem.spec, bias.double())
+        if not torch.equal(in_float64.expert_ids, want.expert_ids):
+            raise CheckFailed("the experts change with a float64 selection_bias of the same values")
+        low = bias.bfloat16()
+        ids = [call(route, logits, problem.spec, b).expert_ids for b in (low, low.float())]
+        if not torch.equal(*ids):
+            raise CheckFailed("the experts change with a bfloat16 selection_bias of the same values")
+
+
+def tokens_apart(route: Route, problem: RouterProblem) -> None:
+    """The routing of a token does not depend on the others: the batch in two parts, in reverse order."""
+    logits, bias, _ = make_inputs(problem)
+    whole = call(route, logits, problem.spec, bias)
+    for part in (slice(0, 1), slice(1, None)):
+        rows = torch.arange(problem.T)[part].flip(0)
+        routing = call(route, logits[rows], problem.spec, bias)
+        if not torch.equal(routing.expert_ids, whole.expert_ids[rows]):
+            raise CheckFailed("the experts of a token depend on the other tokens")
+        _require_gates(routing, logits[rows], problem.spec)
+
+
+def every_field_counts(route: Route, problem: RouterProblem) -> None:
+    """No field of the spec, nor the bias, is without effect."""
+    logits, bias, _ = make_inputs(problem)
+
+    def table(spec: RouterSpec, bias: Tensor | None) -> Tensor:
+        ids, gates = call(route, logits, spec, bias)
+        return torch.zeros(logits.shape, dtype=gates.dtype).scatter(1, ids, gates)
+
+    spec = problem.spec
+    plain, biased = table(spec, None), table(spec, bias)
+    changes: tuple[dict[str, Any], ...] = (
+        {"top_k": spec.top_k - 1},
+        {"score": "sigmoid"},
+        {"renormalise": True},
+        {"scale": 2.0},
+        {"keep_groups": spec.keep_groups + 1},
+        _TOP2,
+    )
+    for change in changes:
+        if torch.equal(table(replace(spec, **change), None), plain):
+            raise CheckFailed(f"{change} has no effect")
+    if torch.equal(biased, plain):
+        raise CheckFailed("selection_bias has no effect")
+
+
+@dataclass(frozen=True)
+class RouterCheck:
+    function: Callable[[Route, RouterProblem], None]
+    problems: tuple[RouterProblem, ...]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+CHECKS = (
+    RouterCheck(inputs_unchanged, _KINDS),
+    RouterCheck(values, (*ALL_DTYPES, *(replace(p, T=5_003) for p in _KINDS if p.E <= 64))),
+    RouterCheck(gradients, ALL_DTYPES),
+    RouterCheck(ties, PROBLEMS),
+    RouterCheck(nan_contained, _KINDS + tuple(replace(p, dtype=torch.bfloat16) for p in _KINDS)),
+    RouterCheck(masked_experts, _KINDS),
+    RouterCheck(large_logits, _KINDS),
+    RouterCheck(empty, _KINDS),
+    RouterCheck(strides, _KINDS),
+    RouterCheck(tokens_apart, _KINDS),
+    RouterCheck(state, _KINDS),
+    RouterCheck(several_threads, tuple(replace(p, T=300) for p in _KINDS)),
+    RouterCheck(global_state, _KINDS),
+    RouterCheck(modes, _KINDS),
+    RouterCheck(every_field_counts, (_EVERY_FIELD,)),
+)
+
+
+@dataclass(frozen=True)
+class RouterCase:
+    """One check on one problem."""
+
+    check: RouterCheck
+    problem: RouterProblem
+
+    @property
+    def id(self) -> str:
+        return f"{self.check.name}-{self.problem.id}"
+
+    def run(self, route: Route, name: str = "route") -> None:
+        p = self.problem
+        verdict = f"{name} fails {self.check.name!r} on {p.name}, E = {p.E}, {dtype_name(p.dtype)}"
+        with blamed(verdict, repr(p)):
+            self.check.function(route, p)
+
+
+def cases() -> list[RouterCase]:
+    return [RouterCase(check, problem) for check in CHECKS for problem in check.problems]
+
+
+def findings(route: Route) -> dict[str, str]:
+    """For each check that the route fails, the first finding; empty if it is right."""
+    return {check.name: finding for check in CHECKS if (finding := first_finding(route, check.name))}
+
+
+def first_finding(route: Route, check: str) -> str | None:
+    """What a check finds on the first problem where the route fails it; None if it passes."""
+    for case in cases():
+        if case.check.name == check:
+            try:
+                case.run(route)
+            except CheckFailed as failure:
+                return str(failure)
+    return None

@@ -1,0 +1,172 @@
+"""What every implementation is held to: a table of checks and the one loop over (implementation, problem).
+
+A check is a function of an implementation and a problem that raises ``CheckFailed`` with its finding. The
+same table judges the project's implementations, a stranger's (``--impl``) and the deliberately wrong ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from correctness.checks import autograd, cheating, layouts, memory, modes, relations, repeated_calls
+from correctness.checks.values import exact, gradcheck, non_finite_contained, output, second_order, values
+from correctness.judging.blame import blamed
+from correctness.problems import catalogue, problem
+from correctness.problems.problem import Problem, fit, resize, unsupported
+from moe_impls.interface import Implementation, Support
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check, the problems that it runs on, and the declaration without which it does not apply.
+
+    fits: options of the problems that a subject does not declare may be replaced by others that it does.
+    """
+
+    function: Callable[[Implementation, Problem], dict[str, float] | None]
+    problems: tuple[Problem, ...]
+    needs: str = ""  # a field of Support that must be true, or "prepare", a function that must be there
+    fits: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+_ZIPF = replace(catalogue.SMALL, name="behaviour", T=61, E=9, K=3, load="zipf")
+
+
+_LOG = replace(_ZIPF, combine="logsumexp")
+_LOW = replace(_ZIPF, dtype=torch.bfloat16)
+
+
+_INTEGERS = catalogue.named("integers_empty")
+
+
+_BASIC = (_ZIPF, _LOW, _LOG, _INTEGERS)
+_MANY_TOKENS = replace(_ZIPF, name="many_tokens", T=1100)  # for which some have a path of their own
+# With other sizes and options, each once.
+_VARIED = (
+    *_BASIC,
+    replace(catalogue.named("one_choice"), activation="silu", dtype=torch.float16),
+    replace(_ZIPF, activation="geglu", output_activation="relu", dtype=torch.float64),
+    replace(catalogue.named("half_empty"), activation="gelu", combine="logsumexp", dtype=torch.bfloat16),
+    replace(catalogue.named("many_experts"), name="more_than_64_experts", T=70, E=70),
+    catalogue.named("aligned"),
+)
+_ACTIVATIONS = tuple(
+    p
+    for p in catalogue.OPTIONS
+    if p.dtype == torch.float32 and p.combine == "sum" and p.bias == (p.output_activation == "relu")
+)
+_RELATED = tuple(replace(_INTEGERS, gates="softmax", dtype=d) for d in (torch.float32, torch.bfloat16))
+# Sizes at which a low-precision product keeps NaN in its row. oneDNN's does not where the length of its sums
+# is odd, or more than 32 and no multiple of it: github.com/uxlfoundation/oneDNN/issues/5717.
+_CONTAINED = tuple(replace(_ZIPF, D=16, H=16, O=8, E=8, dtype=d) for d in problem.LOW_PRECISION)
+
+
+# What tells most about a mistake comes first.
+CHECKS = (
+    Check(autograd.after_inference, (replace(_ZIPF, T=59),)),  # first, as a process makes its first call once
+    Check(memory.inputs_unchanged, (*_VARIED, _MANY_TOKENS, *_ACTIVATIONS)),
+    Check(values, catalogue.OPTIONS, fits=False),
+    Check(values, catalogue.LARGE, fits=False),
+    Check(values, catalogue.SIZES),
+    Check(exact, catalogue.EXACT),
+    Check(output, catalogue.OUTPUT),
+    Check(autograd.without_gradients, (*_VARIED, catalogue.named("zipf"))),
+    Check(repeated_calls.global_state, (_ZIPF, _LOW, _INTEGERS)),
+    Check(repeated_calls.deterministic, _VARIED, needs="deterministic"),
+    Check(repeated_calls.every_call, (_ZIPF, _INTEGERS)),
+    Check(repeated_calls.new_contents, (*_VARIED, replace(_INTEGERS, name="integers_80_experts", E=80))),
+    Check(repeated_calls.one_input_changes, _BASIC),
+    Check(repeated_calls.same_objects, _BASIC),
+    Check(repeated_calls.prepared, _BASIC, needs="prepare"),
+    Check(repeated_calls.options_change, (replace(_ZIPF, activation="geglu"),)),
+    Check(repeated_calls.every_size, (replace(catalogue.named("integers"), name="integers_of_size"),)),
+    Check(repeated_calls.changing_sizes, _BASIC),
+    Check(layouts.strides, _VARIED),
+    Check(layouts.one_strided, (_ZIPF, _INTEGERS)),
+    Check(layouts.offsets, _VARIED),
+    Check(layouts.expanded, _BASIC),
+    Check(memory.shared_memory, (catalogue.named("aligned"), catalogue.named("aligned_all_experts"))),
+    Check(memory.results_are_the_callers, _BASIC),
+    Check(autograd.gradient_subsets, (*_BASIC, replace(_ZIPF, bias=False)), needs="gradients"),
+    Check(autograd.inside_a_graph, _BASIC, needs="gradients"),
+    Check(autograd.several_graphs, (*_BASIC, catalogue.named("aligned")), needs="gradients"),
+    Check(autograd.backward_twice, _VARIED, needs="gradients"),
+    Check(autograd.gradients_accumulate, _VARIED, needs="gradients"),
+    Check(
+        non_finite_contained,
+        (_ZIPF, replace(_ZIPF, K=1, bias=False), _LOG, _INTEGERS, *_CONTAINED, _MANY_TOKENS),
+    ),
+    Check(memory.dirty_memory, _VARIED),
+    Check(memory.recycled_memory, _VARIED),
+    Check(repeated_calls.another_thread, (_ZIPF, _INTEGERS)),
+    Check(cheating.done_when_it_returns, (_ZIPF,)),
+    Check(cheating.instruments_untouched, (_ZIPF,)),
+    Check(cheating.no_fallback, (_ZIPF,)),
+    Check(gradcheck, catalogue.GRADCHECK, needs="gradients", fits=False),
+    Check(second_order, catalogue.GRADCHECK, needs="second_order", fits=False),
+    Check(
+        modes.autocast,
+        (_ZIPF, _LOG, _LOW, catalogue.named("integers_cancelling_pairs")),
+        needs="autocast",
+    ),
+    Check(modes.fullgraph, (_ZIPF,), needs="fullgraph"),
+    Check(modes.exports, (_ZIPF,), needs="exports"),
+    Check(modes.no_host_sync, (_ZIPF,), needs="no_host_sync"),
+    *(Check(relation, _RELATED) for relation in relations.RELATIONS),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check of one implementation on one problem."""
+
+    subject: Implementation
+    check: Check
+    problem: Problem
+
+    @property
+    def id(self) -> str:
+        return f"{self.check.name}-{self.problem.id}-{self.subject.name}"
+
+    @property
+    def skip(self) -> str | None:
+        """Why the implementation's declaration takes this case out; None if it is to be run."""
+        support: Support = self.subject.support
+        needs = self.check.needs
+        if needs and not (self.subject.prepare if needs == "prepare" else getattr(support, needs)):
+            return f"{needs} not declared"
+        return unsupported(support, self.problem)
+
+    def run(self) -> dict[str, float]:
+        """The worst error of each tensor as a fraction of its budget, where the check measures that."""
+        with blamed(f"{self.subject.name} fails {self.check.name!r}", self.problem.code()):
+            return self.check.function(self.subject, self.problem) or {}
+
+
+def cases(
+    subjects: Iterable[Implementation], checks: Iterable[Check] = CHECKS, device: str = "cpu"
+) -> list[Case]:
+    """The loop over implementations and problems. Problems come outermost: their oracle is then made once."""
+    subjects = list(subjects)
+    found = (
+        Case(subject, check, fit(sized, subject.support) if check.fits else sized)
+        for check in checks
+        for problem in check.problems
+        for subject in subjects
+        for sized in [resize(replace(problem, device=device), subject.support)]
+    )
+    return list(
+        dict.fromkeys(
+            case
+            for case in found
+            if not (support := case.subject.support).compiles_per_case
+            or catalogue.is_representative(case.problem, support)
+        )
+    )

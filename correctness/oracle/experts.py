@@ -1,0 +1,296 @@
+"""The oracle: the layer's equations and their derivatives, one expert at a time, written out by hand.
+
+It shares no code with any implementation, and takes no gradient from autograd but the elementwise derivative
+of the activation. Run in float64 it is what "right" means; run in a lower dtype, rounding where any plain
+computation must, it shows how much of the result that dtype cannot keep (see ``judging.compare``).
+
+    h = x w_inᵀ + b_in        a = act(h)        f = out_act(a w_outᵀ + b_out)
+    sum:        y = Σ_k g f                 df = g dy             dg = Σ_o dy f
+    logsumexp:  y = log Σ_k g exp(f)        df = g exp(f-y) dy    dg = Σ_o dy exp(f-y)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_impls.interface import Experts
+
+
+def gate_and_value(name: str) -> tuple[str, bool]:
+    """The function of the gate, and whether the activation is gated."""
+    return {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}.get(name, name), name.endswith("glu")
+
+
+def act(h: Tensor, name: str) -> Tensor:
+    """The activation from its definition: [N, F] -> [N, H]."""
+    if name == "swiglu_clamped":  # gpt-oss: limit 7, alpha 1.702
+        gate, value = h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
+        gate = torch.minimum(gate, torch.full_like(gate, 7))
+        value = torch.maximum(torch.minimum(value, torch.full_like(value, 7)), torch.full_like(value, -7))
+        return gate * torch.sigmoid(1.702 * gate) * (value + 1)
+    function, gated = gate_and_value(name)
+    gate = h[:, : h.shape[1] // 2] if gated else h
+    if function == "relu":
+        result = gate * (gate > 0)
+    elif function == "gelu":
+        result = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
+    else:
+        result = gate * torch.sigmoid(gate)
+    return result * h[:, h.shape[1] // 2 :] if gated else result
+
+
+def act_derivative(h: Tensor, name: str) -> Tensor:
+    """∂a/∂h for each entry of h, [N, F]; a gated activation has two entries for each unit of a."""
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        return torch.autograd.grad(act(h, name).sum(), h)[0]
+
+
+def act_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
+    """The squared scale of a (see ``Evaluation``), [N, H], from that of h, [N, F].
+
+    An error of h reaches a by the slope.
+    """
+    a = act(h, name)
+    squares = a.square() + _reached(act_derivative(h, name), h_squares, a.shape[1])
+    gate, factor = _gate_and_factor(h, name)
+    return squares + _step_squares(gate, name) * (gate * factor).square()
+
+
+def slope_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
+    """The squared scale of ∂a/∂h, [N, F], from that of h.
+
+    An error of h reaches the slope by the curvature.
+    """
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        a = act(h, name)
+        slope = torch.autograd.grad(a.sum(), h, create_graph=True)[0]
+        H = a.shape[1]
+        curvatures = [
+            torch.autograd.grad(part.sum(), h, retain_graph=True)[0] if part.requires_grad else 0 * slope
+            for part in slope.split(H, dim=1)  # of the gate, and of the value that it multiplies
+        ]
+    gate, factor = _gate_and_factor(h.detach(), name)
+    step = _step_squares(gate, name)
+    own = torch.cat([step * factor.square(), step * gate.square()], dim=1)[:, : h.shape[1]]
+    reached = torch.cat([_reached(curvature.detach(), h_squares, H) for curvature in curvatures], dim=1)
+    return slope.detach().square() + reached + own
+
+
+def _reached(derivative: Tensor, h_squares: Tensor, H: int) -> Tensor:
+    """What squared errors of h, [N, F], become in the unit that they reach, [N, H]."""
+    return (derivative.square() * h_squares).unflatten(1, (-1, H)).sum(dim=1)
+
+
+def _step_squares(gate: Tensor, name: str) -> Tensor:
+    """The squares of the terms of (1 + t) / 2, which smooth activations multiply the gate by.
+
+    t is erf(gate / √2) for gelu and tanh(gate / 2) for silu. Where the gate is negative the terms cancel.
+    """
+    function = gate_and_value(name)[0]
+    if function == "relu":
+        return torch.zeros_like(gate)
+    if function == "gelu":
+        t = torch.erf(gate / math.sqrt(2))
+    else:
+        t = torch.tanh(gate * (1.702 if function == "swiglu_clamped" else 1) / 2)
+    return (1 + t.square()) / 4
+
+
+def _gate_and_factor(h: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The gate, [N, H], and what multiplies its function: 1 if the activation is not gated."""
+    if name == "swiglu_clamped":
+        gate, value = h.chunk(2, dim=1)
+        return gate.clamp(max=7), value.clamp(-7, 7) + 1
+    if gate_and_value(name)[1]:
+        gate, value = h.chunk(2, dim=1)
+        return gate, value
+    return h, torch.ones_like(h)
+
+
+def hidden_and_output(x: Tensor, experts: Experts, expert: int) -> tuple[Tensor, Tensor]:
+    """Pre-activations h [N, F] and outputs before the output activation [N, O] of one expert on x [N, D]."""
+    h = x @ experts.w_in[expert].to(x.dtype).T
+    if experts.b_in is not None:
+        h = h + experts.b_in[expert].to(x.dtype)
+    out = act(h, experts.activation) @ experts.w_out[expert].to(x.dtype).T
+    if experts.b_out is not None:
+        out = out + experts.b_out[expert].to(x.dtype)
+    return h, out
+
+
+# Below float32's smallest normal number a share exp(f - y) has no relative precision: its error may be as
+# large as that number, which is eps times this.
+UNDERFLOW = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results by name (y, and with gradients x, gates, w_in, b_in, w_out, b_out), and for each its scale.
+
+    scale: what an entry would measure if the terms that are summed into it did not cancel: the root of the
+    sum of their squares, where each term counts with the scale of what it was computed from. Rounding errors
+    are relative to this and not to the entry, which may be small by cancellation. y, x: the average over a
+    token's row, [T]; gates: [T, K]; weights: as the gradient. Empty if scales were not asked for.
+    kept: the experts whose weight gradients are held, in order.
+    """
+
+    values: dict[str, Tensor]
+    scale: dict[str, Tensor]
+    kept: list[int]
+
+
+@torch.no_grad()
+def evaluate(
+    x: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    experts: Experts,
+    dy: Tensor | None,
+    combine: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    wide: torch.dtype = torch.float64,
+    keep: list[int] | None = None,
+    scales: bool = True,
+) -> Evaluation:
+    """The layer's output and, if ``dy`` [T, O] is given, all gradients.
+
+    ``dtype`` is the dtype in which every intermediate is kept, ``wide`` the one in which sums accumulate.
+    ``keep`` limits the experts whose weight gradients are returned (all by default).
+    """
+
+    def kept(t: Tensor) -> Tensor:
+        return t.to(dtype).to(wide)
+
+    T, K = expert_ids.shape
+    E, O, _ = experts.w_out.shape
+    keep = list(range(E)) if keep is None else keep
+    x, g = x.to(wide), gates.to(wide)  # g [T, K]
+    weights = {name: (lambda e, w=w: w[e].to(wide)) for name, w in experts.tensors.items()}
+    f = x.new_zeros(T, K, O)
+    f_squares = x.new_zeros(T, K)  # squared scale of f, averaged over O
+    slots = _slots_by_expert(expert_ids)
+
+    def hidden(expert: int, t: Tensor) -> Tensor:
+        h = x[t] @ weights["w_in"](expert).T
+        return kept(h + weights["b_in"](expert) if "b_in" in weights else h)
+
+    def hidden_squares(expert: int, t: Tensor) -> Tensor:
+        squares = x[t].square() @ weights["w_in"](expert).square().T
+        return squares + weights["b_in"](expert).square() if "b_in" in weights else squares
+
+    for expert, (t, k) in slots.items():
+        h = hidden(expert, t)
+        a = kept(act(h, experts.activation))
+        w_out = weights["w_out"](expert)
+        out = a @ w_out.T
+        if "b_out" in weights:
+            out = out + weights["b_out"](expert)
+        out = kept(out)
+        f[t, k] = out * (out > 0) if experts.output_activation == "relu" else out
+        if scales:
+            a2 = act_squares(h, hidden_squares(expert, t), experts.activation)
+            squares = a2 @ w_out.square().T
+            squares = squares + weights["b_out"](expert).square() if "b_out" in weights else squares
+            f_squares[t, k] = squares.mean(dim=1)
+
+    if combine == "sum":
+        share = torch.ones_like(f)  # df/dy without the gate
+        y = (g.unsqueeze(-1) * f).sum(dim=1)
+        y_squares = (g.square() * f_squares).sum(dim=1)
+        dg_terms, sensitivity = f_squares.unsqueeze(-1), torch.ones_like(f_squares)
+    else:
+        y = _log_sum(g, f)
+        share = torch.exp(f - y.unsqueeze(1))
+        weight = g.unsqueeze(-1) * share
+        y_squares = (weight.square() * f_squares.unsqueeze(-1)).sum(dim=1).mean(dim=1)
+        y_squares = y_squares + y.square().mean(dim=1)
+        # An error of size s in f or y changes the share by the factor 1 + s.
+        sensitivity = 1 + f_squares + y_squares.unsqueeze(1)
+        dg_terms = share.square() * sensitivity.unsqueeze(-1) + UNDERFLOW**2
+    values, scale = {"y": kept(y)}, {"y": y_squares}
+    if dy is None:
+        return Evaluation(values, _roots(scale) if scales else {}, keep)
+
+    dy = dy.to(wide)
+    values["gates"] = (dy.unsqueeze(1) * (f if combine == "sum" else share)).sum(dim=-1)
+    scale["gates"] = (dy.square().unsqueeze(1) * dg_terms).sum(dim=-1)
+    df = kept(g.unsqueeze(-1) * share * dy.unsqueeze(1))  # [T, K, O]
+    values["x"], scale["x"] = torch.zeros_like(x), x.new_zeros(T)
+    for name, w in experts.tensors.items():
+        values[name] = w.new_zeros(len(keep), *w.shape[1:], dtype=wide)
+        scale[name] = torch.zeros_like(values[name])
+
+    for expert, (t, k) in slots.items():
+        h, w_in, w_out = hidden(expert, t), weights["w_in"](expert), weights["w_out"](expert)
+        a = kept(act(h, experts.activation))
+        d_out = df[t, k] * (f[t, k] > 0) if experts.output_activation == "relu" else df[t, k]
+        da = kept(d_out @ w_out)  # [N, H]
+        slope = act_derivative(h, experts.activation)  # [N, F]
+        repeats = slope.shape[1] // da.shape[1]
+        dh = kept(slope * da.repeat(1, repeats))
+        values["x"].index_add_(0, t, kept(dh @ w_in))
+        row = keep.index(expert) if expert in keep else None
+        if row is not None:
+            values["w_in"][row], values["w_out"][row] = dh.T @ x[t], d_out.T @ a
+            if "b_in" in weights:
+                values["b_in"][row] = _running_sum(dh)
+            if "b_out" in weights:
+                values["b_out"][row] = _running_sum(d_out)
+        if not scales:
+            continue
+
+        h2 = hidden_squares(expert, t)
+        d_out2 = d_out.square() * sensitivity[t, k].unsqueeze(-1)
+        if combine == "logsumexp":
+            d_out2 = d_out2 + (UNDERFLOW * g[t, k].unsqueeze(-1) * dy[t]).square()
+        da2 = (d_out2 @ w_out.square()).repeat(1, repeats)
+        dh2 = slope_squares(h, h2, experts.activation) * da2
+        scale["x"].index_add_(0, t, (dh2 @ w_in.square().mean(dim=1)))
+        if row is not None:
+            scale["w_in"][row] = _with_mean(dh2.T @ x[t].square())
+            a2 = act_squares(h, h2, experts.activation)
+            scale["w_out"][row] = _with_mean(d_out2.T @ a2)
+            if "b_in" in weights:
+                scale["b_in"][row] = _with_mean(dh2.sum(dim=0))
+            if "b_out" in weights:
+                scale["b_out"][row] = _with_mean(d_out2.sum(dim=0))
+    for name in ("x", *experts.tensors):
+        values[name] = kept(values[name])
+    return Evaluation(values, _roots(scale) if scales else {}, keep)
+
+
+def _running_sum(rows: Tensor) -> Tensor:
+    """Row by row into one accumulator, which of all orders of summation loses most: [N, n] -> [n]."""
+    total = rows.new_zeros(1, rows.shape[1])
+    return total.index_add_(0, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), rows)[0]
+
+
+def _with_mean(squares: Tensor) -> Tensor:
+    """Each entry counts for at least its row's average, so that none is held to a scale of nearly zero."""
+    return squares + squares.mean(dim=-1, keepdim=True)
+
+
+def _slots_by_expert(expert_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """For each expert that is visited: its tokens and which of their K choices it is."""
+    flat = expert_ids.flatten()
+    visited, counts = flat.unique(return_counts=True)
+    slots = flat.argsort(stable=True).split(counts.tolist())
+    K = expert_ids.shape[1]
+    return {e: (s // K, s % K) for e, s in zip(visited.tolist(), slots, strict=True)}
+
+
+def _log_sum(g: Tensor, f: Tensor) -> Tensor:
+    """log Σ_k g exp(f), [T, O]; slots with gate zero are no part of the sum."""
+    exponents = f + torch.log(g).unsqueeze(-1)
+    return torch.logsumexp(exponents, dim=1)
+
+
+def _roots(scale: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.sqrt() for name, value in scale.items()}

@@ -1,0 +1,168 @@
+"""The oracle of routers, loads and balance losses: one token, one expert at a time, from the equations.
+
+Gradients are written out by hand. Run in float64 it is what "right" means; run in float32 it shows what any
+plain computation loses. It shares no code with ``moe_impls.router`` and ``moe_impls.losses``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_impls.interface import RouterSpec
+
+# How many units of rounding a right router's score may be off before its choice is called unclear.
+SLACK = 16.0
+
+
+def scores(z: Tensor, spec: RouterSpec) -> Tensor:
+    """What the experts of one token are ranked by, before a selection bias: logits z [E] -> [E]."""
+    if spec.score == "softmax":
+        weights = torch.exp(z - z.max())
+        return weights / weights.sum()
+    return 1 / (1 + torch.exp(-z)) if spec.score == "sigmoid" else z
+
+
+def select(z: Tensor, spec: RouterSpec, selection_bias: Tensor | None, eps: float) -> tuple[list[int], bool]:
+    """The K experts of one token, and whether every right router must choose them.
+
+    The choice is clear if no score, computed with relative precision ``eps`` from logits z [E] of that
+    precision, can cross from one side of a cut (between groups or between experts) to the other.
+    """
+    s = scores(z, spec)
+    rank = s if selection_bias is None else s + selection_bias.to(s.dtype)
+    slack = SLACK * eps * (s.abs() * (1 + z.abs() + z.abs().max()) + rank.abs())
+    value, doubt = rank.tolist(), slack.tolist()
+
+    size = len(value) // spec.groups
+    members = [range(g * size, (g + 1) * size) for g in range(spec.groups)]
+    counted = 2 if spec.group_score == "top2_sum" else 1
+    group_value, group_doubt = [], []
+    for group in members:
+        best, _ = _largest(group, value, doubt, min(counted, size))
+        group_value.append(sum(value[e] for e in best))
+        group_doubt.append(counted * max(doubt[e] for e in group))
+    kept, groups_clear = _largest(range(spec.groups), group_value, group_doubt, spec.keep_groups)
+    chosen, experts_clear = _largest([e for g in kept for e in members[g]], value, doubt, spec.top_k)
+    return chosen, groups_clear and experts_clear
+
+
+def _largest(
+    candidates: Sequence[int], value: Sequence[float], doubt: Sequence[float], n: int
+) -> tuple[list[int], bool]:
+    """The n candidates of largest value, and whether their lead exceeds the doubt."""
+    order = sorted(candidates, key=lambda i: -value[i])
+    chosen, rest = order[:n], order[n:]
+    lowest = min(value[i] - doubt[i] for i in chosen)
+    return chosen, all(value[i] + doubt[i] < lowest for i in rest)
+
+
+def gates(z: Tensor, ids: Sequence[int], spec: RouterSpec) -> Tensor:
+    """The gates [K] of one token with logits z [E] that visits the experts ``ids``."""
+    if spec.score == "topk_softmax":
+        weights = torch.exp(z[ids] - z[ids].max())
+        return spec.scale * weights / weights.sum()
+    chosen = scores(z, spec)[ids]
+    return spec.scale * (chosen / chosen.sum() if spec.renormalise else chosen)
+
+
+def gate_gradient(z: Tensor, ids: Sequence[int], spec: RouterSpec, dgates: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient [E] of Σ_k dgates[k] * gates[k] in z [E], and for each entry its scale.
+
+    The scale is the sum of the sizes of the terms that a right computation may add up. Terms that cancel
+    exactly on paper leave rounding errors of their size: dividing a softmax by the sum of the chosen ones
+    gives the other experts no gradient, but only up to rounding.
+    """
+    d, size = torch.zeros_like(z), torch.zeros_like(z)
+    if spec.score == "sigmoid":
+        s = scores(z, spec)[ids]
+        if not spec.renormalise:
+            d[ids], size[ids] = spec.scale * dgates * s * (1 - s), spec.scale * dgates.abs() * s
+            return d, size
+        share = s / s.sum()
+        d[ids] = spec.scale * share * (1 - s) * (dgates - (dgates * share).sum())
+        size[ids] = spec.scale * share * (dgates.abs() + (dgates.abs() * share).sum())
+        return d, size
+
+    if spec.score == "softmax" and not spec.renormalise:
+        p = scores(z, spec)
+        d = -spec.scale * p * (dgates * p[ids]).sum()
+        d[ids] += spec.scale * dgates * p[ids]
+        size = spec.scale * p * (dgates.abs() * p[ids]).sum()
+        size[ids] += spec.scale * dgates.abs() * p[ids]
+        return d, size
+
+    weights = torch.exp(z - z[ids].max())
+    share = weights / weights[ids].sum()  # of all experts, relative to the chosen ones
+    d[ids] = spec.scale * share[ids] * (dgates - (dgates * share[ids]).sum())
+    size = spec.scale * share * (dgates.abs() * share[ids]).sum()
+    size[ids] += spec.scale * share[ids] * dgates.abs()
+    return d, size
+
+
+def stay_probability(clean: Tensor, noisy: Tensor, scale: Tensor, k: int, i: int) -> Tensor:
+    """P(x, i) of one token [E]: the chance that expert i is in the top k if its own noise is drawn again.
+
+    Shazeer et al. 2017 (arXiv:1701.06538), equations 8 and 9.
+    """
+    others = torch.cat([noisy[:i], noisy[i + 1 :]]).sort(descending=True).values
+    distance = (clean[i] - others[k - 1]) / scale[i]
+    return (1 + torch.erf(distance / math.sqrt(2))) / 2
+
+
+def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
+    """[E], equation 10: the sum over tokens of `stay_probability`; all inputs are [T, E]."""
+    T, E = clean.shape
+    load = []
+    for i in range(E):
+        chances = [stay_probability(clean[t], noisy[t], scale[t], k, i) for t in range(T)]
+        load.append(torch.stack(chances).sum() if chances else clean.new_zeros(()))
+    return torch.stack(load)
+
+
+def importance(expert_ids: Tensor, gates: Tensor, num_experts: int) -> list[float]:
+    """For each expert the sum of its gates over tokens; expert_ids and gates are [T, K]."""
+    total = [0.0] * num_experts
+    for row_ids, row_gates in zip(expert_ids.tolist(), gates.tolist(), strict=True):
+        for expert, gate in zip(row_ids, row_gates, strict=True):
+            total[expert] += gate
+    return total
+
+
+def cv_squared(v: Sequence[float], population: bool = False) -> float:
+    """The squared coefficient of variation of E values, equation 7, by default with the unbiased variance."""
+    if len(v) == 1:
+        return 0.0
+    mean = math.fsum(v) / len(v)
+    squares = math.fsum((value - mean) ** 2 for value in v)
+    return squares / (len(v) if population else len(v) - 1) / (mean**2 + 1e-10)
+
+
+def load_balancing_loss(logits: Tensor, expert_ids: Tensor, tokens: Sequence[int]) -> float:
+    """E Σ_i f_i P_i over the given tokens; Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6."""
+    T, K, E = len(tokens), expert_ids.shape[1], logits.shape[1]
+    if T == 0:
+        return 0.0
+    f, P = [0.0] * E, [0.0] * E
+    for t in tokens:
+        row = logits[t].tolist()
+        largest = max(row)
+        total = math.fsum(math.exp(value - largest) for value in row)
+        for i in range(E):
+            P[i] += math.exp(row[i] - largest) / total / T
+        for i in expert_ids[t].tolist():
+            f[i] += 1 / (T * K)
+    return E * math.fsum(fi * Pi for fi, Pi in zip(f, P, strict=True))
+
+
+def z_loss(logits: Tensor, tokens: Sequence[int]) -> float:
+    """The mean of log² Σ_i exp(z_i) over the given tokens; Zoph et al. 2022 (arXiv:2202.08906), eq. 5."""
+    squares = []
+    for t in tokens:
+        row = logits[t].tolist()
+        largest = max(row)
+        squares.append((largest + math.log(math.fsum(math.exp(value - largest) for value in row))) ** 2)
+    return math.fsum(squares) / len(squares) if squares else 0.0

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_impls.interface import DTYPES, RouterSpec, dtype_name
+
+
+@dataclass(frozen=True)
+class RouterProblem:
+    """One call of a router, as data.
+
+    bias: the mean of the selection bias, or None without one.
+    spread: the standard deviation of the logits.
+    """
+
+    name: str
+    E: int
+    spec: RouterSpec
+    bias: float | None = None
+    dtype: torch.dtype = torch.float32
+    T: int = 12
+    spread: float = 2.0
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{dtype_name(self.dtype)}"
+
+
+class RouterInputs(NamedTuple):
+    """The arguments of one call, and ``dgates`` [T, K], the random gradient that flows into the gates."""
+
+    logits: Tensor
+    selection_bias: Tensor | None
+    dgates: Tensor
+
+
+def make_inputs(problem: RouterProblem) -> RouterInputs:
+    """The inputs of a problem, the same for the same problem."""
+    p, g = problem, torch.Generator().manual_seed(problem.seed)
+    logits = (p.spread * torch.randn(p.T, p.E, generator=g, dtype=torch.float64)).to(p.dtype)
+    bias = None if p.bias is None else p.bias + 0.2 * torch.randn(p.E, generator=g)
+    # Rounded so that a router may hand out gates in any dtype and still receive exactly this gradient.
+    dgates = torch.randn(p.T, p.spec.top_k, generator=g).bfloat16().double()
+    return RouterInputs(logits, bias, dgates)
+
+
+def _spec(
+    k: int, score: str = "softmax", renormalise: bool = False, scale: float = 1.0, **groups
+) -> RouterSpec:
+    return RouterSpec(k, score, renormalise, scale, **groups)
+
+
+_TOP2: dict[str, Any] = {"group_score": "top2_sum"}
+# Routers of released models and of papers, then combinations that none of them has.
+PROBLEMS = (
+    RouterProblem("switch_base_8", 8, _spec(1)),
+    RouterProblem("mixtral_8x7b", 8, _spec(2, renormalise=True)),
+    RouterProblem("shazeer_2017", 16, _spec(4, "topk_softmax")),
+    RouterProblem("llama_4_scout", 16, _spec(1, "sigmoid")),
+    RouterProblem("gpt_oss_20b", 32, _spec(4, "topk_softmax")),
+    RouterProblem("qwen1_5_moe_a2_7b", 60, _spec(4)),
+    RouterProblem("olmoe_1b_7b", 64, _spec(8)),
+    RouterProblem("qwen3_30b_a3b", 128, _spec(8, renormalise=True)),
+    RouterProblem("deepseek_v2", 160, _spec(6, scale=16.0, groups=8, keep_groups=3)),
+    RouterProblem(
+        "deepseek_v3", 256, _spec(8, "sigmoid", True, 2.5, groups=8, keep_groups=4, **_TOP2), bias=0.0
+    ),
+    RouterProblem("kimi_k2", 384, _spec(8, "sigmoid", True, 2.827), bias=0.0),
+    RouterProblem("qwen3_next_80b_a3b", 512, _spec(10, renormalise=True)),
+    RouterProblem("one_expert", 1, _spec(1)),
+    RouterProblem("one_expert_of_three", 3, _spec(1, "topk_softmax")),
+    RouterProblem("one_renormalised", 7, _spec(1, renormalise=True, scale=0.5)),
+    RouterProblem("all_experts", 7, _spec(7)),
+    RouterProblem("all_experts_sigmoid", 5, _spec(5, "sigmoid", True)),
+    RouterProblem("scale_not_renormalised", 24, _spec(3, "sigmoid", scale=2.5)),
+    RouterProblem("scale_topk_softmax", 24, _spec(3, "topk_softmax", scale=0.25)),
+    RouterProblem("softmax_bias", 24, _spec(4), bias=0.0),
+    RouterProblem("softmax_bias_renormalised", 24, _spec(4, renormalise=True), bias=0.0),
+    RouterProblem("topk_softmax_bias", 24, _spec(4, "topk_softmax"), bias=0.0),
+    RouterProblem("sigmoid_bias_negative", 64, _spec(6, "sigmoid", True, groups=8, keep_groups=2), bias=-3.0),
+    RouterProblem("sigmoid_bias_large", 64, _spec(6, "sigmoid"), bias=12.0),
+    RouterProblem("groups_of_logits", 36, _spec(4, "topk_softmax", groups=6, keep_groups=2)),
+    RouterProblem("groups_of_logits_top2", 36, _spec(4, "topk_softmax", groups=6, keep_groups=2, **_TOP2)),
+    RouterProblem("groups_softmax_top2", 36, _spec(4, groups=4, keep_groups=2, **_TOP2)),
+    RouterProblem("groups_sigmoid", 36, _spec(3, "sigmoid", groups=12, keep_groups=5)),
+    RouterProblem("one_group_kept", 30, _spec(5, renormalise=True, groups=5, keep_groups=1)),
+    RouterProblem("all_groups_kept", 30, _spec(5, groups=5, keep_groups=5)),
+    RouterProblem("tiny_scores_large_bias", 48, _spec(40, "sigmoid"), bias=12.0, spread=12.0),
+    RouterProblem("many_tokens", 8, _spec(2), T=1500),
+    RouterProblem("many_choices", 48, _spec(20, renormalise=True), T=33),
+    RouterProblem("many_experts", 1100, _spec(6), T=20),
+    RouterProblem("most_groups", 54, _spec(7, groups=9, keep_groups=6)),
+    RouterProblem("many_groups", 96, _spec(6, "sigmoid", True, 2.5, groups=24, keep_groups=6), bias=0.0),
+)
+_EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
+ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
+
+
+# Checks whose cause lies in the score or in the choice of groups need no more than one problem of each kind.
+_KINDS = tuple(
+    problem
+    for problem in PROBLEMS
+    if problem.name
+    in ("olmoe_1b_7b", "qwen3_30b_a3b", "shazeer_2017", "deepseek_v2", "deepseek_v3", "kimi_k2")
+)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from correctness.judging.layer_bench import LayerSubject, build, check_weights
+from moe_impls.interface import (
+    LayerWeights,
+    RouterSpec,
+    Support,
+)
+from moe_impls.layer import MoE
+from moe_impls.registry import ResolveError, asking, check_signature, load_function
+
+
+def resolve_layer(name: str) -> LayerSubject:
+    """The subject that ``path/file.py:Class`` or ``package.module:function`` means, constructed once to see.
+
+    The name of one of `own_layers` means that one.
+
+    Raises:
+        ResolveError: missing file, failing import, no such class, no ``read``, a layer that cannot be
+            constructed, or a ``read`` that returns something else than the layer's weights.
+    """
+    own = {subject.name: subject for subject in own_layers()}
+    if name in own:
+        return own[name]
+    if ":" not in name:
+        raise ResolveError(
+            f"--layer is {name!r}; it must be path/file.py:Class or package.module:function, "
+            f"or one of {', '.join(own)}"
+        )
+    module, make = load_function(name)
+    check_signature(name, make, 0, ())
+    place = name.rpartition(":")[0]
+    if not callable(getattr(module, "read", None)):
+        raise ResolveError(f"{name}: {place} has no function read(layer) that returns moe_impls.LayerWeights")
+    check_signature(f"{place}:read", module.read, 1, ())
+    losses = getattr(module, "losses", None)
+    if losses is not None:
+        check_signature(f"{place}:losses", losses, 3, ())
+    support = getattr(module, "SUPPORT", Support())
+    if not isinstance(support, Support):
+        raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
+    subject = LayerSubject(name, make, module.read, losses, support)
+    file = getattr(module, "__file__", None)
+    with asking(f"{name}: {name.rpartition(':')[2]}() failed", file):
+        layer = subject.make()
+    if not isinstance(layer, nn.Module):
+        raise ResolveError(f"{name}: the layer is a {type(layer).__name__}; it must be a torch.nn.Module")
+    with asking(f"{place}:read", file):
+        check_weights(subject.read(layer), layer)
+    with asking(f"{name}: drawing new parameters failed", file):
+        build(subject, torch.float32)
+    return subject
+
+
+def read_moe(layer: MoE) -> LayerWeights:
+    """The weights of a `moe_impls.MoE`."""
+    return LayerWeights(
+        layer.experts, layer.router, layer.w_gate.T, combine=layer.combine, training_only=("w_noise",)
+    )
+
+
+def moe_losses(layer: MoE, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """The auxiliary loss of a `moe_impls.MoE` without its coefficient."""
+    return {"auxiliary_loss": layer(x if mask is None else x[mask], 1.0)[1]}
+
+
+def _moe(name: str, router: RouterSpec | None = None, **options: Any) -> LayerSubject:
+    sizes = {"input_size": 12, "output_size": 7, "num_experts": 6, "hidden_size": 10, "k": 2}
+    options = sizes | {"noisy_gating": router is None, "router": router} | options
+    return LayerSubject(f"moe_{name}", functools.partial(MoE, **options), read_moe, moe_losses)
+
+
+_SWIGLU = {"activation": "swiglu", "output_activation": "none"}
+_GROUPS: dict[str, Any] = {"groups": 4, "keep_groups": 2, "group_score": "top2_sum"}
+
+
+def own_layers() -> list[LayerSubject]:
+    """`MoE` with several routers and experts."""
+    return [
+        _moe("defaults"),
+        _moe("mixtral", RouterSpec(2, renormalise=True), bias=False, **_SWIGLU),
+        _moe("qwen", RouterSpec(3), implementation="index_add", **_SWIGLU),
+        _moe("switch", RouterSpec(1), implementation="dense_mask", output_activation="none"),
+        _moe("renormalised_at_one", RouterSpec(1, "topk_softmax"), bias=False, **_SWIGLU),
+        _moe("grouped", RouterSpec(3, "sigmoid", True, 2.5, **_GROUPS), num_experts=12, **_SWIGLU),
+        _moe("logsumexp", RouterSpec(2, scale=0.5), combine="logsumexp", activation="gelu"),
+    ]

@@ -1,0 +1,81 @@
+"""The smallest problem that a check still fails on, so that a failure on a large one can be looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from correctness.judging.blame import blamed
+from correctness.judging.finding import CheckFailed
+from correctness.problems.problem import Problem, possible, unsupported
+from moe_impls.interface import Implementation
+
+SECONDS = 3.0
+SIZES = ("T", "K", "E", "D", "H", "O")
+OPTIONS = ("load", "gates", "low_gates", "x_scale", "seed")  # which take their defaults
+# Tried in this order before the sizes between them: every power of two and its neighbours.
+LANDMARKS = sorted({2**n + step for n in range(17) for step in (-1, 0, 1)})
+
+
+def shrink(fails: Callable[[Problem], bool], problem: Problem, seconds: float = SECONDS) -> Problem:
+    """The smallest problem found for which ``fails`` still holds; ``problem`` itself if none is smaller.
+
+    Options take their defaults and sizes become small, one at a time, until nothing more can be changed or
+    ``seconds`` are over. It is exact where failing starts at some size and goes on from there.
+    """
+    end = time.monotonic() + seconds
+    smallest = problem
+
+    def attempt(name: str, value: object) -> bool:
+        nonlocal smallest
+        smaller = replace(smallest, **{name: value})
+        if not possible(smaller) or time.monotonic() > end or not fails(smaller):
+            return False
+        smallest = smaller
+        return True
+
+    plain = {field.name: field.default for field in fields(Problem)}
+    before = None
+    while smallest != before:
+        before = smallest
+        for name in OPTIONS:
+            if getattr(smallest, name) != plain[name]:
+                attempt(name, plain[name])
+        for name in SIZES:
+            below = [size for size in LANDMARKS if size < getattr(smallest, name)]
+            passed = -1
+            for size in below:
+                if attempt(name, size):
+                    break
+                passed = size
+            while getattr(smallest, name) - passed > 1:
+                middle = (passed + getattr(smallest, name)) // 2
+                if not attempt(name, middle):
+                    passed = middle
+    return smallest
+
+
+def smallest_failure(
+    check: Callable[[Implementation, Problem], object],
+    subject: Implementation,
+    problem: Problem,
+    seconds: float = SECONDS,
+) -> Problem:
+    """`shrink` for a check that an implementation fails on ``problem``.
+
+    A smaller problem counts only if the check itself finds fault with it: an exception of another kind may
+    come from the check, which needs some tokens to work with.
+    """
+
+    def fails(smaller: Problem) -> bool:
+        if unsupported(subject.support, smaller):
+            return False
+        try:
+            with blamed("", ""):
+                check(subject, smaller)
+        except CheckFailed as failure:
+            return isinstance(failure.__cause__, CheckFailed)
+        return False
+
+    return shrink(fails, problem, seconds)

@@ -1,0 +1,59 @@
+"""Tables in markdown, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or none of it: to a temporary neighbour first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A table with the columns of ``frame``; those that hold numbers only are aligned to the right."""
+
+    def cells(values: object) -> str:
+        return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"  # type: ignore[attr-defined]
+
+    numeric = [bool(np.all([_is_number(v) for v in frame[c]])) for c in frame.columns]
+    rule = "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
+    return "\n".join([cells(frame.columns), rule, *(cells(row) for row in frame.itertuples(index=False))])
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(str(value).rstrip("x% ") or "nan")
+    except ValueError:
+        return False
+    return True
+
+
+def with_block(text: str, command: str, content: str) -> str:
+    """A page whose part between ``<!-- begin: command -->`` and the next ``<!-- end -->`` is ``content``.
+
+    Raises:
+        ValueError: the page has no such lines, or has them twice.
+    """
+    begin, end = f"<!-- begin: {command} -->\n", "<!-- end -->\n"
+    if text.count(begin) != 1 or end not in text.partition(begin)[2]:
+        raise ValueError(f"the page must hold the lines {begin.strip()!r} and then {end.strip()!r} once")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content.strip()}\n\n{end}{after}"
+
+
+def slug(text: str) -> str:
+    """Lower-case letters, digits and single hyphens: "AMD EPYC (2x)" -> "amd-epyc-2x"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"

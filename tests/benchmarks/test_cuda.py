@@ -1,0 +1,148 @@
+"""The command for a GPU, as far as a machine without one can tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from benchmarks.__main__ import _parser, _to_profile, main
+from benchmarks.commands import cuda
+from benchmarks.commands.cuda import Step
+from benchmarks.sweep.record import RecordError
+from moe_impls.registry import ResolveError
+from reporting import provenance
+from reporting.provenance import ROOT
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@pytest.mark.parametrize("step", cuda.steps("cpu", False, ["einsum.capacity"]), ids=lambda step: step.name)
+def test_the_options_of_every_step_are_valid(step: Step, tmp_path: Path) -> None:
+    if step.command[0] == "benchmarks":
+        implementation, *_ = _to_profile(_parser().parse_args(step.command[1:]))
+        assert implementation.name in cuda.OURS
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", *step.command, "--collect-only"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_a_small_run_verifies_measures_profiles_and_reports(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["cuda", "--device", "cpu", "--smoke", "--minutes", "10", "--out", str(tmp_path)]
+    assert main(command) == 0
+    steps = json.loads((tmp_path / cuda.STEPS).read_text())
+    assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(
+        ("verify", "sweep", "profile"), "finished"
+    )
+    assert (tmp_path / steps["sweep"]["csv"]).is_file() and (tmp_path / "report.md").is_file()
+    assert list((tmp_path / "profiles").rglob("*.csv"))
+    assert json.loads((tmp_path / "environment.json").read_text())["device"] == "cpu"
+    assert " passed" in (tmp_path / "verify.log").read_text()
+    capfd.readouterr()
+    assert main(command) == 0  # what is done is not done again
+    assert "verify: finished before" in capfd.readouterr().out
+
+
+def test_a_step_whose_time_is_up_is_ended_and_done_again_and_one_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "REPORT_S", 0.0)
+    monkeypatch.setattr(cuda, "LEAST_S", 0.0)
+    slow = Step("slow", ("timeit", "-n1", "-r1", "import time; time.sleep(60)"), 0.05)
+    wrong = Step("wrong", ("timeit", "1 // 0"), 0.9)
+    finding = Step("finding", ("timeit", "1 // 0"), 0.9, may_fail=True)
+    monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [wrong, slow, finding])
+    told: list[str] = []
+    assert not cuda.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    first = [line.partition(" after")[0] for line in told]
+    assert first == ["wrong: failed", "slow: stopped", "finding: failed"]
+    told.clear()
+    mended = replace(wrong, command=("timeit", "-n1", "-r1", "1"))
+    monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [mended, slow, finding])
+    assert cuda.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    second = [line.partition(" after")[0] for line in told]
+    assert second == ["slow: stopped", "wrong: finished", "finding: failed before"]
+
+
+def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "REPORT_S", 0.0)
+    worker = tmp_path / "worker"
+    script = (
+        f"import os; w = os.fork(); open({str(worker)!r}, 'a').write(f'{{w}} '); import time; time.sleep(60)"
+    )
+    step = Step("forks", ("timeit", "-n1", "-r1", script), 0.1)
+    monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [step])
+    cuda.run(tmp_path, "cpu", 1.0, smoke=True, tell=lambda line: None)
+    pids = [int(pid) for pid in worker.read_text().split() if pid != "0"]
+    assert pids and all(ends(pid, within_s=20) for pid in pids)
+
+
+def ends(pid: int, within_s: float) -> bool:
+    """Whether a process is soon gone, or waits for its parent to take notice."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_sweep_goes_on_only_at_the_commit_that_it_was_begun_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [SimpleNamespace(git_commit=provenance.columns()["git_commit"])]
+    monkeypatch.setattr(cuda.plan, "progress", lambda csv: (1, 2))
+    monkeypatch.setattr(cuda.record, "read", lambda csv: rows)
+    assert cuda._can_go_on(tmp_path / "a.csv")
+    rows[0].git_commit = "another"
+    assert not cuda._can_go_on(tmp_path / "a.csv")
+
+
+def test_a_peer_that_cannot_be_imported_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> None:
+        raise ResolveError(f"{name} does not take this version of its library: ImportError: gone")
+
+    monkeypatch.setattr(cuda, "is_installed", lambda name: name == "liger.fused_moe")
+    monkeypatch.setattr(cuda, "resolve", refused)
+    told: list[str] = []
+    assert cuda.usable_peers(told.append) == []
+    assert told == ["left out: liger.fused_moe does not take this version of its library: ImportError: gone"]
+
+
+def test_a_damaged_list_of_steps_is_told(tmp_path: Path) -> None:
+    (tmp_path / cuda.STEPS).write_text("[1")
+    with pytest.raises(RecordError, match="is no list of steps: .*; remove it to begin anew"):
+        cuda.run(tmp_path, "cpu", 1.0, smoke=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param([], "--device is cuda, but torch finds no CUDA device here", marks=no_gpu),
+        (["--device", "cpu"], "--device is cpu; valid with --smoke only"),
+        (["--device", "cpu:1", "--smoke"], "--device is cpu:1; valid are cpu, cpu:0 to cpu:0"),
+        (["--device", "tpu"], "--device is 'tpu'; valid are cpu, cuda"),
+        (["--device", "cpu", "--smoke", "--minutes", "0"], "--minutes is 0.0; it must be above 0"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cuda", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -1,0 +1,134 @@
+"""A sweep that ends early loses nothing that it measured, and goes on where it ended."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from benchmarks.sweep import plan, record
+from benchmarks.sweep.record import TIMINGS, RecordError
+from reporting.provenance import ROOT
+from tests.benchmarks.test_record import make_row, write
+
+TINY = ("--T=4", "--T=8", "--T=16", "--D=8", "--H=4", "--E=4", "--K=2", "--seconds=0.001",
+        "--impl=dense_mask", "--impl=sorted_dispatch")  # fmt: skip
+CELLS = 3 * 2 * 2
+DIFFERS = {*TIMINGS, "run_id", "time_utc"} - {"flops", "touched_experts", "read_bytes", "written_bytes"}
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def csv_in(folder: Path) -> Path:
+    (path,) = folder.glob("*.csv")
+    return path
+
+
+def facts(path: Path) -> list[dict]:
+    """The rows of a file without what differs from run to run, in an order of their own."""
+    rows = [{n: v for n, v in vars(row).items() if n not in DIFFERS} for row in record.read(path)]
+    return sorted(rows, key=repr)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], float]:
+    """What an uninterrupted sweep writes, and the seconds until its first row and from there to its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = start(*TINY, f"--out={folder}")
+    output, _ = done.communicate(timeout=120)
+    assert done.returncode == 0, output
+    path = csv_in(folder)
+    assert plan.progress(path) == (CELLS, CELLS)
+    return facts(path), path.stat().st_mtime - plan.path_of(path).stat().st_mtime
+
+
+@pytest.mark.timeout(0)
+def test_a_sweep_that_is_killed_again_and_again_ends_like_one_that_is_not(
+    tmp_path: Path, uninterrupted: tuple[list[dict], float]
+) -> None:
+    whole, seconds = uninterrupted
+    moments = random.Random(0)
+    arguments, kept = [*TINY, f"--out={tmp_path}"], []
+    for _ in range(20):
+        process = start(*arguments)
+        while process.poll() is None and not list(tmp_path.glob("*.lock")):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, seconds / 5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if files := list(tmp_path.glob("*.csv")):
+            now = record.read(files[0])
+            assert now[: len(kept)] == kept
+            kept, arguments = now, [f"--resume={files[0]}"]
+        elif plans := list(tmp_path.glob("*.plan.json")):  # before the file had its first line
+            plans[0].unlink()
+    last = start(*arguments)
+    output, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, output
+    path = csv_in(tmp_path)
+    assert facts(path) == whole
+    assert record.read(path)[: len(kept)] == kept
+    assert len({row.run_id for row in record.read(path)}) == 1
+
+
+def test_a_last_line_that_is_not_whole_is_no_row_and_is_cut_off(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv", make_row(), make_row())
+    whole = path.read_bytes()
+    for end in (len(whole) - 1, len(whole) - 7, len(whole) - 150):  # of the last number, too
+        path.write_bytes(whole[:end])
+        assert record.read(path) == [make_row()]
+        assert record.repair(path)
+        assert path.read_bytes() == whole[: whole.index(b"\n", whole.index(b"\n") + 1) + 1]
+        assert not record.repair(path)
+
+
+def test_any_other_damage_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv", make_row(), make_row(), make_row())
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[2][:40] + "\n", lines[3]]))
+    with pytest.raises(RecordError, match="line 3: .* values in .* columns"):
+        record.read(path)
+
+
+def test_two_sweeps_do_not_write_into_one_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv")
+    with record.locked(path):
+        with pytest.raises(RecordError, match="is being written to by another sweep"), record.locked(path):
+            pass
+        assert FileLock(f"{path}.lock").lock_file
+    with record.locked(path):
+        pass
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume={path}", "--grid=smoke"], "--grid cannot be given with --resume"),
+        (["--resume={path}", "--out=x"], "--out cannot be given with --resume"),
+        (["--resume={path}.gone"], "does not exist or is no file"),
+        (["--resume={path}"], "cannot be continued: its plan r.plan.json"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    path = write(tmp_path / "r.csv")
+    refused = start(*(argument.format(path=path) for argument in arguments))
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 4 and message in output
+
+
+def test_a_sweep_of_another_commit_is_not_continued(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv", make_row(threads=1))
+    plan.write(path, {}, {})
+    refused = start(f"--resume={path}")
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 4 and "was measured with machine m, this is" in output

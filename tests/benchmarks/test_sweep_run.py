@@ -1,0 +1,309 @@
+"""The sweep as a user runs it, on tiny layers: what it writes, and what it does with bad input and faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.sweep import record
+from benchmarks.sweep.record import Row
+from moe_impls.registry import IMPLEMENTATIONS
+from reporting.provenance import ROOT
+
+pytest_plugins = "pytester"
+
+TINY = ("--T=8", "--D=16", "--H=8", "--E=4", "--K=2", "--seconds=0.01")
+
+
+def command(out: Path, *options: str) -> list[str]:
+    # -p no:cacheprovider: the outer run's cache is not this one's.
+    return [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", f"--out={out}",
+            f"--benchmark-storage={out / 'json'}", *options]  # fmt: skip
+
+
+def sweep(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(out, *options), cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def rows_of(out: Path) -> list[Row]:
+    (path,) = out.glob("*.csv")
+    return record.read(path)
+
+
+def implementation(folder: Path, body: str) -> str:
+    """A file with a ``forward``; ``right`` in it is a right one."""
+    path = folder / "mine.py"
+    path.write_text(
+        "import time, torch\nfrom moe_impls.interface import Support\n"
+        f"from moe_impls.index_add import forward as right\n{body}\n"
+    )
+    return f"{path}:forward"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("sweep")
+    options = ("--impl=sorted_dispatch", "--impl=index_add", "--benchmark-autosave", "--benchmark-save-data")
+    return out, sweep(out, *TINY, "--T=4", *options)
+
+
+def test_a_sweep_measures_every_cell_and_says_where_at_the_very_end(run) -> None:
+    out, done = run
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(out)
+    assert [row.status for row in rows] == ["ok"] * 8
+    assert {(r.implementation, r.T, r.mode) for r in rows} == {
+        (name, T, mode)
+        for name in ("sorted_dispatch", "index_add")
+        for T in (4, 8)
+        for mode in ("forward", "forward_backward")
+    }
+    (csv,) = out.glob("*.csv")
+    assert done.stdout.splitlines()[-3:] == [
+        f"CSV:    {csv}",
+        f"report: {out / 'report.md'}",
+        f"report: {out / 'report.html'}",
+    ]
+    assert (out / "report.md").is_file()
+
+
+def test_progress_tells_what_was_measured_and_the_time_left(run) -> None:
+    _, done = run
+    lines = [line for line in done.stdout.splitlines() if re.search(r"\[\d/4\]", line)]
+    assert len(lines) == 4 and all("s left" in line and "index_add" in line for line in lines)
+
+
+def test_pytest_benchmark_stores_the_samples_of_the_csv(run) -> None:
+    out, _ = run
+    (stored,) = out.glob("json/*/*.json")
+    stats = {
+        b["params"]["rows"] + b["params"]["implementation"]: b
+        for b in json.loads(stored.read_text())["benchmarks"]
+    }
+    assert len(stats) == 8
+    for row in rows_of(out):
+        name = f"sweep-T{row.T}-D16-H8-E4-K2-float32-cpu-{row.mode}{row.implementation}"
+        found = stats[name]["stats"]
+        assert row.samples_ms is not None and row.rounds == len(row.samples_ms) == found["rounds"] >= 7
+        assert [s * 1e3 for s in found["data"]] == pytest.approx(row.samples_ms, rel=1e-12)
+        assert found["median"] * 1e3 == pytest.approx(row.median_ms, rel=1e-12)
+        assert found["min"] * 1e3 == pytest.approx(row.min_ms, rel=1e-12)
+        assert stats[name]["extra_info"]["run_id"] == row.run_id
+
+
+def test_a_rows_figures_follow_from_its_samples(run) -> None:
+    for row in rows_of(run[0]):
+        assert row.samples_ms and row.median_ms and row.limit_ms and row.tflop_per_s
+        assert row.min_ms and row.p20_ms and row.p80_ms
+        assert row.median_ms == statistics.median(row.samples_ms) and row.min_ms == min(row.samples_ms)
+        assert row.min_ms <= row.p20_ms <= row.median_ms <= row.p80_ms
+        assert row.tokens_per_s == pytest.approx(row.T / row.median_ms * 1e3, rel=1e-5)
+        assert row.tflop_per_s == pytest.approx(row.flops / (row.median_ms / 1e3) / 1e12, rel=1e-5)
+        assert row.efficiency == pytest.approx(row.limit_ms / row.median_ms, rel=1e-5)
+        assert row.worst_error_fraction is not None and 0 < row.worst_error_fraction <= 1
+        assert row.peak_memory_bytes and row.routing_checksum
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (
+            "def forward(*a, **k): raise RuntimeError('no kernel\\nfor this')",
+            "error",
+            "RuntimeError: no kernel for this",
+        ),
+        (
+            "def forward(*a, **k): return right(*a, **k) * 1.01",
+            "incorrect",
+            "check before timing: y is wrong",
+        ),
+        ("def forward(*a, **k): return right(*a, **k)[1:]", "incorrect", "shape"),
+        ("def forward(*a, **k): return torch.empty(2**60)", "out_of_memory", "DefaultCPUAllocator"),
+        ("def forward(*a, **k): time.sleep(60)", "timeout", "longer than 5 s"),
+        # Right as long as it computes; from the fourth call on it returns what it remembers.
+        (
+            "seen = []\n"
+            "def forward(*a, **k):\n"
+            "    seen.append(right(*a, **k) if len(seen) < 4 else seen[-1])\n"
+            "    return seen[-1]",
+            "incorrect",
+            "check on new inputs after timing: y is wrong",
+        ),
+    ],
+    ids=["raises", "wrong", "shape", "memory", "hangs", "remembers"],
+)
+def test_a_fault_becomes_a_row_and_the_others_go_on(
+    tmp_path: Path, body: str, status: str, reason: str
+) -> None:
+    name = implementation(tmp_path, body)
+    out = tmp_path / "out"
+    limit = ["--cell-timeout=5"] if status == "timeout" else []  # the others may wait for a busy machine
+    done = sweep(out, *TINY, "--mode=forward", f"--impl={name}", "--impl=index_add", *limit)
+    assert done.returncode == 1, done.stdout + done.stderr
+    mine, other = rows_of(out)
+    assert (mine.status, other.status) == (status, "ok")
+    assert reason in mine.reason and reason in done.stdout
+    assert mine.median_ms is None and other.median_ms is not None
+    assert "1 failed, 1 passed" in done.stdout and (out / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        ("import ctypes\ndef forward(*a, **k): ctypes.string_at(0)", "error", "ended its process by SIGSEGV"),
+        ("import os\ndef forward(*a, **k): os._exit(3)", "error", "ended its process with exit status 3"),
+        (
+            "import os\ndef forward(*a, **k): os.kill(os.getpid(), 9)",
+            "out_of_memory",
+            "SIGKILL, as when memory",
+        ),
+        (
+            "import signal\n"
+            "def forward(*a, **k):\n"
+            "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
+            "    time.sleep(60)",
+            "timeout",
+            "ran on after its time limit; its process was killed",
+        ),
+        ("def forward(*a, **k): torch.ones(2**29)", "out_of_memory", "DefaultCPUAllocator"),
+    ],
+    ids=["segmentation_fault", "exit", "killed", "hangs", "memory"],
+)
+def test_isolated_what_ends_the_process_becomes_a_row_and_the_others_go_on(
+    tmp_path: Path, body: str, status: str, reason: str
+) -> None:
+    name = implementation(tmp_path, body)
+    out = tmp_path / "out"
+    limits = ["--isolate", "--cell-memory=1", *(["--cell-timeout=5"] if status == "timeout" else [])]
+    done = sweep(
+        out, *TINY, "--mode=forward", "--impl=dense_mask", f"--impl={name}", "--impl=index_add", *limits
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    first, mine, last = rows_of(out)
+    assert (first.status, mine.status, last.status) == ("ok", status, "ok")
+    assert reason in mine.reason
+    assert first.rounds == last.rounds  # they were timed side by side
+
+
+def test_isolated_an_import_that_ends_the_process_is_a_usage_error(tmp_path: Path) -> None:
+    name = implementation(tmp_path, "import os\nos._exit(3)\ndef forward(*a, **k): return right(*a, **k)")
+    done = sweep(tmp_path / "out", *TINY, f"--impl={name}", "--isolate")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: importing {name} ended its process with exit status 3" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_isolated_sweep_writes_the_same_rows(tmp_path: Path, run) -> None:
+    done = sweep(tmp_path, *TINY, "--T=4", "--impl=sorted_dispatch", "--impl=index_add", "--isolate")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def facts(row: Row) -> tuple:
+        return row.implementation, row.T, row.mode, row.status, row.routing_checksum, row.peak_memory_bytes
+
+    assert list(map(facts, rows_of(tmp_path))) == list(map(facts, rows_of(run[0])))
+
+
+def test_what_an_implementation_does_not_declare_is_no_failure(tmp_path: Path) -> None:
+    body = "SUPPORT = Support(gradients=False)\ndef forward(*a, **k): return right(*a, **k)"
+    done = sweep(tmp_path / "out", *TINY, f"--impl={implementation(tmp_path, body)}")
+    assert done.returncode == 0, done.stdout
+    forward, backward = sorted(rows_of(tmp_path / "out"), key=lambda row: row.mode)
+    assert (forward.status, backward.status) == ("ok", "unsupported")
+    assert backward.reason == "gradients not declared"
+
+
+def test_a_layer_beyond_the_memory_is_not_attempted(tmp_path: Path) -> None:
+    done = sweep(tmp_path / "out", "--T=4", "--D=100000", "--H=100000", "--E=64", "--K=1", "--mode=forward",
+                 "--impl=index_add")  # fmt: skip
+    assert done.returncode == 1
+    (row,) = rows_of(tmp_path / "out")
+    assert row.status == "out_of_memory" and "GiB are available; not attempted" in row.reason
+    assert "report: not written" in done.stdout.splitlines()[-1]
+
+
+def test_ctrl_c_leaves_the_rows_so_far_and_their_report(tmp_path: Path) -> None:
+    many = [f"--T={T}" for T in range(1, 200)]
+    with subprocess.Popen(
+        command(tmp_path, *TINY, *many, "--impl=index_add"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # Python ignores Ctrl-C where its parent did, as under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not any(
+            p.read_text().count("\n") > 3 for p in tmp_path.glob("*.csv")
+        ):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    rows = rows_of(tmp_path)
+    assert 3 <= len(rows) < 398 and {row.status for row in rows} == {"ok"}
+    assert (tmp_path / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "valid"),
+    [
+        ("--grid=huge", "smoke, default, latency, throughput, full"),
+        ("--impl=fastest", "dense_mask, sorted_dispatch, index_add, compiled"),
+        ("--impl=nowhere.py:forward", "does not exist"),
+        ("--model=gpt-9", "mixtral-8x7b, mixtral-8x22b"),
+        ("--device=tpu", "cpu, cuda"),
+        ("--dtype=int8", "float64, float32, bfloat16, float16"),
+        ("--load=heavy", "uniform, zipf"),
+        ("--mode=sideways", "forward, forward_backward"),
+        ("--K=64", "must not exceed E"),
+        ("--T=0", "at least 1"),
+        ("--seconds=-1", "above 0"),
+        ("--cell-memory=0", "above 0"),
+        pytest.param(
+            "--device=cuda",
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here"),
+        ),
+    ],
+)
+def test_bad_options_are_usage_errors_in_one_line(pytester, option: str, valid: str, tmp_path: Path) -> None:
+    done = sweep_in_process(pytester, tmp_path / "out", option)
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = (line for line in done.errlines if line.strip())
+    assert line.startswith("ERROR: ") and valid in line
+    assert not (tmp_path / "out").exists()
+
+
+def sweep_in_process(pytester: pytest.Pytester, out: Path, *options: str) -> pytest.RunResult:
+    os.chdir(ROOT)
+    return pytester.runpytest_inprocess(
+        str(ROOT / "benchmarks"),
+        f"--rootdir={ROOT}",
+        "-p",
+        "no:cacheprovider",
+        f"--out={out}",
+        *options,
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_cell(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = sweep(tmp_path / "file" / "out", *TINY)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: --out: " in done.stderr and "cannot be written" in done.stderr
+    assert "passed" not in done.stdout
+
+
+def test_a_sweep_is_one_test_for_each_cell(tmp_path: Path) -> None:
+    done = sweep(tmp_path, *TINY, "--collect-only", "-q")
+    assert done.returncode == 0
+    assert done.stdout.count("test_cell[") == 2 * len(IMPLEMENTATIONS)
+    assert list(tmp_path.rglob("*.csv")) == []

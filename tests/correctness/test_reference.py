@@ -1,0 +1,118 @@
+"""The oracle itself is right: against scalar arithmetic, and its hand-written gradients against autograd."""
+
+import math
+
+import pytest
+import torch
+
+from correctness.oracle.experts import act, act_derivative, evaluate
+from correctness.problems import catalogue
+from correctness.problems.inputs import make_inputs
+from correctness.problems.problem import Problem
+from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS
+
+
+def scalar_activation(name: str, h: list[float]) -> list[float]:
+    """The activation in plain Python floats, one unit at a time."""
+
+    def sigmoid(v: float) -> float:
+        return 1 / (1 + math.exp(-v))
+
+    single = {
+        "relu": lambda v: max(v, 0.0),
+        "gelu": lambda v: v * 0.5 * math.erfc(-v / math.sqrt(2)),
+        "silu": lambda v: v * sigmoid(v),
+    }
+    if name in single:
+        return [single[name](v) for v in h]
+    pairs = list(zip(h[: len(h) // 2], h[len(h) // 2 :], strict=True))
+    if name == "swiglu_clamped":
+        clamped = [(min(g, 7.0), max(-7.0, min(u, 7.0))) for g, u in pairs]
+        return [g * sigmoid(1.702 * g) * (u + 1) for g, u in clamped]
+    function = single[{"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[name]]
+    return [function(g) * u for g, u in pairs]
+
+
+def scalar_layer(problem: Problem) -> list[list[float]]:
+    """y[t][o] in plain Python floats, straight from the equations."""
+    x, (ids, gates), experts, _ = make_inputs(problem)
+    w_in, w_out = experts.w_in.tolist(), experts.w_out.tolist()
+    b_in = experts.b_in.tolist() if experts.b_in is not None else [[0.0] * problem.F] * problem.E
+    b_out = experts.b_out.tolist() if experts.b_out is not None else [[0.0] * problem.O] * problem.E
+
+    def expert(e: int, row: list[float]) -> list[float]:
+        h = [
+            sum(w * v for w, v in zip(ws, row, strict=True)) + b
+            for ws, b in zip(w_in[e], b_in[e], strict=True)
+        ]
+        a = scalar_activation(experts.activation, h)
+        f = [
+            sum(w * v for w, v in zip(ws, a, strict=True)) + b
+            for ws, b in zip(w_out[e], b_out[e], strict=True)
+        ]
+        return [max(v, 0.0) for v in f] if experts.output_activation == "relu" else f
+
+    y = []
+    for row, chosen, weights in zip(x.tolist(), ids.tolist(), gates.tolist(), strict=True):
+        outputs = [expert(e, row) for e in chosen]
+        columns = list(zip(*outputs, strict=True))
+        if problem.combine == "sum":
+            y.append([sum(g * f for g, f in zip(weights, column, strict=True)) for column in columns])
+        else:
+            y.append(
+                [
+                    math.log(sum(g * math.exp(f) for g, f in zip(weights, column, strict=True)))
+                    for column in columns
+                ]
+            )
+    return y
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("output_activation", OUTPUT_ACTIVATIONS)
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_oracle_equals_scalar_arithmetic(
+    activation: str, output_activation: str, combine: str, bias: bool
+) -> None:
+    problem = Problem(
+        "scalar", T=9, D=4, H=3, O=5, E=4, K=2, activation=activation, output_activation=output_activation,
+        combine=combine, bias=bias, dtype=torch.float64, gates="unnormalised",
+    )  # fmt: skip
+    x, (ids, gates), experts, _ = make_inputs(problem)
+    want = torch.tensor(scalar_layer(problem), dtype=torch.float64)
+    got = evaluate(x, ids, gates, experts, None, combine).values["y"]
+    assert (got - want).abs().max() < 64 * torch.finfo(torch.float64).eps * want.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("problem", catalogue.GRADCHECK, ids=lambda p: p.id)
+def test_oracle_gradients_equal_finite_differences(problem: Problem) -> None:
+    inputs = make_inputs(problem)
+    x, (ids, gates), experts, dy = inputs
+    oracle = evaluate(x, ids, gates, experts, dy, problem.combine)
+    step = 1e-6
+    for name, tensor in inputs.tensors.items():
+        direction = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype)
+        original = tensor.clone()
+        sides = []
+        for sign in (1, -1):
+            tensor.copy_(original + sign * step * direction)
+            sides.append((evaluate(x, ids, gates, experts, None, problem.combine).values["y"] * dy).sum())
+        tensor.copy_(original)
+        slope = float((sides[0] - sides[1]) / (2 * step))
+        # Central differences: error of order step², and cancellation of eps / step.
+        assert slope == pytest.approx(float((oracle.values[name] * direction).sum()), rel=1e-7, abs=1e-7), (
+            name
+        )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_derivative_is_that_of_the_definition(activation: str) -> None:
+    h = torch.linspace(-9, 9, 38, dtype=torch.float64).view(-1, 2)
+    step = 1e-6
+    slope = act_derivative(h, activation)
+    for unit in (0, 1):
+        shift = torch.zeros_like(h)
+        shift[:, unit] = step
+        numeric = (act(h + shift, activation) - act(h - shift, activation)).sum(dim=1) / (2 * step)
+        assert torch.all((numeric - slope[:, unit]).abs() < 1e-7 * (1 + slope[:, unit].abs()))

@@ -1,0 +1,225 @@
+"""The implementations that compile, lay out or save: what they promise beyond a right result."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from correctness.checks.table import CHECKS, Check, cases
+from correctness.checks.values import exact, values
+from correctness.judging.compare import hold
+from correctness.problems.catalogue import SMALL
+from correctness.problems.inputs import make_inputs
+from correctness.problems.problem import Inputs, Problem
+from moe_impls import native, packed, recompute
+from moe_impls.interface import dtype_name
+from moe_impls.registry import resolve
+
+
+def small(**changes) -> Inputs:
+    return make_inputs(replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize("name", ["w_in", "b_in", "w_out", "b_out"])
+def test_packed_weights_that_changed_are_refused_by_name(name: str) -> None:
+    inputs = small()
+    f = packed.prepare(inputs.experts)
+    f(inputs.x, inputs.routing)
+    inputs.experts.tensors[name][1].zero_()
+    with pytest.raises(RuntimeError, match=rf"{name} was written to after prepare\(experts\): call prepare"):
+        f(inputs.x, inputs.routing)
+
+
+def test_recompute_keeps_one_activation_beside_its_inputs() -> None:
+    inputs = small().map(lambda t: t.requires_grad_())
+    arguments = {t.data_ptr() for t in inputs.tensors.values()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in arguments:
+            kept[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        recompute.forward(inputs.x, inputs.routing, inputs.experts)
+    slots, features = inputs.routing.gates.numel(), inputs.experts.w_in.shape[1]
+    # h; the order of the slots and their gates
+    assert sum(t.nbytes for t in kept.values()) == slots * (features * inputs.x.itemsize + 8 + 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"combine": "logsumexp"}, "combine of recompute is 'logsumexp'; valid are sum"),
+        ({"output_activation": "relu"}, "output_activation of recompute is 'relu'; valid are none"),
+    ],
+)
+def test_recompute_refuses_what_it_does_not_declare(changes: dict[str, str], message: str) -> None:
+    inputs = small(**changes)
+    with pytest.raises(ValueError, match=message):
+        recompute.forward(*inputs[:3], combine=changes.get("combine", "sum"))
+
+
+@pytest.mark.parametrize("constant_dy", [True, False])
+def test_recompute_refuses_gradients_of_gradients(constant_dy: bool) -> None:
+    inputs = small().map(lambda t: t.requires_grad_())
+    y = recompute.forward(*inputs[:3])
+    loss = y.sum() if constant_dy else y.square().sum()
+    with pytest.raises(RuntimeError, match="'recompute' has no gradients of gradients .* 'sorted_dispatch'"):
+        torch.autograd.grad(loss, inputs.x, create_graph=True)
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("check", dict.fromkeys(CHECKS), ids=lambda check: check.name)
+def test_recompute_is_right_on_cpus_that_multiply_a_dtype_and_on_those_that_do_not(
+    monkeypatch: pytest.MonkeyPatch, check: Check, multiplies: bool
+) -> None:
+    monkeypatch.setattr(recompute, "multiplies", lambda dtype: multiplies or dtype.itemsize > 2)
+    for case in cases([resolve("recompute")], [check]):
+        if case.skip is None and case.problem.T <= 100 and case.problem.dtype.itemsize == 2:
+            case.run()
+
+
+@pytest.mark.parametrize("D", [16, 37])  # one that is a whole number of vectors, and one that is not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_native_is_right_for_every_number_of_rows_of_an_expert(dtype: torch.dtype, D: int) -> None:
+    for rows in range(1, 150):
+        layer = Problem(
+            "rows", T=rows, D=D, H=11, O=D, E=1, K=1, activation="swiglu", dtype=dtype, exact=True
+        )
+        exact(resolve("native"), layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_native_is_right_where_the_rows_of_an_expert_are_more_than_a_cache_holds(dtype: torch.dtype) -> None:
+    layer = Problem("wide", T=450, D=1501, H=9, O=30, E=2, K=1, activation="swiglu", dtype=dtype)
+    values(resolve("native"), layer)
+
+
+@pytest.mark.parametrize("numbers", [1, 30, 400, 5000])  # from one slot at a time to a few experts
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+@pytest.mark.parametrize("load", ["uniform", "one_hot_expert", "half_empty"])
+def test_native_is_right_for_groups_of_slots_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, load: str, combine: str, numbers: int
+) -> None:
+    monkeypatch.setattr(native, "GROUP", numbers)
+    values(resolve("native"), replace(SMALL, T=100, load=load, combine=combine))
+
+
+def test_the_groups_of_native_hold_every_slot_of_every_expert_once() -> None:
+    begin = torch.tensor([0, 0, 3, 3, 30, 31, 36, 36])
+    for numbers in range(1, 200):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "GROUP", numbers)
+            groups = native._groups(begin, 36, width=5)
+        assert [place for g in groups for place in held(g)] == held(native._Group(0, 0, 36, begin))
+        assert all(g.stop - g.start <= max(numbers // 5, 1) for g in groups)
+
+
+def held(group: native._Group) -> list[tuple[int, int]]:
+    """The experts and slots of a group."""
+    bounds = group.begin.tolist()
+    assert (bounds[0], bounds[-1]) == (group.start, group.stop)
+    slots = [range(*pair) for pair in itertools.pairwise(bounds)]
+    return [(group.first + e, n) for e, of_expert in enumerate(slots) for n in of_expert]
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch, cache: object, compiler: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+
+
+@pytest.mark.parametrize("wrong", [-1, SMALL.E])
+def test_native_refuses_ids_of_no_expert_before_it_reads_a_weight(wrong: int) -> None:
+    inputs = small()
+    inputs.routing.expert_ids[3, 1] = wrong
+    with pytest.raises(ValueError, match=rf"expert_ids holds an id that is not in \[0, {SMALL.E}\)"):
+        native.forward(*inputs[:3])
+
+
+def test_native_without_a_compiler_says_what_is_missing(monkeypatch, tmp_path) -> None:
+    without_library(monkeypatch, tmp_path, "no-such-compiler")
+    inputs = small()
+    with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler: install g\\+\\+ or set CXX"):
+        native.forward(*inputs[:3])
+
+
+def test_native_takes_a_compiler_with_options(monkeypatch, tmp_path) -> None:
+    without_library(monkeypatch, tmp_path, "env g++ -DUSED")
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "enough")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="failed: enough"):
+        native.library()
+    assert asked[0][0].endswith("/env") and asked[0][1:3] == ["g++", "-DUSED"]
+
+
+def test_native_passes_on_what_the_compiler_says_and_keeps_nothing(monkeypatch, tmp_path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    without_library(monkeypatch, tmp_path / "cache", str(compiler))
+    with pytest.raises(RuntimeError, match=r"compiling native.cpp failed: no such flag"):
+        native.library()
+    assert list((tmp_path / "cache" / "moe_impls").iterdir()) == []
+
+
+def test_native_that_cannot_be_compiled_is_not_available(monkeypatch, tmp_path) -> None:
+    without_library(monkeypatch, tmp_path, "false")
+    assert not native.is_available.__wrapped__()
+    with pytest.raises(RuntimeError, match=r"compiling native.cpp failed: .*false ended with status 1"):
+        native.library()
+
+
+def test_native_is_compiled_anew_where_what_is_kept_is_torn_and_where_nothing_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = native.library.__wrapped__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    library()
+    (whole,) = (tmp_path / "whole" / "moe_impls").iterdir()
+    torn = tmp_path / "torn" / "moe_impls" / whole.name
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"torn")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "torn"))
+    library()
+    assert torn.stat().st_size == whole.stat().st_size
+    monkeypatch.setenv("XDG_CACHE_HOME", str(whole))  # no directory
+    library()
+
+
+def test_native_is_compiled_once(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = native.library.__wrapped__
+    library()
+    monkeypatch.setattr(subprocess, "run", None)
+    library()
+    assert len(list((tmp_path / "moe_impls").iterdir())) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_native_is_right_and_bit_equal_across_thread_counts(dtype: torch.dtype) -> None:
+    # Several panels of each expert, and enough outputs that threads share their sums.
+    problem = replace(SMALL, T=300, O=150, dtype=dtype)
+    inputs = make_inputs(problem)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(native.forward(*inputs[:3]))
+            hold({"y": results[-1]}, problem, inputs)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
