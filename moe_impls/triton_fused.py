@@ -109,12 +109,12 @@ class _Blocks(NamedTuple):
 
 
 def candidates(rows_per_expert: float, dtype: torch.dtype) -> tuple[_Blocks, ...]:
-    """Tiles for so many rows of an expert on average, the usual first; the others are tried in large calls.
+    """Tiles for so many rows of an expert on average, the usual first; large calls try the others."""
+    return (_Blocks(32, 64, 64),) if INTERPRETED else _on_gpus(rows_per_expert, dtype)
 
-    With few rows, narrow tiles read the weights once.
-    """
-    if INTERPRETED:
-        return (_Blocks(32, 64, 64),)
+
+def _on_gpus(rows_per_expert: float, dtype: torch.dtype) -> tuple[_Blocks, ...]:
+    """With few rows, narrow tiles read the weights once."""
     depth = 32 if dtype == torch.float32 else 64
     if rows_per_expert <= 16:
         return (
@@ -126,6 +126,12 @@ def candidates(rows_per_expert: float, dtype: torch.dtype) -> tuple[_Blocks, ...
         _Blocks(128, 128, depth, 8, 3), _Blocks(128, 64, depth, 4, 3), _Blocks(128, 128, depth // 2, 8, 4),
         _Blocks(64, 128, depth, 4, 3),
     )  # fmt: skip
+
+
+def configurations(dtype: torch.dtype) -> tuple[_Blocks, ...]:
+    """Every tile that some call of this dtype may take on a GPU, whichever is fastest there."""
+    found = [sizes for rows in (16, 64, math.inf) for sizes in _on_gpus(rows, dtype)]
+    return tuple(dict.fromkeys(found))
 
 
 _CHOSEN: dict[tuple[Any, ...], _Blocks] = {}
@@ -165,7 +171,7 @@ def _blocks_for(
 
 
 def _milliseconds(call: Callable[[], None]) -> float:
-    """Of a call on the current device, once compiled."""
+    """Mean milliseconds of a call on the current device, after compilation."""
     call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from correctness.judging import calling
+from correctness.judging import calling, compare
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
 from moe_impls import triton_fused
 from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, dtype_name
+from moe_impls.registry import resolve
 
 not_interpreted = pytest.mark.skipif(triton_fused.INTERPRETED, reason="Triton's kernels are interpreted")
 interpreted = pytest.mark.skipif(not triton_fused.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -274,3 +275,33 @@ def test_the_kernels_of_every_option_compile(compile_for: CompileFor, problem: P
     assert {"hidden_kernel", "product_kernel", "hidden_grad_kernel", "weight_grad_kernel"} <= set(
         compile_for(90, problem)
     )
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+runs_kernels = pytest.mark.skipif(
+    not (triton_fused.INTERPRETED or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+# Full tiles, tails and empty experts of every size of tile, along rows, columns and depth.
+TILED = Problem("tiled", T=0, D=140, H=132, O=136, E=5, K=2, load="zipf", gates="unnormalised", device=DEVICE)
+# The interpreter cuts bfloat16 off where GPUs round it.
+WIDTHS = (torch.float32, torch.float16) if triton_fused.INTERPRETED else triton_fused.SUPPORT.dtypes
+EVERY_TILE = [
+    pytest.param(dtype, sizes, id=f"{dtype_name(dtype)}-{'-'.join(map(str, sizes))}")
+    for dtype in WIDTHS
+    for sizes in triton_fused.configurations(dtype)
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype, sizes", EVERY_TILE)
+def test_every_configuration_is_right_and_not_only_the_one_that_is_fastest_here(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sizes: Any
+) -> None:
+    monkeypatch.setattr(triton_fused, "candidates", lambda rows, dtype: (sizes,))
+    subject = resolve("triton_fused")
+    problem = replace(
+        TILED, T=2 * sizes.m + 9, dtype=dtype
+    )  # two full tiles and a tail of the busiest expert
+    for variant in (problem, replace(problem, activation="gelu", output_activation="relu", bias=False)):
+        worst = compare.hold_calls(subject, variant)
+        assert max(worst.values()) <= 1
