@@ -55,11 +55,11 @@ def generated_values(subject: Implementation, problem: Problem) -> None:
     for gradients in (True, False, True) if subject.support.gradients else (False, False):
         results = calling.run(subject.forward, inputs, problem.combine, gradients=gradients)
         try:
-            compare.hold(results, problem)
+            compare.require_right(results, problem)
         except CheckFailed:
             if problem.exact:
                 raise
-            compare.require(results, _with_budget_of_many(problem))
+            compare.require_within(results, _with_budget_of_many(problem))
 
 
 def _with_budget_of_many(problem: Problem) -> Reference:
