@@ -84,7 +84,7 @@ Gating = Callable[..., tuple[Routing, Tensor]]
 
 
 def gating_matches_redraws(noisy_top_k: Gating) -> None:
-    """Agree, over redraws of all noise, with the counts of choices: the load, and Normal noise with them.
+    """Return from noisy_top_k a load that agrees with counts of choices over redraws of all its noise.
 
     The load of noisy_top_k is compared with the counts of its own choices, and those with the counts of
     choices made here with Normal noise of scale softplus(raw_scale) + 0.01.

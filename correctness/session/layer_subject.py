@@ -21,7 +21,7 @@ from moe_impls.registry import ResolveError, asking, check_signature, load_funct
 
 
 def resolve_layer(name: str) -> Subject:
-    """Make the subject that ``path/file.py:Class`` or ``package.module:function`` means, and construct it once.
+    """Make the subject that ``path/file.py:Class`` or ``package.module:function`` means; construct it once.
 
     The name of one of `own_layers` means that one.
 
