@@ -10,10 +10,10 @@ import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 from correctness.checks import balance, routers, table
+from correctness.checks.case import cases
 from correctness.judging.finding import CheckFailed
 from moe_impls.interface import Implementation
 
@@ -43,7 +43,7 @@ class Mutant:
     @property
     def kind(self) -> str:
         """What it is a wrong form of: experts (a ``forward``), router or loss."""
-        if self.killed_by in balance.CHECKS:
+        if self.killed_by in {check.name for check in balance.CHECKS}:
             return "loss"
         return "router" if self.base == "moe_impls.router" else "experts"
 
@@ -98,18 +98,15 @@ def trials(mutant: Mutant) -> list[Trial]:
     """Everything that a right module in the mutant's place would be held to."""
     module = mutant.load()
     if mutant.kind == "loss":
-        return [
-            Trial(name, "", partial(check, getattr(module, function)))
-            for name, (check, function) in balance.CHECKS.items()
-            if hasattr(module, function)
-        ]
-    if mutant.kind == "router":
-        return [Trial(c.check.name, c.problem.id, partial(c.run, module.route)) for c in routers.cases()]
-    subject = Implementation(mutant.name, module.forward, module.SUPPORT)
+        subject = balance.losses(mutant.name, module)
+    elif mutant.kind == "router":
+        subject = routers.router(mutant.name, module.route)
+    else:
+        subject = table.implementation(Implementation(mutant.name, module.forward, module.SUPPORT))
     return [
-        Trial(case.check.name, case.problem.id, case.run)
-        for case in table.cases([subject])
-        if case.skip is None
+        Trial(case.check.name, case.problem_id, case.run)
+        for case in cases([subject])
+        if case.skip is None and not case.check.drawn
     ]
 
 

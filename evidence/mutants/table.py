@@ -19,9 +19,8 @@ SUMMARY = CSV.with_suffix(".md")
 KINDS = {"experts": "expert computations", "router": "routers", "loss": "losses and loads"}
 # The checks of each kind, in the order of the suite.
 CHECKS = {
-    "experts": list(dict.fromkeys(check.name for check in EXPERT_CHECKS)),
-    "router": list(dict.fromkeys(check.name for check in routers.CHECKS)),
-    "loss": list(balance.CHECKS),
+    kind: list(dict.fromkeys(check.name for check in checks if not check.drawn))
+    for kind, checks in (("experts", EXPERT_CHECKS), ("router", routers.CHECKS), ("loss", balance.CHECKS))
 }
 COLUMNS = [f"{kind}:{check}" for kind, names in CHECKS.items() for check in names]
 
