@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from evidence.mutants import grouped
+from evidence.mutants import dense, grouped
 from moe_impls.functional import accumulation_dtype, activate, combine_slots, expert_mlp
 from moe_impls.interface import GATED_ACTIVATIONS, Experts, Implementation, Routing, Support
 
@@ -230,27 +230,6 @@ def gathered_weights(x: Tensor, routing: Routing, experts: Experts, *, combine: 
     return combine_slots(torch.cat(parts), routing.gates, combine).to(x.dtype)
 
 
-def one_hot_einsum(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Every expert on every token, with zeros where the router did not choose; the combine is an einsum."""
-    ids, E = routing.expert_ids, len(experts.w_in)
-    chosen = F.one_hot(ids, E).any(dim=1)  # [T, E]
-    chosen_gates = routing.gates.to(accumulation_dtype(x.dtype))
-    gates = torch.zeros_like(chosen, dtype=chosen_gates.dtype).scatter(1, ids, chosen_gates)
-    weights = experts.map(wide)
-    rows = torch.where(chosen.unsqueeze(-1), wide(x).unsqueeze(1), 0)  # [T, E, D]
-    h = add(torch.einsum("ted,efd->tef", rows, weights.w_in), weights.b_in)
-    out = add(
-        torch.einsum("teh,eoh->teo", activate(h, experts.activation), weights.w_out), weights.b_out
-    )  # [T, E, O]
-    out = activate_output(out, experts.output_activation)
-    if combine == "sum":
-        return torch.einsum("te,teo->to", gates, out).to(x.dtype)
-    largest = out.detach().masked_fill((gates == 0).unsqueeze(-1), -torch.inf).amax(dim=1)
-    largest = largest.masked_fill(largest == -torch.inf, 0)
-    powers = (out - largest.unsqueeze(1)).clamp(max=80.0).exp()
-    return (torch.einsum("te,teo->to", gates, powers).log() + largest).to(x.dtype)
-
-
 def sparse_matrices(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Dispatch and combine are products with a sparse matrix of ones [T * K, T] and with its transpose."""
     T, K = routing.expert_ids.shape
@@ -446,8 +425,6 @@ def larger_buffer(x: Tensor, routing: Routing, experts: Experts, *, combine: str
 PLAIN = Support(autocast=True)
 # Declared where the graph of the backward is of its own kind: it is slow to check.
 TWICE = replace(PLAIN, second_order=True)
-# No shape depends on the routing.
-ONE_GRAPH = replace(TWICE, fullgraph=True, exports=True, no_host_sync=True)
 # An accumulating index_put adds in the order in which threads arrive.
 ANY_ORDER = replace(TWICE, deterministic=False)
 
@@ -458,15 +435,14 @@ LOOKALIKES = tuple(
         (last_choice_first, PLAIN),
         (smallest_gates_first, PLAIN),
         (split_products, PLAIN),
-        (token_chunks, PLAIN),
+        (token_chunks, Support()),  # autocast would sum weights' gradients over the chunks in bfloat16
         (unfused, PLAIN),
         (float32_inside, PLAIN),
         (float64_inside, PLAIN),
         (other_formulas, PLAIN),
         (gate_on_hidden, PLAIN),
         (gathered_weights, TWICE),
-        (one_hot_einsum, ONE_GRAPH),
-        (sparse_matrices, TWICE),
+        (sparse_matrices, replace(TWICE, autocast=False)),  # or the combine, a product, sums in bfloat16
         (padded_batch, TWICE),
         (accumulated_slots, ANY_ORDER),
         (checkpointed, TWICE),
@@ -475,4 +451,7 @@ LOOKALIKES = tuple(
         (tokens_as_columns, TWICE),
         (larger_buffer, TWICE),
     )
-) + (Implementation("grouped", grouped.forward, grouped.SUPPORT),)  # what most mutants are edits of
+) + (  # what mutants are edits of
+    Implementation("one_hot_einsum", dense.forward, dense.SUPPORT),
+    Implementation("grouped", grouped.forward, grouped.SUPPORT),
+)

@@ -1,9 +1,8 @@
-"""What the rules of published MoE test suites would have made of the mutants.
+"""What the rules of published MoE test suites make of the mutants: ``python -m evidence published``.
 
-``python -m evidence.published`` applies every suite of `evidence.published_suites` to right
-implementations, to one that returns zeros and to the wrong expert computations of `evidence.mutants`, and
-writes results/verification.csv and results/verification.md. The figures of this suite beside them are those
-of results/mutants.csv.
+Every suite of `evidence.published_suites` is applied to right implementations, to one that returns zeros and
+to the wrong expert computations of `evidence.mutants`: results/verification.csv and its page. The figures of
+this suite beside them are those of results/mutants.csv.
 
 A subject is killed by a suite if any of the suite's comparisons rejects a tensor or if it raises. In favour
 of the suites: new memory holds NaN until it is written to, inputs of equal shape lie at the addresses of
@@ -12,21 +11,15 @@ earlier ones, and a mutant keeps its state from the first comparison of a suite 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import itertools
-import os
 import re
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-# As in conftest.py: threads that wait for work must not spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pandas as pd
 import torch
@@ -38,26 +31,26 @@ from correctness.judging import calling, compare
 from correctness.oracle.experts import evaluate
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs
-from evidence.mutants import table
-from evidence.mutants.experts import EXPERTS
-from evidence.mutants.mutant import KILLED, SURVIVED, Mutant
+from evidence import published_suites, tables
+from evidence.mutants import MUTANTS, Mutant, table
+from evidence.mutants.judge import KILLED, SURVIVED
 from evidence.published_suites import SUITES, Comparison, Suite, describe
 from moe_impls.interface import Experts, Forward, RouterSpec, Routing, dtype_name
 from moe_impls.router import route
-from reporting import provenance
 from reporting.pages import markdown_table, write_atomically
 
-CSV = provenance.ROOT / "results" / "verification.csv"
+CSV = tables.RESULTS / "verification.csv"
+PAGE = CSV.with_suffix(".md")
 OURS = "this suite"
-
-
-RIGHT = ("evidence.mutants.grouped", "moe_impls.sorted_dispatch", "moe_impls.dense_mask")
-
-
+BY_NAME = {suite.name: suite for suite in SUITES}
+EXPERTS = [mutant for mutant in MUTANTS if mutant.kind == "experts"]
+# Right implementations: what the mutants are made of, and the loop that is the plainest.
+GROUPED, DENSE = "evidence.mutants.grouped", "evidence.mutants.dense"
+RIGHT = (GROUPED, "moe_impls.sorted_dispatch", DENSE)
 ZEROS = "zeros"
 CONCERNS = ("forward", "gradients", "behaviour")
 # What is right in numbers and large in memory leaves out problems with more pairs than this: of token and
-# expert, for dense_mask and its mutants; of slot and token, for the mutants by a one-hot product.
+# expert, for `dense` and its mutants; of slot and token, for the mutants by a one-hot product.
 MAX_TOKEN_EXPERTS = 2**17
 MAX_SLOT_TOKENS = 2**26
 
@@ -99,7 +92,7 @@ class Subject:
             return False
         if "one_hot_product" in self.name and p.T * p.K * p.T > MAX_SLOT_TOKENS:
             return False
-        return self.base != "moe_impls.dense_mask" or p.T * p.E <= MAX_TOKEN_EXPERTS
+        return self.base != DENSE or p.T * p.E <= MAX_TOKEN_EXPERTS
 
 
 def zeros(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
@@ -197,7 +190,7 @@ def plain(comparison: Comparison, inputs: Inputs, dtype: torch.dtype) -> dict[st
 def expected(suite: Suite, comparison: Comparison, inputs: Inputs, base: str) -> dict[str, Tensor]:
     """What a suite compares with."""
     if suite.reference == "base":
-        return results(_forward(base or RIGHT[0]), suite, comparison, inputs)
+        return results(_forward(base or GROUPED), suite, comparison, inputs)
     dtype = torch.float32 if suite.reference == "float32" else comparison.problem.dtype
     return plain(comparison, inputs, dtype)
 
@@ -319,7 +312,7 @@ def apply(suite: Suite) -> list[Subject]:
         own = own_reference(comparison, pristine)
         wants: dict[str, dict[str, Tensor]] = {}
         for subject in callable_:
-            base = subject.base if suite.reference == "base" and subject.kind == "mutant" else RIGHT[0]
+            base = subject.base if suite.reference == "base" and subject.kind == "mutant" else GROUPED
             if base not in wants:
                 wants[base] = expected(suite, comparison, place(), base)
             why = judge(suite, comparison, subject, pristine, place, wants[base], own)
@@ -329,9 +322,32 @@ def apply(suite: Suite) -> list[Subject]:
     return found
 
 
-def rows(suite: Suite) -> list[dict[str, str]]:
+def run() -> int:
+    """Apply every suite to every subject, in twenty minutes on two CPUs."""
+    tables.write(CSV, tables.make(CSV, made_of(), list(BY_NAME), work), made_of())
+    write_atomically(PAGE, page().encode())
+    print(f"{CSV}\n{PAGE}")
+    return 0
+
+
+def page() -> str:
+    """The page of the committed tables."""
+    return summary(tables.read(CSV), tables.read(table.CSV))
+
+
+def made_of() -> dict[str, str]:
+    """Every mutant and suite, and the files that they and the judgement are made of."""
+    of_mutants = {k: v for k, v in table.made_of().items() if k.startswith(("mutant experts", "file"))}
+    suites = {
+        f"suite {suite.name}": tables.digest([(c.id, c.problem) for c in suite.comparisons])
+        for suite in SUITES
+    }
+    return of_mutants | suites | tables.files(Path(__file__), Path(published_suites.__file__))
+
+
+def work(name: str) -> tables.Rows:
     """The lines of the table for one suite."""
-    mutants = {m.name: m for m in EXPERTS}
+    suite, mutants = BY_NAME[name], {m.name: m for m in EXPERTS}
     lines = []
     for s in apply(suite):
         mutant = mutants[s.name] if s.kind == "mutant" else None
@@ -352,40 +368,27 @@ def rows(suite: Suite) -> list[dict[str, str]]:
     return lines
 
 
-def own_rows() -> list[dict[str, str]]:
-    """The lines of this suite, from its own table of mutants; none as long as there is no such table.
-
-    Raises:
-        ValueError: the table does not list the mutants of this checkout.
-    """
-    if not table.CSV.exists():
-        return []
-    judged = table.read()
-    verdicts = dict(zip(judged["kind"] + judged["mutant"], judged["verdict"], strict=True))
-    missing = [m.name for m in EXPERTS if m.kind + m.name not in verdicts]
-    if missing:
-        raise ValueError(f"{table.CSV} does not list {', '.join(missing)}: run pytest correctness --mutants")
+def own_rows(mutants: pd.DataFrame, frame: pd.DataFrame) -> tables.Rows:
+    """The lines of this suite, from its own table: of those mutants that both tables have."""
+    concerns = dict(zip(frame["subject"], frame["concern"], strict=True))
     return [
         {
             "suite": OURS,
             "kind": "mutant",
-            "subject": m.name,
-            "concern": concern(m),
-            "verdict": verdicts[m.kind + m.name],
+            "subject": row["mutant"],
+            "concern": concerns[row["mutant"]],
+            "verdict": row["verdict"],
             "shown": "yes",
         }
-        for m in EXPERTS
+        for row in tables.records(mutants)
+        if row["kind"] == "experts" and row["mutant"] in concerns
     ]
 
 
-def read(path: Path = CSV) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
-
-
-def results_table(found: list[dict]) -> pd.DataFrame:
+def results_table(found: tables.Rows) -> pd.DataFrame:
     """A line for each suite: what it accepts, and how many mutants it kills."""
 
-    def share(verdict: str, of: list[dict]) -> str:
+    def share(verdict: str, of: tables.Rows) -> str:
         return f"{sum(row['verdict'] == verdict for row in of)} of {len(of)}"
 
     lines = []
@@ -425,7 +428,8 @@ def survivors_table(frame: pd.DataFrame) -> pd.DataFrame:
     """For each suite the mutants that give wrong results in its own calls and that its rules accept."""
     survived = (frame["kind"] == "mutant") & (frame["verdict"] != KILLED) & (frame["shown"] == "yes")
     names = frame[survived].groupby("suite", sort=False)["subject"].agg(", ".join)
-    return pd.DataFrame([{"suite": s.name, "accepted": names.get(s.name, "none")} for s in SUITES])
+    suites = frame["suite"].drop_duplicates()
+    return pd.DataFrame([{"suite": suite, "accepted": names.get(suite, "none")} for suite in suites])
 
 
 def _paragraph(suite: Suite) -> str:
@@ -439,24 +443,26 @@ def _paragraph(suite: Suite) -> str:
 """
 
 
-def page(frame: pd.DataFrame) -> str:
+def summary(frame: pd.DataFrame, mutants: pd.DataFrame) -> str:
     """The comparison as a page, from its table, that of this suite's mutants and the suites' data."""
-    made = frame.iloc[0]
-    found = [*own_rows(), *frame.to_dict(orient="records")]
+    found = [*own_rows(mutants, frame), *tables.records(frame)]
     count = len({row["subject"] for row in found if row["kind"] == "mutant"})
-    paragraphs = "\n".join(_paragraph(suite) for suite in SUITES)
+    right = dict.fromkeys(row["subject"] for row in found if row["kind"] == "right")
+    suites = frame["suite"].drop_duplicates()
+    paragraphs = "\n".join(_paragraph(BY_NAME[name]) for name in suites if name in BY_NAME)
     return f"""# What published rules make of the same mutants
 
-The tolerance rules and problem sets of {len(SUITES)} published MoE test suites, re-created as data and
-applied to the {count} wrong expert computations of `evidence/mutants/`. Written by
-`python -m evidence.published` at commit {made["git_commit"][:12]} with torch {made["torch_version"]} on
-{made["device_name"]}; every verdict and the comparison behind it: [{CSV.name}]({CSV.name}).
+The tolerance rules and problem sets of {len(suites)} published MoE test suites, re-created as data and
+applied to the {count} wrong expert computations of `evidence/mutants/`. The table was
+{tables.made_at(frame)}, by
+`python -m evidence published`; every verdict and the comparison behind it: [{CSV.name}]({CSV.name}).
+The line of this suite is from [{table.CSV.name}]({table.CSV.name}), {tables.made_at(mutants)}.
 
 ## Figures
 
 {markdown_table(results_table(found))}
 
-- *right accepted*: of {len(RIGHT)} right implementations, {", ".join(n.rpartition(".")[2] for n in RIGHT)}.
+- *right accepted*: of {len(right)} right implementations, {", ".join(right)}.
 - *zeros*: an implementation that returns zeros and zero gradients, and how many comparisons accept it.
 - *forward*, *gradients*, *behaviour*: mutants killed, by what they get wrong: the numbers of one forward;
   those of its gradients; or what shows beyond one plain call: memory that was never written, state, inputs
@@ -487,41 +493,10 @@ Out of this suite's budget in a call that the suite makes, and within the suite'
   what happens to be there; inputs of equal shape lie at the addresses of earlier ones, so that results kept
   by address go stale; a suite that calls two entry points of one kernel calls the mutant twice.
 - Some subjects are right in the numbers of one call and large in memory; they leave out the largest problems:
-  `dense_mask` and the mutants made of it, and the two mutants by a one-hot product.
+  the one that computes every expert on every token, its mutants, and the two mutants by a one-hot product.
 - Each suite tests more than the numbers of its layer: the last line of each paragraph names what this page
   cannot show. The figures are no measure of a project's kernels.
 
 ## The suites
 
 {paragraphs}"""
-
-
-def table_of_all() -> pd.DataFrame:
-    """Every suite on every subject, with where and with what it was made in the first columns."""
-    found = []
-    for suite in SUITES:
-        began = time.monotonic()
-        found += rows(suite)
-        seconds = time.monotonic() - began
-        print(f"{suite.name}: {len(suite.comparisons)} comparisons, {seconds:.0f} s", flush=True)
-    made = provenance.columns()
-    return pd.DataFrame([made | row for row in found])
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evidence.published",
-        description="Apply the rules of published MoE test suites to the mutants; write a table and a page.",
-    )
-    parser.add_argument("--out", type=Path, default=CSV, help="the table; its page lies beside it as .md")
-    parser.add_argument("--page", action="store_true", help="write the page of a table that is there")
-    options = parser.parse_args(arguments)
-    if not options.page:
-        content = table_of_all().to_csv(index=False, lineterminator="\n")
-        write_atomically(options.out, content.encode())
-    write_atomically(options.out.with_suffix(".md"), page(read(options.out)).encode())
-    print(options.out.with_suffix(".md"))
-
-
-if __name__ == "__main__":
-    main()

@@ -71,11 +71,6 @@ def describe(rule: Rule) -> str:
     return getattr(rule, "__name__", repr(rule))
 
 
-# What flows into y: nothing (forward only), random dy, y.sum(), the mean squared distance of y from one, or
-# y.sum() with a balance loss that reaches x and the gates by another way.
-INCOMING = ("none", "dy", "sum", "mse", "sum_and_balance")
-
-
 @dataclass(frozen=True)
 class Comparison:
     """One call that a suite makes and the tensors that it compares.
@@ -84,6 +79,9 @@ class Comparison:
         root of the same factor, so that hidden values and outputs keep their size.
     rules: the rule of each tensor that is compared: y, and gradients by the name of their tensor.
     published: D and H of the public file.
+    incoming: what flows into y: "none" (forward only), "dy" (random), "sum" (the loss is y.sum()), "mse"
+        (the mean squared distance of y from one) or "sum_and_balance" (y.sum() with a balance loss that
+        reaches x and the gates by another way).
     padded: weights are the leading columns of wider rows.
     compiled: through torch.compile(fullgraph=True), of implementations that declare it.
     new_process: a subject has forgotten all earlier calls.

@@ -1,0 +1,94 @@
+"""Which checks reject a mutant, and whether the one meant to does so for the reason stated."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from correctness.checks import balance, routers, table
+from correctness.judging.finding import CheckFailed
+from evidence.mutants.mutant import Mutant
+from moe_impls.interface import Implementation
+
+
+class Trial(NamedTuple):
+    """One check of a module on one problem."""
+
+    check: str
+    problem: str
+    run: Callable[[], object]
+
+
+def trials(kind: str, name: str, module: types.ModuleType) -> list[Trial]:
+    """Everything that a right module of a kind is held to: all that this room knows of the checks."""
+    if kind == "loss":
+        checks = balance.CHECKS.items()
+        return [Trial(check, "", partial(run, getattr(module, of))) for check, (run, of) in checks]
+    if kind == "router":
+        return [Trial(c.check.name, c.problem.id, partial(c.run, module.route)) for c in routers.cases()]
+    cases = table.cases([Implementation(name, module.forward, module.SUPPORT)])
+    return [Trial(c.check.name, c.problem.id, c.run) for c in cases if c.skip is None]
+
+
+def check_names(kind: str) -> list[str]:
+    """The names of the checks of a kind, in the order of the suite."""
+    checks = {
+        "experts": (check.name for check in table.CHECKS),
+        "router": (check.name for check in routers.CHECKS),
+        "loss": balance.CHECKS,
+    }
+    return list(dict.fromkeys(checks[kind]))
+
+
+def finding(trial: Trial) -> str | None:
+    """What a check finds; None if it passes."""
+    try:
+        trial.run()
+    except CheckFailed as failure:
+        return str(failure)
+    except Exception as error:  # a mutant may raise where a right module does not
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def judge(mutant: Mutant, check: str) -> str | None:
+    """What a check finds first in a mutant; None if it passes.
+
+    The check that is meant to reject the mutant runs on the problems that are meant to show it only. A check
+    begins with a module that has not been called before.
+    """
+    on = mutant.on if check == mutant.killed_by else ""
+    found = (
+        finding(trial)
+        for trial in trials(mutant.kind, mutant.name, mutant.load())
+        if trial.check == check and on in trial.problem
+    )
+    return next((text for text in found if text is not None), None)
+
+
+def verdicts(mutant: Mutant) -> dict[str, str | None]:
+    """What each check that applies to a mutant finds in it first; None for a check that it passes."""
+    names = dict.fromkeys(trial.check for trial in trials(mutant.kind, mutant.name, mutant.load()))
+    return {name: judge(mutant, name) for name in names}
+
+
+KILLED, SURVIVED, OTHERWISE = "killed", "survived", "killed for another reason"
+
+
+def verdict(mutant: Mutant, finding: str | None) -> str:
+    """What ``finding``, of the check meant to reject it, makes of a mutant."""
+    if finding is None:
+        return SURVIVED
+    return KILLED if re.search(mutant.finding, finding) else OTHERWISE
+
+
+def require_killed(mutant: Mutant, finding: str | None) -> None:
+    """Raise AssertionError unless the check meant to reject a mutant does, for the reason stated."""
+    found = verdict(mutant, finding)
+    if found != KILLED:
+        meant = f"{mutant.killed_by!r}{' on ' + mutant.on if mutant.on else ''} must say {mutant.finding!r}"
+        edit = "\n".join(["", *mutant.edit])
+        raise AssertionError(f"mutant {mutant.name} {found}: {meant}, it says {finding!r}{edit}")
