@@ -122,9 +122,12 @@ def _results(
         yield from ((task, _alone(work, task)) for task in tasks)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,))
+    try:
         futures = {pool.submit(_alone, work, task): task for task in tasks}
         yield from ((futures[future], future.result()) for future in as_completed(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted run waits for the tasks in flight only
 
 
 def _alone(work: Callable[[str], Rows], task: str) -> Rows:
