@@ -16,8 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 from correctness.checks.table import CHECKS
-from correctness.judging.calling import call
-from correctness.judging.compare import hold, reference
+from correctness.judging.calling import run_both_ways
+from correctness.judging.compare import reference, require_right
 from correctness.judging.finding import CheckFailed
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
@@ -87,7 +87,7 @@ def judge(problem: Problem, seeds: int) -> tuple[tables.Rows, list[str]]:
         inputs = make_inputs(seeded)
         for subject in takers(problem, seed):
             try:
-                fractions = hold(call(subject, seeded, inputs), seeded)
+                fractions = require_right(next(run_both_ways(subject, seeded, inputs)), seeded)
             except CheckFailed as failure:
                 alarms.append(f"{subject.name}: {failure}")
                 fractions = failure.fractions or {"y": math.inf}

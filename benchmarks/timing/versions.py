@@ -138,7 +138,7 @@ def measure_versions(
         for version in versions.values():
             stack.callback(version.close)
             version.ask(f"results {results}")
-            compare.require(torch.load(results), reference)
+            compare.require_within(torch.load(results), reference)
 
         def anew() -> dict[str, Call]:
             for version in versions.values():
@@ -157,6 +157,6 @@ def measure_versions(
         for version in versions.values():
             version.ask(f"overwrite {path}")
             version.ask(f"results {results}")
-            compare.require(torch.load(results), reference)
+            compare.require_within(torch.load(results), reference)
     first, second = all_timed(outcomes).values()
     return first, second

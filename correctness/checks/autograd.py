@@ -1,3 +1,5 @@
+"""Checks of gradients: what a graph keeps, who may ask for what, and in which order."""
+
 from __future__ import annotations
 
 import itertools
@@ -7,7 +9,7 @@ import torch
 
 from correctness.judging import calling
 from correctness.judging.calling import Graph, finish, run, start
-from correctness.judging.compare import hold, hold_calls
+from correctness.judging.compare import require_right, require_right_calls
 from correctness.judging.finding import CheckFailed, what
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import EXACT_ACTIVATIONS, Problem, unsupported
@@ -15,15 +17,15 @@ from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, Implementation, 
 
 
 def after_inference(subject: Implementation, problem: Problem) -> None:
-    """A first call under inference_mode keeps nothing that training cannot use, as tensors made there are."""
+    """Keep nothing from a first call under inference_mode that training cannot use, as tensors made there."""
     with torch.inference_mode():
         x, routing, experts, _ = make_inputs(problem)
         subject.forward(x, routing, experts, combine=problem.combine)
-    hold_calls(subject, problem)
+    require_right_calls(subject, problem)
 
 
 def without_gradients(subject: Implementation, problem: Problem) -> None:
-    """Under no_grad and inference_mode, and where nothing requires a gradient, the numbers are right."""
+    """Return the right output, without a graph, under no_grad, inference_mode or without gradients."""
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             inputs = make_inputs(problem)
@@ -31,7 +33,7 @@ def without_gradients(subject: Implementation, problem: Problem) -> None:
             calling.check_output(y, inputs)
             if y.requires_grad:
                 raise CheckFailed("y requires a gradient, and no input does")
-            hold({"y": y}, problem)
+            require_right({"y": y}, problem)
     # In training, weights that require gradients and a call under no_grad (evaluation) are common.
     inputs = make_inputs(problem)
     x, routing, experts = calling.assemble(
@@ -41,11 +43,11 @@ def without_gradients(subject: Implementation, problem: Problem) -> None:
         y = subject.forward(x, routing, experts, combine=problem.combine)
     if y.requires_grad:
         raise CheckFailed("y requires a gradient under no_grad")
-    hold({"y": y}, problem)
+    require_right({"y": y}, problem)
 
 
 def gradient_subsets(subject: Implementation, problem: Problem) -> None:
-    """Any part of the tensors may require gradients: each set of them that there is."""
+    """Give the right gradients whichever of the tensors require them: each set of them that there is."""
     inputs = make_inputs(problem)
     names = list(inputs.tensors)
     subsets = [
@@ -54,11 +56,11 @@ def gradient_subsets(subject: Implementation, problem: Problem) -> None:
     if subject.support.compiles_per_case:  # each subset is compiled anew
         subsets = [["x"], ["gates"], ["w_in", "w_out"]]
     for wanted in subsets:
-        hold(run(subject.forward, inputs, problem.combine, wanted=wanted), problem)
+        require_right(run(subject.forward, inputs, problem.combine, wanted=wanted), problem)
 
 
 def inside_a_graph(subject: Implementation, problem: Problem) -> None:
-    """Inputs may be results of other operations, and weights may be nn.Parameter: gradients pass through."""
+    """Pass gradients through to where inputs come from, be they results of operations or an nn.Parameter."""
     inputs = make_inputs(problem)
     for parameters in (False, True):
         leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.tensors.items()}
@@ -71,16 +73,16 @@ def inside_a_graph(subject: Implementation, problem: Problem) -> None:
         calling.check_output(y, inputs)
         if not y.requires_grad:
             raise CheckFailed("y does not require a gradient where its inputs are results of operations")
-        hold(finish(Graph(y, leaves), inputs.dy), problem)
+        require_right(finish(Graph(y, leaves), inputs.dy), problem)
         if not subject.support.compiles_per_case:
             with torch.no_grad():
-                hold({"y": subject.forward(x, routing, experts, combine=problem.combine)}, problem)
+                require_right({"y": subject.forward(x, routing, experts, combine=problem.combine)}, problem)
 
 
 def several_graphs(subject: Implementation, problem: Problem) -> None:
-    """Forwards, one without gradients, and their backwards in either order: each keeps what is its own.
+    """Keep several graphs apart whose backwards come in either order, with other calls between.
 
-    The last of them differ in their options, too.
+    The last of the graphs differ in their options, too.
     """
     support = subject.support
     graphs_of = [replace(problem, seed=problem.seed + i) for i in range(3)]
@@ -91,12 +93,12 @@ def several_graphs(subject: Implementation, problem: Problem) -> None:
         graphs = [start(subject.forward, i, p.combine) for p, i in zip(graphs_of, inputs, strict=True)]
         evaluated = run(subject.forward, inputs[2], problem.combine, gradients=False)
         for p, i, graph in list(zip(graphs_of, inputs, graphs, strict=True))[::step]:
-            hold(finish(graph, i.dy), p)
-        hold(evaluated, graphs_of[2])
+            require_right(finish(graph, i.dy), p)
+        require_right(evaluated, graphs_of[2])
 
 
 def _other_options(problem: Problem, support: Support) -> list[Problem]:
-    """The problem with one option at a time replaced by another that is declared, of the same shapes."""
+    """Replace one option of the problem at a time by another that is declared, of the same shapes."""
     p = problem
     alike = [
         a
@@ -114,9 +116,9 @@ def _other_options(problem: Problem, support: Support) -> list[Problem]:
 
 
 def backward_twice(subject: Implementation, problem: Problem) -> None:
-    """With retain_graph=True a second backward of a graph, of another dy, is right; the first stays.
+    """Give the right gradients in a second backward of a retained graph, and leave the first ones alone.
 
-    In exact problems it gives to the bit what the first gave, times the same power of two or zero.
+    In exact problems a dy times a power of two, or zero, gives the first gradients times that, to the bit.
     """
     inputs = make_inputs(problem)
     graph = start(subject.forward, inputs, problem.combine)
@@ -129,12 +131,12 @@ def backward_twice(subject: Implementation, problem: Problem) -> None:
                 if not torch.equal(scaled[name], first[name] * factor):
                     raise CheckFailed(f"dy times {factor:.3g} does not give {what(name)} times that")
     again = finish(graph, 2 * inputs.dy)
-    hold(first, problem)
-    hold({name: t if name == "y" else t / 2 for name, t in again.items()}, problem)
+    require_right(first, problem)
+    require_right({name: t if name == "y" else t / 2 for name, t in again.items()}, problem)
 
 
 def gradients_accumulate(subject: Implementation, problem: Problem) -> None:
-    """Two backwards into the same .grad give the sum, and the first gradient is not overwritten."""
+    """Add up the gradients of two backwards in .grad, without overwriting the first."""
     inputs = make_inputs(problem)
     y, leaves = start(subject.forward, inputs, problem.combine)
     x, routing, experts = calling.assemble(inputs, leaves)
@@ -143,4 +145,4 @@ def gradients_accumulate(subject: Implementation, problem: Problem) -> None:
     sums = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     if missing := leaves.keys() - sums.keys():
         raise CheckFailed(f"no gradient reached {', '.join(sorted(missing))}")
-    hold({name: grad / 2 for name, grad in sums.items()}, problem)
+    require_right({name: grad / 2 for name, grad in sums.items()}, problem)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from correctness.judging.compare import FACTOR
+from correctness.checks.case import Check, Kind, Subject
+from correctness.judging.budget import STANDARD_ERRORS, require_close
 from correctness.judging.finding import CheckFailed
 from correctness.oracle import router as oracle
 from moe_impls.interface import RouterSpec, Routing
@@ -16,31 +17,20 @@ from moe_impls.interface import RouterSpec, Routing
 EPS64, EPS32 = (torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32))
 REDRAWS = 4000
 CALLS = 200
-STANDARD_ERRORS = 4
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def require_close(what: str, got: Tensor | float, want: Tensor | float, eps: float) -> None:
-    """Every entry within FACTOR * eps of its own size and of the largest, since terms of that size cancel."""
-    got, want = torch.as_tensor(got).double(), torch.as_tensor(want, dtype=torch.float64)
-    if got.shape != want.shape:
-        raise CheckFailed(f"{what} has shape {list(got.shape)}; it must be {list(want.shape)}")
-    allowed = FACTOR * eps * (want.abs() + want.abs().max()) if want.numel() else want
-    if not bool(((got - want).abs() <= allowed).all()):
-        raise CheckFailed(f"{what} is {got.tolist()}; right is {want.tolist()}")
-
-
 def _logits(T: int = 17, E: int = 7) -> tuple[Tensor, Tensor, Tensor]:
-    """clean, noisy and scale [T, E] in float64."""
+    """Draw clean, noisy and scale [T, E] in float64."""
     clean, scale = _normal(T, E), _normal(T, E, seed=1).exp()
     return clean, clean + scale * _normal(T, E, seed=2), scale
 
 
 def load_values(smooth_load: Callable[..., Tensor]) -> None:
-    """smooth_load(clean, noisy, scale, k) is the oracle's, for every k, in float64 and float32."""
+    """Return the oracle's load from smooth_load(clean, noisy, scale, k), for every k and in float32, too."""
     for dtype in (torch.float64, torch.float32):
         for k in range(1, 7):
             arguments = _logits()
@@ -52,7 +42,7 @@ def load_values(smooth_load: Callable[..., Tensor]) -> None:
 
 
 def load_gradients(smooth_load: Callable[..., Tensor]) -> None:
-    """The gradients of the load in clean, noisy and scale are the oracle's."""
+    """Give clean, noisy and scale the oracle's gradients of the load."""
     for k in (1, 3, 6):
         weights = _normal(7, seed=3)
         grads = []
@@ -69,7 +59,7 @@ def load_gradients(smooth_load: Callable[..., Tensor]) -> None:
 
 
 def load_matches_redraws(smooth_load: Callable[..., Tensor]) -> None:
-    """P(x, i) is the share of redraws of expert i's noise, the others' kept, that put i in the top k."""
+    """Return as load the share of redraws of expert i's noise, the others' kept, that put i in the top k."""
     clean, noisy, scale = _logits(T=3)
     generator = torch.Generator().manual_seed(4)
     for t in range(3):
@@ -94,8 +84,10 @@ Gating = Callable[..., tuple[Routing, Tensor]]
 
 
 def gating_matches_redraws(noisy_top_k: Gating) -> None:
-    """Over redraws of all noise, the load of noisy_top_k agrees with the counts of its own choices, and those
-    with the counts of choices made here with Normal noise of scale softplus(raw_scale) + 0.01.
+    """Return from noisy_top_k a load that agrees with counts of choices over redraws of all its noise.
+
+    The load of noisy_top_k is compared with the counts of its own choices, and those with the counts of
+    choices made here with Normal noise of scale softplus(raw_scale) + 0.01.
     """
     T, E, K = 5, 6, 2
     clean, raw_scale = _normal(T, E), _normal(T, E, seed=1) - 1
@@ -117,7 +109,7 @@ def gating_matches_redraws(noisy_top_k: Gating) -> None:
 
 
 def _require_mean_zero(what: str, samples: Tensor) -> None:
-    """The mean of samples [calls, E] is zero for each expert, within STANDARD_ERRORS of itself."""
+    """Raise CheckFailed unless the mean of samples [calls, E] is zero for each expert, to STANDARD_ERRORS."""
     mean, error = samples.mean(dim=0), samples.std(dim=0) / math.sqrt(len(samples))
     if not bool((mean.abs() <= STANDARD_ERRORS * error).all()):
         worst = int((mean.abs() / error).argmax())
@@ -129,7 +121,7 @@ def _require_mean_zero(what: str, samples: Tensor) -> None:
 
 
 def counts_visits(count_load: Callable[[Routing, int], Tensor]) -> None:
-    """Every slot counts, also one whose gate is zero or NaN, and experts without tokens have 0."""
+    """Count every slot, also one whose gate is zero or NaN, and 0 for experts without tokens."""
     ids = torch.tensor([[0, 3], [3, 1], [3, 0]])
     gates = torch.tensor([[1.0, 0.0], [torch.nan, 0.5], [-1.0, 0.0]])
     require_close("the load", count_load(Routing(ids, gates), 5), torch.tensor([2, 1, 0, 3, 0]), 0)
@@ -137,7 +129,7 @@ def counts_visits(count_load: Callable[[Routing, int], Tensor]) -> None:
 
 
 def importance_values(importance: Callable[[Routing, int], Tensor]) -> None:
-    """importance(routing, E) sums the gates of each expert; a gate's gradient is its expert's."""
+    """Sum the gates of each expert in importance(routing, E), and give a gate its expert's gradient."""
     E, weights = 9, _normal(9, seed=1)
     ids = _normal(40, E).topk(4, dim=1).indices
     gates = _normal(40, 4, seed=2).requires_grad_()
@@ -163,7 +155,7 @@ VECTORS = (
 
 
 def cv_squared_values(cv_squared: Callable[..., Tensor]) -> None:
-    """cv_squared(v) is var / mean² with the unbiased variance, and with population=True that of the paper."""
+    """Return var / mean² from cv_squared(v): the unbiased variance, or with population=True the paper's."""
     for vector in VECTORS:
         for options in ({}, {"population": False}, {"population": True}):
             got = cv_squared(torch.tensor(vector, dtype=torch.float64), **options)
@@ -177,7 +169,7 @@ def cv_squared_values(cv_squared: Callable[..., Tensor]) -> None:
 
 
 def cv_squared_gradients(cv_squared: Callable[..., Tensor]) -> None:
-    """Gradients agree with finite differences and are finite (zero) at perfect balance."""
+    """Give gradients of cv_squared that agree with finite differences and are zero at perfect balance."""
     for options in ({}, {"population": True}):
         _gradcheck(lambda v, options=options: cv_squared(v, **options), _normal(6).exp())
         for vector in ([3.0] * 5, [0.0] * 5, [1.0]):
@@ -187,7 +179,7 @@ def cv_squared_gradients(cv_squared: Callable[..., Tensor]) -> None:
 
 
 def auxiliary_loss_values(auxiliary_loss: Callable[..., Tensor]) -> None:
-    """auxiliary_loss(importance, load, coef) is coef * (cv²(importance) + cv²(load)), 0.01 by default."""
+    """Return coef * (cv²(importance) + cv²(load)) from auxiliary_loss, with coef 0.01 by default."""
     a, b = [1.0, 4.0, 2.0], [3.0, 3.0, 6.0]
     va, vb = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
     for coef in (1e-2, 1.0, 0.0):
@@ -208,7 +200,7 @@ def _gradcheck(function: Callable[..., Tensor], *tensors: Tensor) -> None:
 
 
 def load_balancing_values(load_balancing_loss: Callable[..., Tensor]) -> None:
-    """load_balancing_loss(logits, expert_ids, mask=None) is E Σ f P: values, constants and gradient."""
+    """Return E Σ f P from load_balancing_loss(logits, expert_ids, mask=None), with its gradient."""
     logits, mask = 2 * _normal(30, 6), _normal(30, seed=1) > 0
     for K in (1, 2, 6):
         ids = (logits + _normal(30, 6, seed=2)).topk(K, dim=1).indices
@@ -233,7 +225,7 @@ def load_balancing_values(load_balancing_loss: Callable[..., Tensor]) -> None:
 
 
 def z_loss_values(z_loss: Callable[..., Tensor]) -> None:
-    """z_loss(logits, mask=None) is the mean of logsumexp²: values, large logits and gradient."""
+    """Return the mean of logsumexp² from z_loss(logits, mask=None), with its gradient."""
     logits, mask = 2 * _normal(30, 6), _normal(30, seed=1) > 0
     require_close("the loss", z_loss(logits), oracle.z_loss(logits, range(30)), EPS64)
     want = oracle.z_loss(logits, mask.nonzero().flatten().tolist())
@@ -247,7 +239,7 @@ def z_loss_values(z_loss: Callable[..., Tensor]) -> None:
 
 
 def _padding_invariant(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Whatever padding holds, even NaN, the loss and its gradient are those of the real tokens alone."""
+    """Raise CheckFailed unless the loss and its gradient ignore what padding holds, even NaN."""
     logits = _normal(12, 6)
     real = torch.arange(20) < 12
     alone = logits.clone().requires_grad_()
@@ -262,20 +254,24 @@ def _padding_invariant(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> N
         require_close(f"the gradient of {name} in padding of {filling}", grad[12:], torch.zeros(8, 6), 0)
 
 
-# What each check holds to what: name -> (check, the function of ``moe_impls`` that it is called with).
-CHECKS: dict[str, tuple[Callable[..., None], str]] = {
-    check.__name__: (check, function)
-    for check, function in (
-        (load_values, "smooth_load"),
-        (load_gradients, "smooth_load"),
-        (load_matches_redraws, "smooth_load"),
-        (gating_matches_redraws, "noisy_top_k"),
-        (counts_visits, "count_load"),
-        (importance_values, "importance"),
-        (cv_squared_values, "cv_squared"),
-        (cv_squared_gradients, "cv_squared"),
-        (auxiliary_loss_values, "auxiliary_loss"),
-        (load_balancing_values, "load_balancing_loss"),
-        (z_loss_values, "z_loss"),
-    )
-}
+# Each with the function that it is called with.
+CHECKS = (
+    Check(load_values, needs="smooth_load"),
+    Check(load_gradients, needs="smooth_load"),
+    Check(load_matches_redraws, needs="smooth_load"),
+    Check(gating_matches_redraws, needs="noisy_top_k"),
+    Check(counts_visits, needs="count_load"),
+    Check(importance_values, needs="importance"),
+    Check(cv_squared_values, needs="cv_squared"),
+    Check(cv_squared_gradients, needs="cv_squared"),
+    Check(auxiliary_loss_values, needs="auxiliary_loss"),
+    Check(load_balancing_values, needs="load_balancing_loss"),
+    Check(z_loss_values, needs="z_loss"),
+)
+
+LOSSES = Kind("losses", CHECKS, arguments=lambda case: (getattr(case.subject.tested, case.check.needs),))
+
+
+def losses(name: str, module: object) -> Subject:
+    """Make the losses and loads that a module holds a subject; what it does not hold is skipped."""
+    return Subject(LOSSES, name, module)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from correctness.judging.calling import call, check_output
+from correctness.judging.calling import check_output, run_both_ways
 from correctness.judging.finding import CheckFailed
 from correctness.judging.process_state import _INSTRUMENTS
 from correctness.problems.inputs import make_inputs
@@ -28,8 +28,8 @@ ORDINARY = (StopIteration, GeneratorExit, LookupError)
 
 
 def instruments_untouched(subject: Implementation, problem: Problem) -> None:
-    """Clocks and the functions that compare are after a call what they were before the first."""
-    call(subject, problem)
+    """Replace no clock and no function that compares results."""
+    next(run_both_ways(subject, problem))
     changed = [
         f"{o.__name__}.{name}" for (o, name), value in _INSTRUMENTS.items() if getattr(o, name) is not value
     ]
@@ -38,7 +38,7 @@ def instruments_untouched(subject: Implementation, problem: Problem) -> None:
 
 
 def no_fallback(subject: Implementation, problem: Problem) -> None:
-    """No other implementation of this project does the work after an exception in the subject's own code."""
+    """Leave no work to another implementation of this project after an exception in code of its own."""
     own = getattr(inspect.unwrap(subject.prepare or subject.forward), "__code__", None)
     if own is None:  # no Python function: what it runs has no lines to follow
         return
@@ -64,7 +64,7 @@ def no_fallback(subject: Implementation, problem: Problem) -> None:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        call(subject, problem)
+        next(run_both_ways(subject, problem))
     finally:
         sys.settrace(before)
     if replaced:
@@ -72,7 +72,7 @@ def no_fallback(subject: Implementation, problem: Problem) -> None:
 
 
 def done_when_it_returns(subject: Implementation, problem: Problem) -> None:
-    """The result is complete when it is returned: no thread that was started goes on, and nothing changes."""
+    """Return a finished result: no thread that was started goes on, and nothing changes afterwards."""
     inputs = make_inputs(problem)
     with torch.no_grad():
         before: set[threading.Thread] = set()

@@ -6,57 +6,54 @@ A layer under test is a class or function without arguments that makes an ``nn.M
     losses(layer, x, mask) -> {name: scalar}    mask [...] bool, False for padding, or None; names as LOSSES
     SUPPORT = Support(...)                      dtypes, gradients, deterministic
 
-A check is a function of a `Bench`, a layer with tokens and what is right for them, that raises
-``CheckFailed`` with its finding. The same table judges the project's layers, a stranger's (``--layer``) and
-the deliberately wrong ones. All parameters are drawn anew, since a router or biases that start at zero would
-hide mistakes.
+A check is given a `Bench`: a layer with tokens, and what is right for them. All parameters are drawn anew,
+since a router or biases that start at zero would hide mistakes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from correctness.judging.blame import blamed
+from correctness.checks.case import Case, Check, Kind, Subject
+from correctness.judging.budget import entry_budgets
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import (
     COPIES,
     B,
     Bench,
-    LayerSubject,
+    Layer,
     S,
     T,
-    _allowed,
-    _copies,
-    _draw,
-    _judged,
-    _onto_parameters,
-    _reached,
-    _trained,
-    _weights,
     build,
+    copies_of,
+    draw,
     expected,
+    judged,
+    onto_parameters,
+    reached,
+    trained,
+    weights_of,
 )
 from correctness.oracle import layer as oracle
 from correctness.oracle.layer import LOSSES
-from moe_impls.interface import (
-    dtype_name,
-)
+from correctness.problems.layers import LayerProblem
+from moe_impls.interface import Support
 from moe_impls.registry import one_line
 
 
 def values(bench: Bench) -> None:
-    """The output for x [B, S, D] is the oracle's, for the weights that `read` returned."""
+    """Return the oracle's output for x [B, S, D] and the weights that `read` returns."""
     bench.require_y(bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1))
 
 
 def low_precision(bench: Bench) -> None:
-    """In bfloat16 logits are still made in float32: the right experts, and y within its budget."""
+    """Make logits in float32 where x is bfloat16: choose the right experts, and keep y within its budget."""
     hint = (
         "; logits in 16 bits send tokens to other experts: make them in float32, or declare in SUPPORT the "
         "dtypes that the layer is right in"
@@ -65,24 +62,24 @@ def low_precision(bench: Bench) -> None:
 
 
 def low_precision_gradients(bench: Bench) -> None:
-    """In bfloat16 the gradients of x and of every parameter are within their budget, too."""
+    """Keep the gradients of x and of every parameter within their budget in bfloat16."""
     for name, got in _gradients(bench).items():
         if name in bench.expected.want:
             _require_gradient(bench, name, got)
 
 
 def half_precision(bench: Bench) -> None:
-    """In float16 likewise."""
+    """Make logits in float32 where x is float16, too, and keep y within its budget."""
     low_precision(bench)
 
 
 def double_precision(bench: Bench) -> None:
-    """In float64 y is right; the router may work in float32, as low as the budget then is."""
+    """Return the right y in float64, where the budget leaves room for a router that works in float32."""
     values(bench)
 
 
 def leading_dimensions(bench: Bench) -> None:
-    """x may be [D], [T, D], [B, S, D] or longer, strided, and may hold no tokens.
+    """Accept x of shape [D], [T, D], [B, S, D] or longer, strided, and without tokens.
 
     An x that is not contiguous may be refused with an error.
     """
@@ -105,10 +102,10 @@ def leading_dimensions(bench: Bench) -> None:
 
 
 def gradients(bench: Bench) -> None:
-    """The gradients of x and of every parameter are the oracle's, pushed through `read`."""
+    """Give x and every parameter the oracle's gradients, followed through `read`."""
     right, read = bench.expected, oracle.tensors(bench.subject.read(bench.layer))
     for name, tensor in read.items():
-        if name != "selection_bias" and not _reached(bench.layer, tensor) and not _is_buffer(bench, name):
+        if name != "selection_bias" and not reached(bench.layer, tensor) and not _is_buffer(bench, name):
             raise CheckFailed(
                 f"{name}, as read(layer) returns it, is made of no parameter that is trained and of no buffer"
             )
@@ -121,7 +118,7 @@ def gradients(bench: Bench) -> None:
 
 
 def _is_buffer(bench: Bench, name: str) -> bool:
-    """Whether a tensor of `read` changes with the layer's buffers."""
+    """Tell whether a tensor of `read` changes with the layer's buffers."""
     twin = copy.deepcopy(bench.layer)
     with torch.no_grad():
         before = oracle.tensors(bench.subject.read(twin))[name].clone()
@@ -139,13 +136,13 @@ def _require_gradient(bench: Bench, name: str, got: Tensor | None, context: str 
 
 
 def _gradients(bench: Bench, *, copies: int = 1, x_wanted: bool = True) -> Mapping[str, Tensor | None]:
-    """What dy gives x and each parameter, by name, though another call comes between forward and backward.
+    """Return the gradients of x and each parameter, by name; another call comes between forward and backward.
 
     copies: of each token; the gradient flows into one of them, in all parts of the call.
     """
     x = bench.x.repeat(copies, 1).requires_grad_(x_wanted)
     y = bench.call(x.unflatten(0, (B * copies, S)))
-    leaves = {**({"x": x} if x_wanted else {}), **_trained(bench.layer)}
+    leaves = {**({"x": x} if x_wanted else {}), **trained(bench.layer)}
     if not leaves:
         return {}
     if not y.requires_grad:
@@ -165,8 +162,8 @@ def _gradients(bench: Bench, *, copies: int = 1, x_wanted: bool = True) -> Mappi
 
 
 def frozen(bench: Bench) -> None:
-    """With any one parameter frozen, the gradients of x and of the others stay what they are."""
-    for name, parameter in _trained(bench.layer).items():
+    """Keep the gradients of x and of the other parameters what they are when any one parameter is frozen."""
+    for name, parameter in trained(bench.layer).items():
         parameter.requires_grad_(False)
         for other, got in _gradients(bench).items():
             if other in bench.expected.want:
@@ -175,9 +172,9 @@ def frozen(bench: Bench) -> None:
 
 
 def training(bench: Bench) -> None:
-    """In training mode, output and gradients are right where they do not depend on a random generator.
+    """Be right in training mode, with few tokens and many, unless a random generator decides the output.
 
-    With many tokens, too. Where they are drawn, every parameter that is trained has a gradient nevertheless.
+    Where it does, every parameter that is trained has a gradient nevertheless.
     """
     bench.layer.train()
     x, drawn = bench.x.unflatten(0, (B, S)), []
@@ -202,8 +199,8 @@ def training(bench: Bench) -> None:
 
 
 def router_gradient(bench: Bench) -> None:
-    """The router is trained by the output, also with K = 1, unless the gate of K = 1 is 1 by definition."""
-    places = _reached(bench.layer, bench.subject.read(bench.layer).router_weight)
+    """Train the router by the output, also with K = 1, unless the gate of K = 1 is 1 by definition."""
+    places = reached(bench.layer, bench.subject.read(bench.layer).router_weight)
     grads, right = _gradients(bench), bench.expected
     for name, place in places.items():
         here, got = (place != 0).cpu(), grads[name]
@@ -218,34 +215,34 @@ def router_gradient(bench: Bench) -> None:
 
 
 def every_parameter_counts(bench: Bench) -> None:
-    """New numbers in one parameter at a time give the output that is right for them.
+    """Follow new numbers in each parameter with the output that is right for them.
 
     A parameter that `read` ignores is a finding unless it is named in training_only, and such a one must not
     change the output.
     """
     subject, x = bench.subject, bench.expected.x
     twin = build(subject, bench.dtype).to("cpu", torch.float64)
-    before, generator = _copies(subject, twin), torch.Generator().manual_seed(3)
+    before, generator = copies_of(subject, twin), torch.Generator().manual_seed(3)
     training_only = subject.read(bench.layer).training_only
     wide = dict(twin.named_parameters())
     for name, parameter in bench.layer.named_parameters():
-        old, new = parameter.detach().clone(), _draw(parameter, generator).to(parameter.dtype)
+        old, new = parameter.detach().clone(), draw(parameter, generator).to(parameter.dtype)
         with torch.no_grad():
             parameter.data.copy_(new)  # which leaves its version as it was
             wide[name].copy_(new)
             y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
-            after = _copies(subject, twin)
+            after = copies_of(subject, twin)
             is_read = any(not torch.equal(before[n], after[n]) for n in before)
             if name in training_only and is_read:
                 raise CheckFailed(f"read(layer) depends on {name}, which training_only holds")
             if name not in training_only and not is_read:
                 raise CheckFailed(f"read(layer) does not depend on {name}; is it for training_only?")
             if is_read:
-                weights = _weights(subject, twin)
+                weights = weights_of(subject, twin)
                 ids, clear = oracle.choose(x, weights)
                 if not clear.any():
                     raise CheckFailed(f"after new numbers in {name} no token has a clear choice of experts")
-                want, allowed = _judged(x[clear], ids[clear], weights, None, bench.dtype)
+                want, allowed = judged(x[clear], ids[clear], weights, None, bench.dtype)
                 bench.require("y", y[clear], want["y"], allowed["y"], f" after new numbers in {name}")
             else:
                 bench.require_y(y, context=f" after new numbers in {name}, which is for training only")
@@ -254,7 +251,7 @@ def every_parameter_counts(bench: Bench) -> None:
 
 
 def evaluation(bench: Bench) -> None:
-    """In eval mode there is no noise: equal inputs give bit-equal outputs."""
+    """Add no noise in eval mode: equal inputs give bit-equal outputs."""
     x = bench.x.unflatten(0, (B, S))
     first = bench.call(x)
     for _ in range(3):
@@ -263,7 +260,7 @@ def evaluation(bench: Bench) -> None:
 
 
 def without_gradients(bench: Bench) -> None:
-    """Under no_grad and inference_mode the output is right, and stays so when the layer is called again."""
+    """Return the right output under no_grad and inference_mode, and leave it alone in later calls."""
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
@@ -273,7 +270,7 @@ def without_gradients(bench: Bench) -> None:
 
 
 def inputs_unchanged(bench: Bench) -> None:
-    """No call writes to x or a parameter, and none in eval mode to a buffer that `read` returns."""
+    """Write to neither x nor a parameter, and in eval mode to no buffer that `read` returns."""
 
     def held() -> dict[str, Tensor]:
         return {**dict(bench.layer.named_parameters()), **oracle.tensors(bench.subject.read(bench.layer))}
@@ -292,12 +289,12 @@ def inputs_unchanged(bench: Bench) -> None:
 
 
 def _state(layer: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers."""
+    """Name all parameters and buffers."""
     return {name: t.detach() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
 
 
 def tokens_apart(bench: Bench) -> None:
-    """The output of a token does not depend on the others: in reverse, in parts, many, each alone."""
+    """Treat each token without regard to the others: in reverse, in parts, among many, alone."""
     reverse, many = torch.arange(T).flip(0), torch.arange(T).repeat(COPIES)
     groups = (reverse, torch.arange(1), torch.arange(1, T), torch.arange(T // 2).repeat_interleave(2), many)
     for rows in groups:
@@ -308,7 +305,7 @@ def tokens_apart(bench: Bench) -> None:
 
 
 def nan_contained(bench: Bench) -> None:
-    """A token with NaN is refused with a ValueError, or its own output is NaN and the others are right."""
+    """Refuse a token with NaN with a ValueError, or make its own output NaN and leave the others right."""
     x, sound = bench.x, torch.arange(T) != 3
     x[3, -1] = torch.nan
     try:
@@ -323,7 +320,7 @@ def nan_contained(bench: Bench) -> None:
 
 
 def state(bench: Bench) -> None:
-    """A state dict makes another layer the same one, and a deepcopy is a layer of its own."""
+    """Carry everything in the state dict, and make a deepcopy a layer of its own."""
     x, other = bench.x.unsqueeze(0), build(bench.subject, bench.dtype, seed=7)
     with torch.inference_mode():
         replace(bench, layer=other).call(x)  # what it keeps of this call has to be forgotten
@@ -344,12 +341,12 @@ def state(bench: Bench) -> None:
 
 
 def losses(bench: Bench) -> None:
-    """The balance losses that the file's `losses` returns, and their gradients: without padding and with."""
+    """Return the oracle's balance losses and gradients from `losses`, without padding and with."""
     subject, right, dtype = bench.subject, bench.expected, bench.dtype
     assert subject.losses
     twin = build(subject, dtype).to("cpu", torch.float64)
-    weights = _weights(subject, twin)
-    parameters = _trained(bench.layer)
+    weights = weights_of(subject, twin)
+    parameters = trained(bench.layer)
     real = torch.rand(T, generator=torch.Generator().manual_seed(4)) < 0.6
     for mask in (None, torch.ones(T, dtype=torch.bool), real):
         x, kept = bench.x, slice(None) if mask is None else mask
@@ -369,10 +366,10 @@ def losses(bench: Bench) -> None:
             x64, ids = right.x[kept].double(), right.ids[kept]
             terms = oracle.loss(name, x64, ids, weights)
             plain = oracle.loss(name, x64.float(), ids, weights)
-            allowed = _allowed(terms, plain, torch.float32)
+            allowed = entry_budgets(terms, plain, torch.float32)
             bench.require(name, got, terms.values["loss"], allowed["loss"], f" {how}")
             grads = torch.autograd.grad(got, list(parameters.values()), allow_unused=True, retain_graph=True)
-            want = _onto_parameters(subject, twin, terms.values, allowed)
+            want = onto_parameters(subject, twin, terms.values, allowed)
             for parameter, grad in zip(parameters, grads, strict=True):
                 if parameter in want:
                     grad = torch.zeros_like(parameters[parameter]) if grad is None else grad
@@ -383,89 +380,43 @@ def losses(bench: Bench) -> None:
                     raise CheckFailed(f"{name} gives {parameter} a gradient; only the router is to have one")
 
 
-@dataclass(frozen=True)
-class LayerCheck:
-    """A check, the dtype of the layer, and the declaration without which it does not apply."""
-
-    function: Callable[[Bench], None]
-    needs: str = ""  # gradients | deterministic | losses
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__
-
+_FLOAT32 = (LayerProblem(),)
+_BFLOAT16 = (LayerProblem(torch.bfloat16),)
 
 CHECKS = (
-    LayerCheck(values),
-    LayerCheck(low_precision, dtype=torch.bfloat16),
-    LayerCheck(half_precision, dtype=torch.float16),
-    LayerCheck(double_precision, dtype=torch.float64),
-    LayerCheck(leading_dimensions),
-    LayerCheck(gradients, needs="gradients"),
-    LayerCheck(low_precision_gradients, needs="gradients", dtype=torch.bfloat16),
-    LayerCheck(router_gradient, needs="gradients"),
-    LayerCheck(frozen, needs="gradients"),
-    LayerCheck(training),
-    LayerCheck(every_parameter_counts),
-    LayerCheck(evaluation, needs="deterministic"),
-    LayerCheck(without_gradients),
-    LayerCheck(inputs_unchanged),
-    LayerCheck(tokens_apart),
-    LayerCheck(nan_contained),
-    LayerCheck(state),
-    LayerCheck(losses, needs="losses"),
+    Check(values, _FLOAT32),
+    Check(gradients, _FLOAT32, needs="gradients"),
+    Check(low_precision, _BFLOAT16),
+    Check(half_precision, (LayerProblem(torch.float16),)),
+    Check(double_precision, (LayerProblem(torch.float64),)),
+    Check(leading_dimensions, _FLOAT32),
+    Check(low_precision_gradients, _BFLOAT16, needs="gradients"),
+    Check(router_gradient, _FLOAT32, needs="gradients"),
+    Check(frozen, _FLOAT32, needs="gradients"),
+    Check(training, _FLOAT32),
+    Check(every_parameter_counts, _FLOAT32),
+    Check(evaluation, _FLOAT32, needs="deterministic"),
+    Check(without_gradients, _FLOAT32),
+    Check(inputs_unchanged, _FLOAT32),
+    Check(tokens_apart, _FLOAT32),
+    Check(nan_contained, _FLOAT32),
+    Check(state, _FLOAT32),
+    Check(losses, _FLOAT32, needs="losses"),
 )
 
 
-@dataclass(frozen=True)
-class LayerCase:
-    """One check of one layer."""
-
-    subject: LayerSubject
-    check: LayerCheck
-
-    @property
-    def id(self) -> str:
-        return f"{self.check.name}-{self.subject.name}"
-
-    @property
-    def skip(self) -> str | None:
-        """Why the declaration takes this case out; None if it is to be run."""
-        support, needs = self.subject.support, self.check.needs
-        if needs == "losses" and not self.subject.has_losses:
-            return "losses not declared"
-        if needs and needs != "losses" and not getattr(support, needs):
-            return f"{needs} not declared"
-        if self.check.dtype not in support.dtypes:
-            return f"dtype {dtype_name(self.check.dtype)} not declared"
-        return None
-
-    def code(self) -> str:
-        """One line of Python that runs this case again."""
-        dtype = "" if self.check.dtype == torch.float32 else f", dtype={self.check.dtype}"
-        check = f"LayerCheck({self.check.name}{dtype})"
-        return f"LayerCase(resolve_layer({self.subject.name!r}), {check}).run()"
-
-    def run(self) -> None:
-        subject, dtype = self.subject, self.check.dtype
-        with blamed(f"{subject.name} fails {self.check.name!r}", self.code()):
-            self.check.function(Bench(subject, dtype, build(subject, dtype), expected(subject, dtype)))
+def _bench(case: Case) -> tuple[Bench]:
+    layer, dtype = case.subject.tested, case.problem.dtype
+    return (Bench(layer, dtype, build(layer, dtype), expected(layer, dtype)),)
 
 
-def cases(subjects: Iterable[LayerSubject], checks: Iterable[LayerCheck] = CHECKS) -> list[LayerCase]:
-    """The loop over layers and checks. Layers come outermost: their oracle is then made once."""
-    checks = list(checks)
-    return [LayerCase(subject, check) for subject in subjects for check in checks]
+def _unsupported(support: Support, problem: LayerProblem) -> str | None:
+    return None if problem.dtype in support.dtypes else f"dtype {problem.id} not declared"
 
 
-def findings(subject: LayerSubject, checks: Iterable[LayerCheck] = CHECKS) -> dict[str, str]:
-    """For each check that the layer fails, its finding; empty if it is right."""
-    found = {}
-    for case in cases([subject], checks):
-        if not case.skip:
-            try:
-                case.run()
-            except CheckFailed as failure:
-                found[case.check.name] = str(failure)
-    return found
+LAYER = Kind("layer", CHECKS, _bench, unsupported=_unsupported)
+
+
+def layer(name: str, tested: Layer) -> Subject:
+    """Make a layer a subject."""
+    return Subject(LAYER, name, tested, tested.support)

@@ -1,3 +1,5 @@
+"""Checks of memory: what is read, written, shared and handed out."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,8 +10,8 @@ from dataclasses import replace
 import torch
 import torch.utils.deterministic as torch_deterministic
 
-from correctness.judging.calling import calls, finish, start
-from correctness.judging.compare import hold, hold_calls
+from correctness.judging.calling import finish, run_both_ways, start
+from correctness.judging.compare import require_right, require_right_calls
 from correctness.judging.finding import CheckFailed, what
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
@@ -19,7 +21,7 @@ from moe_impls.registry import one_line
 
 @contextlib.contextmanager
 def fresh_memory_is_nan() -> Iterator[None]:
-    """New tensors hold NaN until they are written to, as reused memory might."""
+    """Fill new tensors with NaN until they are written to, as reused memory might be."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -37,14 +39,14 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 def dirty_memory(subject: Implementation, problem: Problem) -> None:
-    """Memory that nothing wrote to is never read, nor left in a result: in the first call or the second."""
+    """Read no memory that nothing wrote to, nor leave it in a result, in the first call or the second."""
     with fresh_memory_is_nan():
         for _ in range(2):
-            hold_calls(subject, problem)
+            require_right_calls(subject, problem)
 
 
 def recycled_memory(subject: Implementation, problem: Problem) -> None:
-    """The same where the allocator hands out blocks of the results' sizes that were full of NaN, or of 7."""
+    """Be right where the allocator hands out blocks of the results' sizes that were full of NaN, or of 7."""
     inputs = make_inputs(problem)
     shapes = [inputs.dy.shape, *(t.shape for t in inputs.tensors.values())]
     for filling in (torch.nan, 7.0):
@@ -54,18 +56,18 @@ def recycled_memory(subject: Implementation, problem: Problem) -> None:
             for d in (problem.dtype, torch.float32)
         ]
         del blocks
-        hold_calls(subject, problem)
+        require_right_calls(subject, problem)
 
 
 def inputs_unchanged(subject: Implementation, problem: Problem) -> None:
-    """No input is written to, by forward or backward, and no result is a view of one."""
+    """Write to no input, in forward or backward, and return no view of one."""
     inputs = make_inputs(problem)
     before = inputs.map(torch.clone)
     ids = inputs.routing.expert_ids.clone()
     named = {**inputs.tensors, "dy": inputs.dy, "expert_ids": inputs.routing.expert_ids}
     versions = {name: tensor._version for name, tensor in named.items()}
     kept = {**before.tensors, "dy": before.dy, "expert_ids": ids}
-    for results in calls(subject, problem, inputs):
+    for results in run_both_ways(subject, problem, inputs):
         for name, tensor in named.items():
             if not torch.equal(tensor, kept[name]):
                 raise CheckFailed(f"{name} was written to")
@@ -80,16 +82,16 @@ def inputs_unchanged(subject: Implementation, problem: Problem) -> None:
 
 
 def shared_memory(subject: Implementation, problem: Problem) -> None:
-    """Inputs of one shape may be one and the same memory: w_in and w_out, b_in and b_out, x and dy."""
+    """Accept inputs of one shape that share their memory: w_in and w_out, b_in and b_out, x and dy."""
     inputs = make_inputs(problem)
     experts = inputs.experts
     if experts.w_in.shape == experts.w_out.shape:
         experts = replace(experts, w_out=experts.w_in, b_out=experts.b_in)
-    hold_calls(subject, problem, inputs._replace(experts=experts, dy=inputs.x))
+    require_right_calls(subject, problem, inputs._replace(experts=experts, dy=inputs.x))
 
 
 def results_are_the_callers(subject: Implementation, problem: Problem) -> None:
-    """What a caller writes into y and gradients spoils no gradient in silence, and reaches no later call."""
+    """Let callers write into y and gradients without silently corrupting gradients or later calls."""
     inputs = make_inputs(problem)
     if subject.support.gradients:
         graph = start(subject.forward, inputs, problem.combine)
@@ -100,17 +102,17 @@ def results_are_the_callers(subject: Implementation, problem: Problem) -> None:
             if "inplace" not in str(error):
                 raise
         else:
-            hold({name: t for name, t in results.items() if name != "y"}, problem)
+            require_right({name: t for name, t in results.items() if name != "y"}, problem)
     x, (ids, gates), _, _ = inputs
     one_token = inputs._replace(
         x=x[:1].expand(x.shape), routing=Routing(*(t[:1].expand(t.shape) for t in (ids, gates)))
     )
     for given in (one_token, inputs):
-        for results in calls(subject, problem, given):
+        for results in run_both_ways(subject, problem, given):
             for name, t in results.items():
                 if name == "y" or 0 not in t.stride():  # autograd itself makes gradients that repeat a row
                     try:
                         t.add_(torch.nan)
                     except RuntimeError as error:
                         raise CheckFailed(f"{what(name)} cannot be written to: {one_line(error)}") from error
-    hold_calls(subject, problem, inputs)
+    require_right_calls(subject, problem, inputs)

@@ -1,3 +1,5 @@
+"""Checks of torch's modes: autocast, torch.compile, torch.export, and calls that must not wait for a GPU."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -7,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from correctness.judging import calling, compare
-from correctness.judging.calling import calls, run
-from correctness.judging.compare import hold
+from correctness.judging import calling
+from correctness.judging.calling import run, run_both_ways
+from correctness.judging.compare import require_right
 from correctness.judging.finding import CheckFailed
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import LOW_PRECISION, Inputs, Problem
@@ -20,22 +22,21 @@ ROUTINGS = 10
 
 
 def autocast(subject: Implementation, problem: Problem) -> None:
-    """Under autocast the result keeps the dtype of x and is right to the dtype of autocast, gradients too."""
+    """Keep the dtype of x under autocast, and be right to the dtype of autocast, gradients too."""
     inputs = make_inputs(problem)
     for dtype in (problem.dtype,) if problem.dtype in LOW_PRECISION else LOW_PRECISION:
         with torch.autocast(problem.device.partition(":")[0], dtype=dtype):
-            both = list(calls(subject, problem, inputs))
+            both = list(run_both_ways(subject, problem, inputs))
         low = replace(problem, dtype=dtype)  # its budget is that of a computation kept in that dtype
-        ref = None if problem.exact else compare.make_reference(low, inputs)
         for results in both:
-            if ref is not None:
-                compare.require(results, ref)
-            else:  # rounded, because float32 results may have kept more
-                hold({n: t if n == "gates" else t.to(dtype) for n, t in results.items()}, low)
+            if problem.exact:  # rounded, because float32 results may have kept more
+                require_right({n: t if n == "gates" else t.to(dtype) for n, t in results.items()}, low)
+            else:
+                require_right(results, low, inputs)
 
 
 def fullgraph(subject: Implementation, problem: Problem) -> None:
-    """torch.compile makes one graph of it, which serves ten routings without a recompile, and is right."""
+    """Compile to one graph by torch.compile that is right for ten routings without being compiled again."""
     torch.compiler.reset()
     compiled = torch.compile(subject.forward, fullgraph=True, dynamic=True, backend="aot_eager")
     gradients = subject.support.gradients
@@ -44,7 +45,7 @@ def fullgraph(subject: Implementation, problem: Problem) -> None:
             p = replace(problem, seed=seed)
             stance = "default" if seed == 0 else "fail_on_recompile"
             with torch.compiler.set_stance(stance):
-                hold(run(compiled, make_inputs(p), p.combine, gradients=gradients), p)
+                require_right(run(compiled, make_inputs(p), p.combine, gradients=gradients), p)
     except RuntimeError as error:  # TorchDynamoException derives from it
         raise CheckFailed(f"torch.compile: {one_line(error)[:500]}") from error
     finally:
@@ -52,7 +53,7 @@ def fullgraph(subject: Implementation, problem: Problem) -> None:
 
 
 def no_host_sync(subject: Implementation, problem: Problem) -> None:
-    """No call and no backward waits on the host for what a tensor holds.
+    """Wait on the host for what a tensor holds in no call and no backward.
 
     On a CPU: they take tensors that hold nothing. On CUDA: they run where waiting is an error, and one CUDA
     graph of them is right for ten routings.
@@ -69,7 +70,7 @@ def no_host_sync(subject: Implementation, problem: Problem) -> None:
 def _bare_call(
     subject: Implementation, problem: Problem, inputs: Inputs, gradients: bool
 ) -> Callable[[], dict[str, Tensor]]:
-    """The call, and its backward, and nothing beside it; each time on the same tensors."""
+    """Make a function that does a call and its backward, and nothing else, on the same tensors each time."""
     leaves = {name: t.detach().requires_grad_(gradients) for name, t in inputs.tensors.items()}
     arguments = calling.assemble(inputs, leaves)
 
@@ -116,7 +117,7 @@ def _one_cuda_graph(subject: Implementation, problem: Problem, gradients: bool) 
             p = replace(problem, seed=seed)
             inputs.overwrite(make_inputs(p))
             graph.replay()
-            hold({name: t.clone() for name, t in results.items()}, p)
+            require_right({name: t.clone() for name, t in results.items()}, p)
 
 
 class _Module(torch.nn.Module):
@@ -131,7 +132,7 @@ class _Module(torch.nn.Module):
 
 
 def exports(subject: Implementation, problem: Problem) -> None:
-    """torch.export takes it, and the program is right for other tokens and another routing."""
+    """Export by torch.export to a program that is right for other tokens and another routing."""
     x, (ids, gates), experts, _ = make_inputs(problem)
     module = _Module(subject.forward, experts, problem.combine)
     with torch.no_grad():
@@ -141,4 +142,4 @@ def exports(subject: Implementation, problem: Problem) -> None:
             raise CheckFailed(f"torch.export: {one_line(error)[:500]}") from error
         other = make_inputs(replace(problem, seed=problem.seed + 1))._replace(experts=experts)
         y = program(other.x, *other.routing)
-    hold({"y": y}, problem, other)
+    require_right({"y": y}, problem, other)

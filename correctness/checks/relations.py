@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from correctness.judging.calling import call
+from correctness.judging.calling import run_both_ways
 from correctness.judging.finding import CheckFailed, what
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
@@ -18,6 +18,11 @@ from moe_impls.interface import Experts, Implementation, Routing
 
 Results = dict[str, Tensor]
 PER_TOKEN = ("y", "x", "gates")
+
+
+def call(subject: Implementation, problem: Problem, inputs: Inputs) -> Results:
+    """Return the results of one call, with gradients if the subject has any."""
+    return next(run_both_ways(subject, problem, inputs))
 
 
 def _equal(relation: str, got: Results, want: Results) -> None:
@@ -32,7 +37,7 @@ def _order(n: int, device: torch.device) -> Tensor:
 
 
 def tokens_permuted(subject: Implementation, problem: Problem) -> None:
-    """Tokens in another order give the same rows in that order and the same gradients of the weights."""
+    """Give tokens in another order the same rows in that order, and the weights the same gradients."""
     inputs = make_inputs(problem)
     plain = call(subject, problem, inputs)
     order = _order(problem.T, inputs.x.device)
@@ -43,7 +48,7 @@ def tokens_permuted(subject: Implementation, problem: Problem) -> None:
 
 
 def experts_relabelled(subject: Implementation, problem: Problem) -> None:
-    """Experts under other numbers give the same result, and gradients under the new numbers."""
+    """Give experts under other numbers the same result, and their gradients under the new numbers."""
     inputs = make_inputs(problem)
     plain = call(subject, problem, inputs)
     new = _order(problem.E, inputs.x.device)  # expert e becomes new[e]
@@ -55,7 +60,7 @@ def experts_relabelled(subject: Implementation, problem: Problem) -> None:
 
 
 def choices_reordered(subject: Implementation, problem: Problem) -> None:
-    """The K choices of a token, each with its gate, may come in any order."""
+    """Accept the K choices of a token, each with its gate, in any order."""
     inputs = make_inputs(problem)
     plain = call(subject, problem, inputs)
     ids, gates = inputs.routing
@@ -67,7 +72,7 @@ def choices_reordered(subject: Implementation, problem: Problem) -> None:
 
 
 def batch_split(subject: Implementation, problem: Problem) -> None:
-    """A batch in parts gives the rows of the whole, and the parts' gradients of weights sum up to it."""
+    """Give a batch in parts the rows of the whole, and gradients of weights that add up to its own."""
     inputs = make_inputs(problem)
     plain = call(subject, problem, inputs)
     cuts = [0, 1, problem.T // 3, problem.T - 1, problem.T]
@@ -88,7 +93,7 @@ def batch_split(subject: Implementation, problem: Problem) -> None:
 
 
 def gates_doubled(subject: Implementation, problem: Problem) -> None:
-    """Twice the gates give twice the result and gradients, and the same gradient of the gates."""
+    """Double the result and gradients when all gates double, and leave the gradient of the gates as it is."""
     inputs = make_inputs(problem)
     plain = call(subject, problem, inputs)
     ids, gates = inputs.routing
@@ -98,7 +103,7 @@ def gates_doubled(subject: Implementation, problem: Problem) -> None:
 
 
 def identical_experts(subject: Implementation, problem: Problem) -> None:
-    """K equal experts are one dense layer with the sum of the gates."""
+    """Make of K equal experts one dense layer with the sum of the gates."""
     inputs = make_inputs(problem)
     ids, gates = inputs.routing
     same = inputs.experts.map(lambda w: w[:1].repeat(len(w), *[1] * (w.dim() - 1)))
@@ -111,7 +116,7 @@ def identical_experts(subject: Implementation, problem: Problem) -> None:
 
 
 def output_weights_zero(subject: Implementation, problem: Problem) -> None:
-    """Without output weights only b_out is left, weighted by the gates, and nothing flows back to x."""
+    """Return b_out alone, weighted by the gates, where w_out is zero, and pass nothing back to x."""
     inputs = make_inputs(problem)
     ids, gates = inputs.routing
     experts = replace(inputs.experts, w_out=torch.zeros_like(inputs.experts.w_out))
@@ -125,7 +130,7 @@ def output_weights_zero(subject: Implementation, problem: Problem) -> None:
 
 
 def one_expert_doubled(subject: Implementation, problem: Problem) -> None:
-    """Another w_out of one expert changes the rows of its tokens and of no others."""
+    """Change the rows of an expert's tokens and of no others when its w_out changes."""
     inputs = make_inputs(problem)
     plain = call(subject, problem, inputs)
     ids = inputs.routing.expert_ids
@@ -141,7 +146,7 @@ def one_expert_doubled(subject: Implementation, problem: Problem) -> None:
 
 
 def slot_split(subject: Implementation, problem: Problem) -> None:
-    """A choice split between its expert and a copy of it, in halves, gives the same result."""
+    """Give the same result where a choice is split in halves between its expert and a copy of it."""
     inputs = make_inputs(problem)
     plain = call(subject, problem, inputs)
     x, (ids, gates), experts, dy = inputs

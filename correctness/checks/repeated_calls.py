@@ -1,8 +1,4 @@
-"""Checks of how an implementation behaves beyond one right result: memory, state, layouts, graphs, modes.
-
-Each is a function of an implementation and a problem that raises ``CheckFailed``; ``checks.table``
-lists the problems that each runs on.
-"""
+"""Checks of what a call leaves behind: for the next call, other threads, earlier results and the process."""
 
 from __future__ import annotations
 
@@ -18,8 +14,8 @@ import torch
 from torch import Tensor
 
 from correctness.judging import calling
-from correctness.judging.calling import Graph, calls, finish, run, start
-from correctness.judging.compare import hold, hold_calls
+from correctness.judging.calling import Graph, finish, run, run_both_ways, start
+from correctness.judging.compare import require_right, require_right_calls
 from correctness.judging.finding import CheckFailed, what
 from correctness.judging.process_state import require_unchanged, restored, settings
 from correctness.problems.inputs import make_inputs
@@ -33,7 +29,7 @@ MOST_TOKENS, MOST_EXPERTS, MOST_FEATURES = 67, 19, 19
 
 
 def new_contents(subject: Implementation, problem: Problem) -> None:
-    """New numbers and a new routing at the same addresses give the new result; the old result stays.
+    """Give the new result for new numbers and routing at the same addresses, and keep the old result.
 
     With gradients and without: what a kernel remembers for inference it may not remember for training.
     """
@@ -43,7 +39,7 @@ def new_contents(subject: Implementation, problem: Problem) -> None:
         before = run(subject.forward, inputs, problem.combine, gradients=gradients)
         copies = {name: t.clone() for name, t in before.items()}
         inputs.overwrite(make_inputs(second))
-        hold(run(subject.forward, inputs, problem.combine, gradients=gradients), second)
+        require_right(run(subject.forward, inputs, problem.combine, gradients=gradients), second)
         for name, t in before.items():
             if not torch.equal(t, copies[name]):
                 raise CheckFailed(
@@ -52,19 +48,19 @@ def new_contents(subject: Implementation, problem: Problem) -> None:
 
 
 def one_input_changes(subject: Implementation, problem: Problem) -> None:
-    """One tensor in place gets new contents, then two of its rows trade places: each is read in each call.
+    """Read each input anew in each call: one at a time is rewritten, then two of its rows trade places.
 
     Rows that trade places leave the first and last entries, the sum and every other statistic as they were.
     """
     inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
-    hold_calls(subject, problem, inputs)
+    require_right_calls(subject, problem, inputs)
     changes = {name: (t, other.tensors[name]) for name, t in inputs.tensors.items()}
     changes["expert_ids"] = (inputs.routing.expert_ids, other.routing.expert_ids)
     for target, source in changes.values():
         target.copy_(source)
-        hold_calls(subject, problem, inputs)
+        require_right_calls(subject, problem, inputs)
         target[[1, 2]] = target[[2, 1]]
-        hold_calls(subject, problem, inputs)
+        require_right_calls(subject, problem, inputs)
 
 
 def _by_copy(target: Tensor, source: Tensor) -> None:
@@ -81,7 +77,7 @@ def _by_new_data(target: Tensor, source: Tensor) -> None:
 
 
 def _rewritten(problem: Problem, leaves: dict[str, Tensor]) -> Iterator[tuple[tuple, Problem, Inputs]]:
-    """The arguments that ``leaves`` are, whose contents are changed each time, and what they then hold."""
+    """Yield arguments made of ``leaves``, whose contents are changed each time, and what they then hold."""
     arguments = calling.assemble(make_inputs(problem), leaves)
     for number, change in enumerate((_by_copy, _by_copy, _by_data, _by_new_data)):
         now = replace(problem, seed=problem.seed + number)
@@ -93,7 +89,7 @@ def _rewritten(problem: Problem, leaves: dict[str, Tensor]) -> Iterator[tuple[tu
 
 
 def same_objects(subject: Implementation, problem: Problem) -> None:
-    """One x, one routing and nn.Parameter objects that live on: each call reads what they hold now.
+    """Read what x, routing and nn.Parameter objects that live on hold now, in each call.
 
     They change as an optimiser changes them, through ``.data`` without a new version, and by a new ``.data``.
     """
@@ -105,14 +101,14 @@ def same_objects(subject: Implementation, problem: Problem) -> None:
                 y = subject.forward(*arguments, combine=problem.combine)
             calling.check_output(y, new)
             graph = Graph(y, leaves if gradients else {})
-            hold(finish(graph, new.dy) if gradients else {"y": y.detach()}, now)
+            require_right(finish(graph, new.dy) if gradients else {"y": y.detach()}, now)
     if not subject.support.compiles_per_case:  # each mode is compiled anew
         for mode in (torch.no_grad, torch.inference_mode):
             _same_frozen_objects(subject, problem, mode)
 
 
 def _same_frozen_objects(subject: Implementation, problem: Problem, mode: Callable[[], Any]) -> None:
-    """The same without gradients, of tensors that want none; earlier results stay what they are."""
+    """Do so without gradients, with tensors that want none; earlier results stay what they are."""
     leaves = {n: t.clone() for n, t in make_inputs(problem).tensors.items()}
     earlier: list[tuple[Tensor, Problem]] = []
     for arguments, now, new in _rewritten(problem, leaves):
@@ -121,11 +117,11 @@ def _same_frozen_objects(subject: Implementation, problem: Problem, mode: Callab
         calling.check_output(y, new)
         earlier.append((y, now))
         for result, of in earlier:
-            hold({"y": result}, of)
+            require_right({"y": result}, of)
 
 
 def prepared(subject: Implementation, problem: Problem) -> None:
-    """What ``prepare`` lays out serves all later tokens; once a weight has changed it raises or is right."""
+    """Serve all later tokens with what ``prepare`` made; once a weight has changed, raise or be right."""
     inputs, other = make_inputs(problem), make_inputs(replace(problem, seed=problem.seed + 1))
 
     def lay_out() -> Implementation:
@@ -141,47 +137,47 @@ def prepared(subject: Implementation, problem: Problem) -> None:
         raise CheckFailed("a later call of what prepare made, for these experts or others, changed a result")
     for number in range(3):
         tokens = make_inputs(replace(problem, seed=problem.seed + number, T=problem.T + number // 2))
-        hold_calls(ready, problem, tokens._replace(experts=inputs.experts))
+        require_right_calls(ready, problem, tokens._replace(experts=inputs.experts))
     for name, weight in inputs.experts.tensors.items():
         weight.copy_(other.experts.tensors[name])
         with contextlib.suppress(RuntimeError):  # that the weights have changed
-            hold_calls(ready, problem, inputs)
+            require_right_calls(ready, problem, inputs)
             continue
         ready = lay_out()
-        hold_calls(ready, problem, inputs)
+        require_right_calls(ready, problem, inputs)
 
 
 def options_change(subject: Implementation, problem: Problem) -> None:
-    """The same tensors under another activation or combine, or without a bias, give the result of that."""
+    """Follow the activation, combine and biases of the call where the tensors are those of an earlier one."""
     inputs = make_inputs(problem)
-    hold_calls(subject, problem, inputs)
+    require_right_calls(subject, problem, inputs)
     if problem.combine == "sum":
 
         def by_default(*arguments: Any, combine: str) -> Tensor:
             return subject.forward(*arguments)
 
-        hold_calls(replace(subject, forward=by_default), problem, inputs)
+        require_right_calls(replace(subject, forward=by_default), problem, inputs)
     experts, support = inputs.experts, subject.support
     alike = {"swiglu": "geglu", "geglu": "swiglu", "silu": "gelu", "gelu": "silu"}.get(problem.activation)
     if alike in support.activations:
         other = inputs._replace(experts=replace(experts, activation=alike))
-        hold_calls(subject, replace(problem, activation=alike), other)
+        require_right_calls(subject, replace(problem, activation=alike), other)
     if "logsumexp" in support.combines:
-        hold_calls(subject, replace(problem, combine="logsumexp"), inputs)
+        require_right_calls(subject, replace(problem, combine="logsumexp"), inputs)
     if set(support.biases) == {True, False}:
         for without in ({"b_in": None}, {"b_out": None}, {"b_in": None, "b_out": None}):
-            hold_calls(subject, problem, inputs._replace(experts=replace(experts, **without)))
+            require_right_calls(subject, problem, inputs._replace(experts=replace(experts, **without)))
 
 
 def every_size(subject: Implementation, problem: Problem) -> None:
-    """No number of tokens, experts, choices or features is special: all small ones are right."""
+    """Be right for every small number of tokens, experts, choices and features."""
     for sized in _small_sizes(problem):
         p = fit(resize(sized, subject.support), subject.support)
-        hold_calls(subject, p)
+        require_right_calls(subject, p)
 
 
 def _small_sizes(problem: Problem) -> list[Problem]:
-    """Problems in which each size takes each of its small values, beside other sizes that are varied, too."""
+    """Make problems in which each size takes each of its small values, beside others that are varied, too."""
     found = []
     for T in range(2, MOST_TOKENS + 1):
         E = 1 + T % MOST_EXPERTS
@@ -191,14 +187,14 @@ def _small_sizes(problem: Problem) -> list[Problem]:
 
 
 def changing_sizes(subject: Implementation, problem: Problem) -> None:
-    """Batches of other sizes with the same weights: nothing is left of the larger one, no result is lost."""
+    """Be right for batches of changing size with the same weights, and keep every earlier result."""
     inputs = make_inputs(problem)
     returned = []
     for T in (problem.T, 1, problem.T // 2, 0, problem.T // 3, problem.T):
         part = inputs.first(T)
         smaller = replace(problem, T=T)
-        for results in calls(subject, smaller, part):
-            hold(results, smaller, part)
+        for results in run_both_ways(subject, smaller, part):
+            require_right(results, smaller, part)
             returned += [(T, name, t, t.clone()) for name, t in results.items()]
     for T, name, t, copy in returned:
         if not torch.equal(t, copy):
@@ -208,19 +204,19 @@ def changing_sizes(subject: Implementation, problem: Problem) -> None:
 
 
 def another_thread(subject: Implementation, problem: Problem) -> None:
-    """Threads that never called it before get the right results and gradients: one alone, several at once.
+    """Give threads that never called before the right results and gradients, one alone and several at once.
 
     A backward may run in another thread than its forward. Threads that call at once have inputs of their
     own, of one shape, and begin each round together.
     """
     with ThreadPoolExecutor(1) as pool:
-        for results in pool.submit(lambda: list(calls(subject, problem))).result():
-            hold(results, problem)
+        for results in pool.submit(lambda: list(run_both_ways(subject, problem))).result():
+            require_right(results, problem)
     if subject.support.gradients:
         inputs = make_inputs(problem)
         graph = start(subject.forward, inputs, problem.combine)
         with ThreadPoolExecutor(1) as pool:
-            hold(pool.submit(finish, graph, inputs.dy).result(), problem)
+            require_right(pool.submit(finish, graph, inputs.dy).result(), problem)
     own = [replace(problem, seed=problem.seed + 1 + number) for number in range(THREADS)]
     inputs = [make_inputs(p) for p in own]
     together = threading.Barrier(THREADS)
@@ -229,7 +225,7 @@ def another_thread(subject: Implementation, problem: Problem) -> None:
         found = []
         for _ in range(ROUNDS):
             together.wait()
-            found += calls(subject, own[number], inputs[number])
+            found += run_both_ways(subject, own[number], inputs[number])
         return found
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -242,15 +238,15 @@ def another_thread(subject: Implementation, problem: Problem) -> None:
                 raise failure
     for p, future in zip(own, waiting, strict=True):
         for results in future.result():
-            hold(results, p)
+            require_right(results, p)
 
 
 def deterministic(subject: Implementation, problem: Problem) -> None:
-    """Ten calls on equal inputs are bit-equal, output and gradients, where that is declared."""
+    """Return bit-equal output and gradients in ten calls on equal inputs, where that is declared."""
     inputs = make_inputs(problem)
-    first = list(calls(subject, problem, inputs))
+    first = list(run_both_ways(subject, problem, inputs))
     for repeat in range(1, 10):
-        for before, again in zip(first, calls(subject, problem, inputs), strict=True):
+        for before, again in zip(first, run_both_ways(subject, problem, inputs), strict=True):
             for name, want in before.items():
                 if not torch.equal(again[name], want):
                     raise CheckFailed(
@@ -261,13 +257,13 @@ def deterministic(subject: Implementation, problem: Problem) -> None:
 
 
 def every_call(subject: Implementation, problem: Problem) -> None:
-    """Not only the first call is right: fifty with gradients and fifty without are; all results stay."""
+    """Be right in fifty calls with gradients and fifty without, each with results in memory of its own."""
     inputs = make_inputs(problem)
     for gradients in (subject.support.gradients, False):
         found = [run(subject.forward, inputs, problem.combine, gradients=gradients) for _ in range(REPEATS)]
         places: set[int] = set()
         for results in found:
-            hold(results, problem)
+            require_right(results, problem)
             own = {t.untyped_storage().data_ptr() for t in results.values()}
             if own & places:
                 raise CheckFailed(f"two of {REPEATS} calls return their results in the same memory")
@@ -275,7 +271,7 @@ def every_call(subject: Implementation, problem: Problem) -> None:
 
 
 def global_state(subject: Implementation, problem: Problem) -> None:
-    """Random generators, modes, threads and other settings are after forward and backward as before them."""
+    """Leave random generators, modes, threads and other settings of the process as they were."""
     inputs = make_inputs(problem)
 
     def forward_and_backward(gradients: bool) -> None:
@@ -285,7 +281,7 @@ def global_state(subject: Implementation, problem: Problem) -> None:
         if gradients:
             torch.autograd.grad(y, list(leaves.values()), inputs.dy)
 
-    for results in calls(subject, problem, inputs):  # what the first call imports is no setting
+    for results in run_both_ways(subject, problem, inputs):  # what the first call imports is no setting
         gradients = len(results) > 1
         with torch.set_grad_enabled(gradients):
             require_unchanged(
@@ -297,6 +293,6 @@ def global_state(subject: Implementation, problem: Problem) -> None:
         for dtype in (torch.bfloat16, torch.float64):
             with restored(settings(problem.dtype)):
                 torch.set_default_dtype(dtype)
-                found = list(calls(subject, problem, inputs))
+                found = list(run_both_ways(subject, problem, inputs))
             for results in found:
-                hold(results, problem)
+                require_right(results, problem)

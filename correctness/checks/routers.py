@@ -1,8 +1,4 @@
-"""What every ``route(logits, spec, *, selection_bias=None)`` is held to.
-
-A check is a function of a route and a problem that raises ``CheckFailed`` with its finding. The same table
-judges the project's router, a stranger's (``--router``) and the deliberately wrong ones.
-"""
+"""What every ``route(logits, spec, *, selection_bias=None)`` is held to."""
 
 from __future__ import annotations
 
@@ -10,27 +6,27 @@ import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from correctness.checks.case import Check, Kind, Subject
 from correctness.checks.layouts import LAYOUTS
-from correctness.judging.blame import blamed
-from correctness.judging.compare import FACTOR
+from correctness.judging.budget import allowed_error, by_logarithm, eps, relative_errors, storing, worst
 from correctness.judging.finding import CheckFailed
 from correctness.judging.process_state import require_unchanged
 from correctness.oracle import router as oracle
+from correctness.problems.generated import router_problems
 from correctness.problems.problem import LOW_PRECISION
 from correctness.problems.routers import (
-    _EVERY_FIELD,
-    _KINDS,
-    _TOP2,
     ALL_DTYPES,
+    EVERY_FIELD,
+    KINDS,
     PROBLEMS,
     RouterProblem,
-    make_inputs,
+    make_router_inputs,
 )
 from moe_impls.interface import RouterSpec, Routing, dtype_name
 
@@ -38,43 +34,18 @@ Route = Callable[..., Routing]
 THREADS, ROUNDS = 3, 20
 
 
-class RouterSubject(NamedTuple):
-    """A router under test and its name."""
-
-    name: str
-    route: Route
-
-
-def budget(plain_errors: Tensor, computed: torch.dtype, stored: torch.dtype) -> float:
-    """The relative error that a right router may show.
-
-    FACTOR times what the oracle's equations lose in float32, scaled to the dtype in which the router
-    computes (never less than FACTOR * eps), and one rounding to the dtype in which the result is stored.
-    """
-    narrow = torch.finfo(torch.float32).eps
-    worst = max(narrow, float(plain_errors.max()) if plain_errors.numel() else 0.0)
-    rounding = torch.finfo(stored).eps if torch.finfo(stored).eps > narrow else 0.0
-    return FACTOR * worst * torch.finfo(computed).eps / narrow + rounding
-
-
 def _computed(gates: Tensor) -> torch.dtype:
-    """The dtype whose precision is asked for: float64 where the router hands out float64, else float32."""
+    """Return the dtype whose precision is asked for: float64 where gates come in it, else float32."""
     return torch.float64 if gates.dtype == torch.float64 else torch.float32
 
 
-def _relative(error: Tensor, scale: Tensor) -> Tensor:
-    """|error| / scale, where nothing but zero is right over a scale of zero; NaN is never right."""
-    return torch.where(error == 0, 0.0, error.abs() / scale).nan_to_num(nan=torch.inf)
-
-
-def _difference(got: Tensor, want: Tensor) -> Tensor:
-    """got - want, where nothing is owed below the smallest normal number of the dtype of ``got``."""
-    difference = got.double() - want
-    return torch.where(difference.abs() <= torch.finfo(got.dtype).smallest_normal, 0.0, difference)
+def _smallest(t: Tensor) -> float:
+    """Return the smallest normal number of a tensor's dtype, below which nothing is owed."""
+    return torch.finfo(t.dtype).smallest_normal
 
 
 def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
-    """The routing, or CheckFailed unless it is what the contract says, whatever the logits are."""
+    """Call a router: return its routing, or raise CheckFailed unless it is what the contract says."""
     bias = {} if selection_bias is None else {"selection_bias": selection_bias}
     result = route(logits, spec, **bias)
     if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, Tensor) for t in result)):
@@ -103,21 +74,20 @@ def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor 
 
 
 def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
-    """The gates are those of the experts that were chosen, for every token."""
+    """Raise CheckFailed unless the gates are those of the experts that were chosen, for every token."""
     wide, narrow = logits.double(), logits.float()
     rows = routing.expert_ids.tolist()
     want = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(wide, rows, strict=True)])
     plain = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(narrow, rows, strict=True)])
-    computed = _computed(routing.gates)
-    allowed = budget(_relative(_difference(plain, want), want), computed, routing.gates.dtype)
-    # exp(log(gate)) is right, too: a logarithm rounded to eps of its size is a gate off by as much.
-    logarithm = torch.where(want == 0, 0.0, want.abs().log().abs())
-    budgets = allowed + torch.finfo(computed).eps * logarithm
-    error = _relative(_difference(routing.gates.detach(), want), want)
+    got, computed = routing.gates.detach(), _computed(routing.gates)
+    lost = relative_errors(plain, want, want, _smallest(plain))
+    # exp(log(gate)) is right, too.
+    budgets = allowed_error(lost, narrow.dtype, computed) + storing(got.dtype) + by_logarithm(want, computed)
+    error = relative_errors(got, want, want, _smallest(got))
     if not bool((error <= budgets).all()):
         t, k = divmod(int((error / budgets).argmax()), spec.top_k)
         raise CheckFailed(
-            f"the gate of token {t}, expert {rows[t][k]} is {float(routing.gates.detach()[t, k])!r}, "
+            f"the gate of token {t}, expert {rows[t][k]} is {float(got[t, k])!r}, "
             f"right is {float(want[t, k])!r}: relative error {float(error[t, k]):.3g}, "
             f"budget {float(budgets[t, k]):.3g}; "
             f"{int((error > budgets).sum())} of {error.numel()} gates are over theirs"
@@ -125,34 +95,32 @@ def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def right_choices(problem: RouterProblem, eps: float) -> list[tuple[list[int], bool]]:
-    """For each token the oracle's experts, and whether the choice is clear at precision ``eps``."""
-    logits, bias, _ = make_inputs(problem)
-    return [oracle.select(z, problem.spec, bias, eps) for z in logits.double()]
+def right_choices(problem: RouterProblem, precision: float) -> list[tuple[list[int], bool]]:
+    """Return for each token the oracle's experts, and whether the choice is clear at that precision."""
+    logits, bias, _ = make_router_inputs(problem)
+    return [oracle.select(z, problem.spec, bias, precision) for z in logits.double()]
 
 
 def values(route: Route, problem: RouterProblem) -> None:
-    """The experts of every token whose choice is clear, and the gates of every token, gradients on or off."""
-    logits, bias, _ = make_inputs(problem)
+    """Choose the right experts for each token whose choice is clear, and give each token the right gates."""
+    logits, bias, _ = make_router_inputs(problem)
     _require(call(route, logits, problem.spec, bias), problem)
     with torch.no_grad():
         _require(call(route, logits, problem.spec, bias), problem)
 
 
 def _require(routing: Routing, problem: RouterProblem) -> None:
-    """The routing is right for the problem."""
-    eps = torch.finfo(_computed(routing.gates)).eps
-    for t, (row, (chosen, clear)) in enumerate(
-        zip(routing.expert_ids.tolist(), right_choices(problem, eps), strict=True)
-    ):
+    """Raise CheckFailed unless the routing is right for the problem."""
+    choices = right_choices(problem, eps(_computed(routing.gates)))
+    for t, (row, (chosen, clear)) in enumerate(zip(routing.expert_ids.tolist(), choices, strict=True)):
         if clear and set(row) != set(chosen):
             raise CheckFailed(f"token {t} visits experts {sorted(row)}; right is {sorted(chosen)}")
-    _require_gates(routing, make_inputs(problem).logits, problem.spec)
+    _require_gates(routing, make_router_inputs(problem).logits, problem.spec)
 
 
 def gradients(route: Route, problem: RouterProblem) -> None:
-    """What flows back to the logits of each token from a random gradient of the gates; none to the bias."""
-    logits, bias, dgates = make_inputs(problem)
+    """Pass the gradient of the gates back to the logits as the oracle does, and none to the bias."""
+    logits, bias, dgates = make_router_inputs(problem)
     leaf = logits.clone().requires_grad_()
     bias = None if bias is None else bias.requires_grad_()
     routing = call(route, leaf, problem.spec, bias)
@@ -171,9 +139,9 @@ def gradients(route: Route, problem: RouterProblem) -> None:
 
 
 def _require_gradient(got: Tensor, routing: Routing, problem: RouterProblem) -> None:
-    """The gradient of the logits is right for the experts that were chosen."""
+    """Raise CheckFailed unless the gradient of the logits is right for the experts that were chosen."""
     ids, gates = routing
-    logits, _, dgates = make_inputs(problem)
+    logits, _, dgates = make_router_inputs(problem)
 
     def evaluate(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rows = [
@@ -183,20 +151,21 @@ def _require_gradient(got: Tensor, routing: Routing, problem: RouterProblem) -> 
         return torch.stack([d for d, _ in rows]).double(), torch.stack([size for _, size in rows]).double()
 
     (want, scale), (plain, _) = evaluate(torch.float64), evaluate(torch.float32)
-    allowed = budget(_relative(plain - want, scale), _computed(gates), got.dtype)
-    error = _relative(_difference(got, want), scale)
-    if not float(error.max()) <= allowed:
+    lost = relative_errors(plain, want, scale)
+    allowed = allowed_error(lost, torch.float32, _computed(gates)) + storing(got.dtype)
+    error = relative_errors(got, want, scale, _smallest(got))
+    if worst(error) > allowed:
         t, e = divmod(int(error.argmax()), problem.E)
         raise CheckFailed(
             f"the gradient of logits[{t}, {e}] is {float(got[t, e])!r}, right is {float(want[t, e])!r}: "
-            f"error {float(error.max()):.3g} of its scale, budget {allowed:.3g}; "
+            f"error {worst(error):.3g} of its scale, budget {allowed:.3g}; "
             f"token {t} visits {ids[t].tolist()}"
         )
 
 
 def ties(route: Route, problem: RouterProblem) -> None:
-    """Where scores are equal, ids are valid, distinct and always the same, and the gates right for them."""
-    logits, bias, _ = make_inputs(problem)
+    """Choose valid, distinct experts where scores are equal, the same in each call, with right gates."""
+    logits, bias, _ = make_router_inputs(problem)
     equal = logits.clone()
     equal[::2] = 0
     equal[1::2] = equal[1::2].clamp(-0.5, 0.5).round()  # -1, 0 and 1 at most
@@ -208,8 +177,8 @@ def ties(route: Route, problem: RouterProblem) -> None:
 
 
 def nan_contained(route: Route, problem: RouterProblem) -> None:
-    """A token with NaN is refused with a ValueError, or it alone has gates of NaN, and its ids are valid."""
-    logits, bias, _ = make_inputs(problem)
+    """Refuse a token with NaN with a ValueError, or give it alone gates of NaN, and valid ids."""
+    logits, bias, _ = make_router_inputs(problem)
     poisoned = logits.clone()
     poisoned[3] = torch.nan
     poisoned[7, -1] = torch.nan
@@ -228,8 +197,8 @@ def nan_contained(route: Route, problem: RouterProblem) -> None:
 
 
 def masked_experts(route: Route, problem: RouterProblem) -> None:
-    """An expert with a logit of -inf is not chosen where others are left; gates and gradients are sound."""
-    logits, bias, dgates = make_inputs(problem)
+    """Choose no expert whose logit is -inf where others are left, with sound gates and gradients."""
+    logits, bias, dgates = make_router_inputs(problem)
     masked = logits.scatter(1, logits.topk(3, dim=1, largest=False).indices, -torch.inf)
     leaf = masked.clone().requires_grad_()
     ids, gates = call(route, leaf, problem.spec, bias)
@@ -245,11 +214,11 @@ def masked_experts(route: Route, problem: RouterProblem) -> None:
 
 
 def large_logits(route: Route, problem: RouterProblem) -> None:
-    """Logits a thousand times larger than usual, or far below 0, give right gates and finite gradients.
+    """Give right gates and finite gradients for logits a thousand times larger than usual, or far below 0.
 
     Near -100, where sigmoids underflow, the gates need only be finite: models add 1e-20 to their sum.
     """
-    logits, bias, dgates = make_inputs(problem)
+    logits, bias, dgates = make_router_inputs(problem)
     for dtype in LOW_PRECISION:
         gates = call(route, (logits * 1000).to(dtype), problem.spec, bias).gates
         if not bool(gates.isfinite().all()):
@@ -272,8 +241,8 @@ def large_logits(route: Route, problem: RouterProblem) -> None:
 
 
 def empty(route: Route, problem: RouterProblem) -> None:
-    """Without tokens the routing is empty."""
-    logits, bias, _ = make_inputs(replace(problem, T=0))
+    """Return an empty routing where there are no tokens."""
+    logits, bias, _ = make_router_inputs(replace(problem, T=0))
     leaf = logits.requires_grad_()
     _, gates = call(route, leaf, problem.spec, bias)
     if not gates.requires_grad:
@@ -282,9 +251,9 @@ def empty(route: Route, problem: RouterProblem) -> None:
 
 
 def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
-    """Neither logits nor bias is written to, with gradients or without."""
-    logits, bias, dgates = make_inputs(problem)
-    before = make_inputs(problem)
+    """Write to neither logits nor bias, with gradients or without."""
+    logits, bias, dgates = make_router_inputs(problem)
+    before = make_router_inputs(problem)
     for gradients in (True, False):
         leaf = logits.detach().requires_grad_(gradients)
         gates = call(route, leaf, problem.spec, bias).gates
@@ -296,8 +265,8 @@ def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
 
 
 def strides(route: Route, problem: RouterProblem) -> None:
-    """Logits, the bias and the gradient that flows in need not be contiguous: the numbers alone decide."""
-    logits, bias, dgates = make_inputs(problem)
+    """Accept logits, a bias and a gradient that are not contiguous: the numbers alone decide."""
+    logits, bias, dgates = make_router_inputs(problem)
     for layout in LAYOUTS:
         leaf = layout(logits).requires_grad_()
         spread = None if bias is None else bias.repeat_interleave(2)[::2]
@@ -308,12 +277,12 @@ def strides(route: Route, problem: RouterProblem) -> None:
 
 
 def state(route: Route, problem: RouterProblem) -> None:
-    """Nothing depends on earlier calls, and no result is overwritten by a later call."""
-    logits, bias, _ = make_inputs(problem)
+    """Depend on no earlier call, and overwrite no earlier result."""
+    logits, bias, _ = make_router_inputs(problem)
     first = call(route, logits, problem.spec, bias)
     kept = Routing(first.expert_ids.clone(), first.gates.detach().clone())
     second = replace(problem, seed=problem.seed + 1)
-    others = make_inputs(second)
+    others = make_router_inputs(second)
     logits.copy_(others.logits)  # new contents at the same address
     if bias is not None and others.selection_bias is not None:
         bias.copy_(others.selection_bias)
@@ -324,22 +293,23 @@ def state(route: Route, problem: RouterProblem) -> None:
             raise CheckFailed(f"in call {repeat + 2}: {failure}") from failure
     for number, mode in enumerate((torch.no_grad, torch.inference_mode, torch.inference_mode)):
         now = replace(problem, seed=problem.seed + 2 + number)
-        new = make_inputs(now)
+        new = make_router_inputs(now)
         logits.data.copy_(new.logits)  # without a new version
         if bias is not None and new.selection_bias is not None:
             bias.data.copy_(new.selection_bias)
         with mode():
             _require(call(route, logits, problem.spec, bias), now)
     more = replace(problem, E=2 * problem.E)  # the same spec for another number of experts
-    _require(call(route, make_inputs(more).logits, more.spec, make_inputs(more).selection_bias), more)
+    logits, bias, _ = make_router_inputs(more)
+    _require(call(route, logits, more.spec, bias), more)
     if not all(torch.equal(a, b.detach()) for a, b in zip(kept, first, strict=True)):
         raise CheckFailed("the routing returned by an earlier call was overwritten by a later one")
 
 
 def several_threads(route: Route, problem: RouterProblem) -> None:
-    """Threads that route tokens of their own at the same time get their own routing."""
+    """Give threads that route tokens of their own at the same time their own routing."""
     own = [replace(problem, seed=problem.seed + number) for number in range(THREADS)]
-    inputs = [make_inputs(p) for p in own]
+    inputs = [make_router_inputs(p) for p in own]
     want = [call(route, logits, problem.spec, bias) for logits, bias, _ in inputs]
     together = threading.Barrier(THREADS)
 
@@ -358,8 +328,8 @@ def several_threads(route: Route, problem: RouterProblem) -> None:
 
 
 def global_state(route: Route, problem: RouterProblem) -> None:
-    """Random generators, modes, threads and other settings are after the call as before it."""
-    logits, bias, dgates = make_inputs(problem)
+    """Leave random generators, modes, threads and other settings of the process as they were."""
+    logits, bias, dgates = make_router_inputs(problem)
 
     def forward_and_backward(gradients: bool) -> None:
         leaf = logits.detach().requires_grad_(gradients)
@@ -374,8 +344,8 @@ def global_state(route: Route, problem: RouterProblem) -> None:
 
 
 def modes(route: Route, problem: RouterProblem) -> None:
-    """The routing is the same under no_grad, inference_mode and autocast, and for a bias of another dtype."""
-    logits, bias, _ = make_inputs(problem)
+    """Return the same routing under no_grad, inference_mode and autocast, and for a bias of another dtype."""
+    logits, bias, _ = make_router_inputs(problem)
     want = call(route, logits, problem.spec, bias)
     modes = {
         "no_grad": torch.no_grad(),
@@ -399,8 +369,8 @@ def modes(route: Route, problem: RouterProblem) -> None:
 
 
 def tokens_apart(route: Route, problem: RouterProblem) -> None:
-    """The routing of a token does not depend on the others: the batch in two parts, in reverse order."""
-    logits, bias, _ = make_inputs(problem)
+    """Route each token without regard to the others: the batch comes in two parts, in reverse order."""
+    logits, bias, _ = make_router_inputs(problem)
     whole = call(route, logits, problem.spec, bias)
     for part in (slice(0, 1), slice(1, None)):
         rows = torch.arange(problem.T)[part].flip(0)
@@ -411,8 +381,8 @@ def tokens_apart(route: Route, problem: RouterProblem) -> None:
 
 
 def every_field_counts(route: Route, problem: RouterProblem) -> None:
-    """No field of the spec, nor the bias, is without effect."""
-    logits, bias, _ = make_inputs(problem)
+    """Follow every field of the spec, and the bias."""
+    logits, bias, _ = make_router_inputs(problem)
 
     def table(spec: RouterSpec, bias: Tensor | None) -> Tensor:
         ids, gates = call(route, logits, spec, bias)
@@ -426,7 +396,7 @@ def every_field_counts(route: Route, problem: RouterProblem) -> None:
         {"renormalise": True},
         {"scale": 2.0},
         {"keep_groups": spec.keep_groups + 1},
-        _TOP2,
+        {"group_score": "top2_sum"},
     )
     for change in changes:
         if torch.equal(table(replace(spec, **change), None), plain):
@@ -435,68 +405,39 @@ def every_field_counts(route: Route, problem: RouterProblem) -> None:
         raise CheckFailed("selection_bias has no effect")
 
 
-@dataclass(frozen=True)
-class RouterCheck:
-    function: Callable[[Route, RouterProblem], None]
-    problems: tuple[RouterProblem, ...]
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__
+def generated_routing(route: Route, problem: RouterProblem) -> None:
+    """Return the right experts, gates and gradient of the logits on problems that nobody thought of."""
+    values(route, problem)
+    gradients(route, problem)
 
 
 CHECKS = (
-    RouterCheck(inputs_unchanged, _KINDS),
-    RouterCheck(values, (*ALL_DTYPES, *(replace(p, T=5_003) for p in _KINDS if p.E <= 64))),
-    RouterCheck(gradients, ALL_DTYPES),
-    RouterCheck(ties, PROBLEMS),
-    RouterCheck(nan_contained, _KINDS + tuple(replace(p, dtype=torch.bfloat16) for p in _KINDS)),
-    RouterCheck(masked_experts, _KINDS),
-    RouterCheck(large_logits, _KINDS),
-    RouterCheck(empty, _KINDS),
-    RouterCheck(strides, _KINDS),
-    RouterCheck(tokens_apart, _KINDS),
-    RouterCheck(state, _KINDS),
-    RouterCheck(several_threads, tuple(replace(p, T=300) for p in _KINDS)),
-    RouterCheck(global_state, _KINDS),
-    RouterCheck(modes, _KINDS),
-    RouterCheck(every_field_counts, (_EVERY_FIELD,)),
+    Check(inputs_unchanged, KINDS),
+    Check(values, (*ALL_DTYPES, *(replace(p, T=5_003) for p in KINDS if p.E <= 64))),
+    Check(gradients, ALL_DTYPES),
+    Check(ties, PROBLEMS),
+    Check(nan_contained, KINDS + tuple(replace(p, dtype=torch.bfloat16) for p in KINDS)),
+    Check(masked_experts, KINDS),
+    Check(large_logits, KINDS),
+    Check(empty, KINDS),
+    Check(strides, KINDS),
+    Check(tokens_apart, KINDS),
+    Check(state, KINDS),
+    Check(several_threads, tuple(replace(p, T=300) for p in KINDS)),
+    Check(global_state, KINDS),
+    Check(modes, KINDS),
+    Check(every_field_counts, (EVERY_FIELD,)),
+    Check(generated_routing, drawn=lambda support: router_problems()),
+)
+
+ROUTER = Kind(
+    "router",
+    CHECKS,
+    arguments=lambda case: (case.subject.tested, case.problem),
+    where=lambda p: f" on {p.name}, E = {p.E}, {dtype_name(p.dtype)}",
 )
 
 
-@dataclass(frozen=True)
-class RouterCase:
-    """One check on one problem."""
-
-    check: RouterCheck
-    problem: RouterProblem
-
-    @property
-    def id(self) -> str:
-        return f"{self.check.name}-{self.problem.id}"
-
-    def run(self, route: Route, name: str = "route") -> None:
-        p = self.problem
-        verdict = f"{name} fails {self.check.name!r} on {p.name}, E = {p.E}, {dtype_name(p.dtype)}"
-        with blamed(verdict, repr(p)):
-            self.check.function(route, p)
-
-
-def cases() -> list[RouterCase]:
-    return [RouterCase(check, problem) for check in CHECKS for problem in check.problems]
-
-
-def findings(route: Route) -> dict[str, str]:
-    """For each check that the route fails, the first finding; empty if it is right."""
-    return {check.name: finding for check in CHECKS if (finding := first_finding(route, check.name))}
-
-
-def first_finding(route: Route, check: str) -> str | None:
-    """What a check finds on the first problem where the route fails it; None if it passes."""
-    for case in cases():
-        if case.check.name == check:
-            try:
-                case.run(route)
-            except CheckFailed as failure:
-                return str(failure)
-    return None
+def router(name: str, route: Route) -> Subject:
+    """Make a router a subject."""
+    return Subject(ROUTER, name, route)

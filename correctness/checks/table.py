@@ -1,40 +1,21 @@
-"""What every implementation is held to: a table of checks and the one loop over (implementation, problem).
-
-A check is a function of an implementation and a problem that raises ``CheckFailed`` with its finding. The
-same table judges the project's implementations, a stranger's (``--impl``) and the deliberately wrong ones.
-"""
+"""What every implementation is held to, and all kinds of subjects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from correctness.checks import autograd, cheating, layouts, memory, modes, relations, repeated_calls
+from correctness.checks.balance import LOSSES
+from correctness.checks.case import Case, Check, Kind, Subject
+from correctness.checks.generated import generated_values
+from correctness.checks.layers import LAYER
+from correctness.checks.routers import ROUTER
 from correctness.checks.values import exact, gradcheck, non_finite_contained, output, second_order, values
-from correctness.judging.blame import blamed
-from correctness.problems import catalogue, problem
+from correctness.problems import catalogue, generated, problem
 from correctness.problems.problem import Problem, fit, resize, unsupported
-from moe_impls.interface import Implementation, Support
-
-
-@dataclass(frozen=True)
-class Check:
-    """A check, the problems that it runs on, and the declaration without which it does not apply.
-
-    fits: options of the problems that a subject does not declare may be replaced by others that it does.
-    """
-
-    function: Callable[[Implementation, Problem], dict[str, float] | None]
-    problems: tuple[Problem, ...]
-    needs: str = ""  # a field of Support that must be true, or "prepare", a function that must be there
-    fits: bool = True
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__
-
+from moe_impls.interface import Implementation
 
 _ZIPF = replace(catalogue.SMALL, name="behaviour", T=61, E=9, K=3, load="zipf")
 
@@ -68,8 +49,8 @@ _RELATED = tuple(replace(_INTEGERS, gates="softmax", dtype=d) for d in (torch.fl
 _CONTAINED = tuple(replace(_ZIPF, D=16, H=16, O=8, E=8, dtype=d) for d in problem.LOW_PRECISION)
 
 
-# What tells most about a mistake comes first.
-CHECKS = (
+# What tells most about a mistake comes first, generated problems last.
+CHECKS: tuple[Check, ...] = (
     Check(autograd.after_inference, (replace(_ZIPF, T=59),)),  # first, as a process makes its first call once
     Check(memory.inputs_unchanged, (*_VARIED, _MANY_TOKENS, *_ACTIVATIONS)),
     Check(values, catalogue.OPTIONS, fits=False),
@@ -120,53 +101,30 @@ CHECKS = (
     Check(modes.exports, (_ZIPF,), needs="exports"),
     Check(modes.no_host_sync, (_ZIPF,), needs="no_host_sync"),
     *(Check(relation, _RELATED) for relation in relations.RELATIONS),
+    Check(generated_values, drawn=generated.problems),
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One check of one implementation on one problem."""
-
-    subject: Implementation
-    check: Check
-    problem: Problem
-
-    @property
-    def id(self) -> str:
-        return f"{self.check.name}-{self.problem.id}-{self.subject.name}"
-
-    @property
-    def skip(self) -> str | None:
-        """Why the implementation's declaration takes this case out; None if it is to be run."""
-        support: Support = self.subject.support
-        needs = self.check.needs
-        if needs and not (self.subject.prepare if needs == "prepare" else getattr(support, needs)):
-            return f"{needs} not declared"
-        return unsupported(support, self.problem)
-
-    def run(self) -> dict[str, float]:
-        """The worst error of each tensor as a fraction of its budget, where the check measures that."""
-        with blamed(f"{self.subject.name} fails {self.check.name!r}", self.problem.code()):
-            return self.check.function(self.subject, self.problem) or {}
+def _arguments(case: Case) -> tuple[Implementation, Problem]:
+    return case.subject.tested, case.problem
 
 
-def cases(
-    subjects: Iterable[Implementation], checks: Iterable[Check] = CHECKS, device: str = "cpu"
-) -> list[Case]:
-    """The loop over implementations and problems. Problems come outermost: their oracle is then made once."""
-    subjects = list(subjects)
-    found = (
-        Case(subject, check, fit(sized, subject.support) if check.fits else sized)
-        for check in checks
-        for problem in check.problems
-        for subject in subjects
-        for sized in [resize(replace(problem, device=device), subject.support)]
-    )
-    return list(
-        dict.fromkeys(
-            case
-            for case in found
-            if not (support := case.subject.support).compiles_per_case
-            or catalogue.is_representative(case.problem, support)
-        )
-    )
+def _fit(subject: Subject, check: Check, problem: Problem) -> Problem | None:
+    """Fit sizes and, where the check allows, options to what an implementation declares.
+
+    One that compiles anew for each case is tested on a selection of problems.
+    """
+    support = subject.support
+    sized = resize(replace(problem, device=subject.device), support)
+    fitted = fit(sized, support) if check.fits else sized
+    is_tested = not support.compiles_per_case or catalogue.is_representative(fitted, support)
+    return fitted if is_tested else None
+
+
+IMPLEMENTATION = Kind("implementation", CHECKS, _arguments, _fit, unsupported)
+KINDS = (IMPLEMENTATION, ROUTER, LAYER, LOSSES)
+
+
+def implementation(tested: Implementation, device: str = "cpu") -> Subject:
+    """Make an implementation a subject, on problems of that device."""
+    return Subject(IMPLEMENTATION, tested.name, tested, tested.support, device)

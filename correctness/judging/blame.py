@@ -1,4 +1,4 @@
-"""What goes wrong inside a subject, told as a finding about it: the one way for all that is under test."""
+"""What goes wrong inside a subject becomes a finding about it: the one way for all that is under test."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _PACKAGES = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "platli
 
 
 @contextlib.contextmanager
-def blamed(verdict: str, code: str) -> Iterator[None]:
-    """Whatever is raised inside is a finding about the subject: an exception, a skip, an exit, a timeout.
+def as_finding(verdict: str, code: str) -> Iterator[None]:
+    """Turn whatever is raised inside into a finding about the subject: an exception, a skip, an exit.
 
     Args:
         verdict: the beginning of the message, such as "name fails 'values'".
@@ -39,7 +39,7 @@ def blamed(verdict: str, code: str) -> Iterator[None]:
 
     Raises:
         CheckFailed: verdict, what was raised, the lines of the subject that were running, and ``code``.
-        Timeout: the same of a timeout.
+        Timeout: likewise, where the subject took too long.
     """
     try:
         with process_kept(), instruments_kept():
@@ -59,7 +59,7 @@ def blamed(verdict: str, code: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_kept() -> Iterator[None]:
-    """``os._exit`` raises in this process: a subject that calls it would end the run, with status 0 even."""
+    """Make ``os._exit`` raise in this process: a subject that calls it would end the run, and as passed."""
     exit_at_once, process = os._exit, os.getpid()
 
     def refuse(status: int) -> NoReturn:
@@ -75,28 +75,28 @@ def process_kept() -> Iterator[None]:
 
 
 def _lines(error: BaseException) -> str:
-    """The subject's lines where an exception, or else what caused it, was raised: the outermost first."""
+    """List the subject's lines where an exception, or else what caused it, was raised, outermost first."""
     told: traceback.TracebackException | None = traceback.TracebackException.from_exception(error)
     while told:
         if own := own_frames(told.stack):
             shown = own if len(own) <= SHOWN_LINES else [own[0], *own[1 - SHOWN_LINES :]]
-            return "".join(f"\n  at {_told(frame)}" for frame in shown)
+            return "".join(f"\n  at {_render(frame)}" for frame in shown)
         told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
     return ""
 
 
 def _outside(error: BaseException) -> str:
-    """The line of the suite that was running, if none of the subject was: such as the start of a backward."""
+    """Name the line of the suite that was running if none of the subject was, as when a backward starts."""
     suite = [f for f in traceback.extract_tb(error.__traceback__) if _is_suite(f.filename)]
-    return f"\n  raised outside its own lines, at {_told(suite[-1])}" if suite else ""
+    return f"\n  raised outside its own lines, at {_render(suite[-1])}" if suite else ""
 
 
-def _told(frame: traceback.FrameSummary) -> str:
+def _render(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno} in {frame.name}" + (f": {frame.line}" if frame.line else "")
 
 
 def own_frames(stack: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
-    """What the suite called, without the insides of Python, PyTorch and, if anything is left, packages."""
+    """Pick what the suite called, without the insides of Python, PyTorch and, if more is left, packages."""
     last = max((i for i, frame in enumerate(stack) if _is_suite(frame.filename)), default=-1)
     called = [f for f in stack[last + 1 :] if f.filename not in _RAISING and not f.filename.startswith("<")]
     called = [f for f in called if not _is_within(f, _TORCH)]

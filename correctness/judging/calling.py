@@ -1,3 +1,5 @@
+"""Calls of an implementation, and what they return by name: y and the gradients that flow back."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ def run(
     gradients: bool = True,
     wanted: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Call an implementation: its y and, with gradients, what flows back from dy, by name.
+    """Call an implementation: return its y and, with gradients, what flows back from dy, by name.
 
     The implementation gets leaves of its own. ``wanted`` names those that require a gradient (all by
     default). A gradient that is missing is a failure, since the contract promises each.
@@ -35,18 +37,13 @@ def run(
     return finish(start(forward, inputs, combine, wanted), inputs.dy)
 
 
-def call(subject: Implementation, problem: Problem, inputs: Inputs | None = None) -> dict[str, Tensor]:
-    """``run`` with the gradients that the subject declares, on ``inputs`` or on the problem's own."""
-    inputs = make_inputs(problem) if inputs is None else inputs
-    return run(subject.forward, inputs, problem.combine, gradients=subject.support.gradients)
-
-
-def calls(
+def run_both_ways(
     subject: Implementation, problem: Problem, inputs: Inputs | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """``call``, and the same without gradients: kernels for inference take paths of their own.
+    """Call a subject on ``inputs`` or on the problem's own: with gradients, if it has any, and without.
 
-    A subject that compiles anew for each kind of call is called without gradients on plain problems only.
+    Kernels for inference take paths of their own. A subject that compiles anew for each kind of call is
+    called without gradients on plain problems only.
     """
     inputs = make_inputs(problem) if inputs is None else inputs
     support = subject.support
@@ -64,7 +61,7 @@ class Graph(NamedTuple):
 
 
 def start(forward: Forward, inputs: Inputs, combine: str, wanted: Sequence[str] | None = None) -> Graph:
-    """The forward half of ``run`` with gradients."""
+    """Do the forward half of ``run`` with gradients."""
     names = list(inputs.tensors) if wanted is None else list(wanted)
     tensors = {n: t.detach().requires_grad_(n in names) for n, t in inputs.tensors.items()}
     x, routing, experts = assemble(inputs, tensors)
@@ -77,7 +74,7 @@ def start(forward: Forward, inputs: Inputs, combine: str, wanted: Sequence[str] 
 
 
 def finish(graph: Graph, dy: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
-    """The backward half: y and the gradients, by name."""
+    """Do the backward half: return y and the gradients, by name."""
     y, leaves = graph
     results = {"y": y.detach()}
     wanted = list(leaves.values())
@@ -95,7 +92,7 @@ def finish(graph: Graph, dy: Tensor, *, retain_graph: bool = False) -> dict[str,
 
 
 def assemble(inputs: Inputs, tensors: dict[str, Tensor]) -> tuple[Tensor, Routing, Experts]:
-    """The arguments x, routing, experts with the tensors of ``inputs`` replaced by those of that name."""
+    """Return the arguments x, routing, experts of ``inputs``, made of ``tensors`` by name."""
     experts = inputs.experts
     named = Experts(
         tensors["w_in"],

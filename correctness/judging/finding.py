@@ -1,8 +1,10 @@
+"""A finding about a subject, and the exceptions that carry it."""
+
 from __future__ import annotations
 
 
 class Timeout(BaseException):
-    """A subject takes longer than it may. No Exception, so that neither it nor Hypothesis tries again."""
+    """The end of what takes too long. No Exception, so that neither a subject nor Hypothesis tries again."""
 
 
 class CheckFailed(AssertionError):
@@ -17,5 +19,5 @@ class CheckFailed(AssertionError):
 
 
 def what(name: str) -> str:
-    """A result in words, by its name: y, or the gradient of an input."""
+    """Put the name of a result into words: y, or the gradient of an input."""
     return "y" if name == "y" else f"the gradient of {name}"

@@ -1,3 +1,5 @@
+"""A layer on the bench: its parameters drawn anew, tokens, and what is right for them."""
+
 from __future__ import annotations
 
 import functools
@@ -8,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from correctness.judging.compare import FACTOR
+from correctness.judging.budget import entry_budgets, relative_errors
 from correctness.judging.finding import CheckFailed
 from correctness.oracle import layer as oracle
-from correctness.oracle.layer import Terms
 from correctness.problems.inputs import near_kink
 from correctness.problems.problem import LOW_PRECISION, Inputs, Problem
 from moe_impls.interface import (
@@ -34,18 +35,13 @@ COPIES = 163  # of each token in a call with many: more than 4096 tokens, and no
 
 
 @dataclass(frozen=True)
-class LayerSubject:
-    """A way to make a layer, and how to read it."""
+class Layer:
+    """A way to make a layer, how to read it, and what it declares."""
 
-    name: str
     make: Callable[[], nn.Module]
     read: Callable[[Any], LayerWeights]
     losses: Callable[[Any, Tensor, Tensor | None], dict[str, Tensor]] | None = None
     support: Support = Support()
-
-    @property
-    def has_losses(self) -> bool:
-        return self.losses is not None
 
 
 def check_weights(weights: object, layer: nn.Module) -> None:
@@ -93,8 +89,8 @@ def check_weights(weights: object, layer: nn.Module) -> None:
             raise ValueError(f"training_only holds {name!r}; the parameters are {', '.join(names)}")
 
 
-def build(subject: LayerSubject, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """A new layer in eval mode, with parameters and the buffers that are read drawn from ``seed``."""
+def build(subject: Layer, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """Make a new layer in eval mode, with parameters and the buffers that are read drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = subject.make()
@@ -102,30 +98,30 @@ def build(subject: LayerSubject, dtype: torch.dtype, seed: int = 0) -> nn.Module
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(_draw(parameter, generator))
+            parameter.copy_(draw(parameter, generator))
         for buffer in layer.buffers():
             if buffer.is_floating_point():
-                old, before = buffer.clone(), _copies(subject, layer)
+                old, before = buffer.clone(), copies_of(subject, layer)
                 buffer.add_(1)
-                after = _copies(subject, layer)
+                after = copies_of(subject, layer)
                 is_read = any(not torch.equal(before[name], after[name]) for name in before)
                 # Small next to scores between 0 and 1, so that it decides some choices but not all.
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator) if is_read else old)
     return layer.to(dtype)
 
 
-def _draw(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers that keep results of unit scale: weights by their inputs, vectors of scale 0.5."""
+def draw(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw numbers that keep results of unit scale: weights by their inputs, vectors of scale 0.5."""
     scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5
     return scale * torch.randn(parameter.shape, generator=generator)
 
 
-def _copies(subject: LayerSubject, layer: nn.Module) -> dict[str, Tensor]:
+def copies_of(subject: Layer, layer: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in oracle.tensors(subject.read(layer)).items()}
 
 
-def _weights(subject: LayerSubject, twin: nn.Module) -> LayerWeights:
-    """What `read` says of the layer's twin in float64, without its graph."""
+def weights_of(subject: Layer, twin: nn.Module) -> LayerWeights:
+    """Read the layer's twin in float64, without its graph."""
     return oracle.map_tensors(subject.read(twin), lambda t: t.detach().double().clone())
 
 
@@ -144,17 +140,17 @@ class Expected:
     allowed: dict[str, Tensor]
 
 
-@functools.lru_cache(maxsize=4)
-def expected(subject: LayerSubject, dtype: torch.dtype) -> Expected:
-    """The oracle's answer for a layer as `build` makes it."""
+@functools.lru_cache(maxsize=64)
+def expected(subject: Layer, dtype: torch.dtype) -> Expected:
+    """Return the oracle's answer for a layer as `build` makes it."""
     twin = build(subject, dtype).to("cpu", torch.float64)
-    weights = _weights(subject, twin)
+    weights = weights_of(subject, twin)
     x, ids = _tokens(weights, dtype)
     generator = torch.Generator().manual_seed(2)
     dy = torch.randn(T, weights.experts.w_out.shape[1], generator=generator).to(dtype)
     gradients = subject.support.gradients and _comparable(weights, dtype)
-    want, allowed = _judged(x, ids, weights, dy if gradients else None, dtype)
-    parameters = _onto_parameters(subject, twin, want, allowed) if gradients else {}
+    want, allowed = judged(x, ids, weights, dy if gradients else None, dtype)
+    parameters = onto_parameters(subject, twin, want, allowed) if gradients else {}
     return Expected(
         x,
         ids,
@@ -165,53 +161,35 @@ def expected(subject: LayerSubject, dtype: torch.dtype) -> Expected:
 
 
 def _comparable(weights: LayerWeights, dtype: torch.dtype) -> bool:
-    """Whether tokens can be away from all kinks, so that gradients can be compared."""
+    """Tell whether tokens can be away from all kinks, so that gradients can be compared."""
     parts = ((weights.experts, weights.router.top_k), (weights.shared, None))
     problems = [_problem(experts, K, dtype) for experts, K in parts if experts is not None]
     return all(p.avoids_kinks or not p.has_kinks for p in problems)
 
 
 def _problem(experts: Experts, K: int | None, dtype: torch.dtype) -> Problem:
-    """A layer's experts, of which a token visits K, or all, as one of ``correctness.problems``."""
+    """Describe a layer's experts, of which a token visits K, or all, as a Problem."""
     E, O, H = experts.w_out.shape
     D = experts.w_in.shape[2]
     options = (experts.activation, experts.output_activation)
     return Problem("layer", T, D, H, O, E, E if K is None else K, *options, dtype=dtype)
 
 
-def _judged(
+def judged(
     x: Tensor, ids: Tensor, weights: LayerWeights, dy: Tensor | None, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The oracle's results, and for each entry its budget: as in ``correctness.judging.compare``."""
+    """Return the oracle's results, and the budget of each entry."""
     right = oracle.evaluate_layer(x, ids, weights, dy)
     plain = oracle.evaluate_layer(x, ids, weights, dy, dtype=dtype, wide=torch.float32)
-    return right.values, _allowed(right, plain, dtype)
+    return right.values, entry_budgets(right, plain, dtype)
 
 
-def _allowed(right: Terms, plain: Terms, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Of each scale FACTOR times the worst that a plain computation loses, at least FACTOR * eps."""
-    allowed = {}
-    for name, want in right.values.items():
-        error = _ratio(plain.values[name].double(), want, right.scale[name])
-        worst = float(error.max()) if error.numel() else 0.0
-        if worst == torch.inf:  # a budget without end would let anything pass
-            raise CheckFailed(f"a plain computation of {name} in {dtype_name(dtype)} overflows")
-        allowed[name] = FACTOR * max(torch.finfo(dtype).eps, worst) * right.scale[name].expand_as(want)
-    return allowed
-
-
-def _ratio(got: Tensor, want: Tensor, allowed: Tensor) -> Tensor:
-    """|got - want| / allowed, where nothing but the right value is right over 0; NaN is never right."""
-    ratio = torch.where(got == want, 0.0, (got - want).abs() / allowed)
-    return ratio.nan_to_num(nan=torch.inf)
-
-
-def _onto_parameters(
-    subject: LayerSubject, twin: nn.Module, values: dict[str, Tensor], allowed: dict[str, Tensor]
+def onto_parameters(
+    subject: Layer, twin: nn.Module, values: dict[str, Tensor], allowed: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The gradients of what `read` returned, and their budgets, pushed through `read` onto the parameters."""
+    """Push the gradients of what `read` returned, and their budgets, through `read` onto the parameters."""
     named = {n: t for n, t in oracle.tensors(subject.read(twin)).items() if t.requires_grad and n in values}
-    parameters = _trained(twin)
+    parameters = trained(twin)
     if not named or not parameters:
         return {}
 
@@ -235,7 +213,7 @@ def _onto_parameters(
 
 
 def _tokens(weights: LayerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """T random tokens [T, D] and their experts [T, K].
+    """Draw T tokens [T, D], and choose their experts [T, K].
 
     The choice of each is clear and, where gradients are compared, none is near a kink. In low precision up to
     half of them are such that logits rounded to that precision lead to other experts.
@@ -268,7 +246,7 @@ def _tokens(weights: LayerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _kinked(x: Tensor, ids: Tensor, weights: LayerWeights) -> Tensor:
-    """Which tokens are so near a jump of a derivative that rounding decides their gradient: bool [T]."""
+    """Tell which tokens are so near a jump of a derivative that rounding decides their gradient: bool [T]."""
     near = torch.zeros(len(x), dtype=torch.bool)
     for experts in (weights.experts, weights.shared):
         if experts is None:
@@ -282,13 +260,13 @@ def _kinked(x: Tensor, ids: Tensor, weights: LayerWeights) -> Tensor:
     return near
 
 
-def _trained(layer: nn.Module) -> dict[str, nn.Parameter]:
+def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in layer.named_parameters() if p.requires_grad}
 
 
-def _reached(layer: nn.Module, tensor: Tensor) -> dict[str, Tensor]:
-    """The parameters that a tensor of `read` is made of, each with the derivative of the tensor's sum."""
-    parameters = _trained(layer)
+def reached(layer: nn.Module, tensor: Tensor) -> dict[str, Tensor]:
+    """Find the parameters that a tensor of `read` is made of, with the derivative of the tensor's sum."""
+    parameters = trained(layer)
     if not parameters or not tensor.requires_grad:
         return {}
     leaves = list(parameters.values())  # what `read` returns may share a graph
@@ -300,7 +278,7 @@ def _reached(layer: nn.Module, tensor: Tensor) -> dict[str, Tensor]:
 class Bench:
     """One layer on the bench: a fresh layer, and what is right for it."""
 
-    subject: LayerSubject
+    subject: Layer
     dtype: torch.dtype
     layer: nn.Module
     expected: Expected
@@ -315,7 +293,7 @@ class Bench:
         return self.subject.read(self.layer).router_weight.device
 
     def call(self, x: Tensor) -> Tensor:
-        """The layer's y, or CheckFailed unless it is a tensor [..., O] like x."""
+        """Call the layer: return its y, or raise CheckFailed unless it is a tensor [..., O] like x."""
         what = f"layer(x) with x {list(x.shape)} of {dtype_name(x.dtype)}"
         try:
             result = self.layer(x)
@@ -336,7 +314,7 @@ class Bench:
 
     def require(self, name: str, got: Tensor, want: Tensor, allowed: Tensor, context: str = "") -> None:
         """Raise CheckFailed unless each entry is within its budget."""
-        ratio = _ratio(got.detach().cpu().double(), want, allowed)
+        ratio = relative_errors(got.detach().cpu(), want, allowed)
         if not ratio.numel() or float(ratio.max()) <= 1:
             return
         index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
@@ -347,5 +325,5 @@ class Bench:
         )
 
     def require_y(self, y: Tensor, rows: Tensor | slice = slice(None), context: str = "") -> None:
-        """The outputs [N, O] are right for the tokens ``rows``."""
+        """Raise CheckFailed unless the outputs [N, O] are right for the tokens ``rows``."""
         self.require("y", y, self.expected.want["y"][rows], self.expected.allowed["y"][rows], context)

@@ -33,7 +33,7 @@ _INSTRUMENTS: dict[tuple[Any, str], Any] = {
 
 @contextlib.contextmanager
 def instruments_kept() -> Iterator[None]:
-    """What a subject puts in the place of a clock or a comparison is gone when the block ends."""
+    """Put back, when the block ends, the clocks and comparisons that a subject may have replaced."""
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ _PRODUCTS = operator.attrgetter("cuda.matmul", "mkldnn.matmul")(torch.backends)
 
 
 def _precisions() -> tuple[str, ...]:
-    """How float32 is multiplied; by torch's newer interface, since after its use the older one raises."""
+    """Read how float32 is multiplied, by torch's newer interface: after its use the older one raises."""
     return tuple(products.fp32_precision for products in _PRODUCTS)
 
 
@@ -81,7 +81,7 @@ def _write_precisions(precisions: tuple[str, ...]) -> None:
 
 
 def settings(dtype: torch.dtype) -> dict[str, Setting]:
-    """All settings, by a name for messages, for a call on tensors of ``dtype``.
+    """Name all settings, for messages, of a call on tensors of ``dtype``.
 
     The two values of a setting differ, so that a call which writes the one is seen where it finds the other.
     """
@@ -174,7 +174,7 @@ def _write_warning_filters(filters: list[Any]) -> None:
 
 @contextlib.contextmanager
 def restored(all_settings: dict[str, Setting]) -> Iterator[None]:
-    """Whatever is done in it to the settings: after it they are as before."""
+    """Restore the settings when the block ends."""
     before = {name: setting.read() for name, setting in all_settings.items()}
     try:
         yield
@@ -185,8 +185,8 @@ def restored(all_settings: dict[str, Setting]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _found(which: int | None, all_settings: dict[str, Setting]) -> Iterator[None]:
-    """Each setting at the first or second of its values, or (None) as it is; then as it was."""
+def _probed(which: int | None, all_settings: dict[str, Setting]) -> Iterator[None]:
+    """Set every setting to its probe value ``which`` (None: leave it), and restore it afterwards."""
     with restored(all_settings):
         if which is not None:
             for setting in all_settings.values():
@@ -203,7 +203,7 @@ def require_unchanged(function: Callable[[], object], dtype: torch.dtype, *, var
     """
     all_settings = settings(dtype)
     for which in (0, 1) if vary else (None,):
-        with warnings.catch_warnings(record=True), _found(which, all_settings):
+        with warnings.catch_warnings(record=True), _probed(which, all_settings):
             before = {name: setting.read() for name, setting in all_settings.items()}
             function()
             after = {name: setting.read() for name, setting in all_settings.items()}

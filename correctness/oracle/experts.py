@@ -17,22 +17,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_impls.interface import Experts
+from moe_impls.interface import Experts, check_choice
 
-
-def gate_and_value(name: str) -> tuple[str, bool]:
-    """The function of the gate, and whether the activation is gated."""
-    return {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}.get(name, name), name.endswith("glu")
+# For each activation the function of its gate, and whether it is gated. What is not here has no equation.
+_GATES = {
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "silu": ("silu", False),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu", True),
+    "reglu": ("relu", True),
+    "swiglu_clamped": ("swiglu_clamped", True),
+}
 
 
 def act(h: Tensor, name: str) -> Tensor:
-    """The activation from its definition: [N, F] -> [N, H]."""
+    """Compute the activation from its definition: [N, F] -> [N, H].
+
+    Raises:
+        ValueError: it has no equation here.
+    """
+    check_choice("activation", name, tuple(_GATES))
     if name == "swiglu_clamped":  # gpt-oss: limit 7, alpha 1.702
         gate, value = h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
         gate = torch.minimum(gate, torch.full_like(gate, 7))
         value = torch.maximum(torch.minimum(value, torch.full_like(value, 7)), torch.full_like(value, -7))
         return gate * torch.sigmoid(1.702 * gate) * (value + 1)
-    function, gated = gate_and_value(name)
+    function, gated = _GATES[name]
     gate = h[:, : h.shape[1] // 2] if gated else h
     if function == "relu":
         result = gate * (gate > 0)
@@ -44,14 +55,14 @@ def act(h: Tensor, name: str) -> Tensor:
 
 
 def act_derivative(h: Tensor, name: str) -> Tensor:
-    """∂a/∂h for each entry of h, [N, F]; a gated activation has two entries for each unit of a."""
+    """Take ∂a/∂h for each entry of h, [N, F]; a gated activation has two entries for each unit of a."""
     with torch.enable_grad():
         h = h.detach().requires_grad_()
         return torch.autograd.grad(act(h, name).sum(), h)[0]
 
 
 def act_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
-    """The squared scale of a (see ``Evaluation``), [N, H], from that of h, [N, F].
+    """Compute the squared scale of a (see ``Evaluation``), [N, H], from that of h, [N, F].
 
     An error of h reaches a by the slope.
     """
@@ -62,7 +73,7 @@ def act_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
 
 
 def slope_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
-    """The squared scale of ∂a/∂h, [N, F], from that of h.
+    """Compute the squared scale of ∂a/∂h, [N, F], from that of h.
 
     An error of h reaches the slope by the curvature.
     """
@@ -83,16 +94,16 @@ def slope_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
 
 
 def _reached(derivative: Tensor, h_squares: Tensor, H: int) -> Tensor:
-    """What squared errors of h, [N, F], become in the unit that they reach, [N, H]."""
+    """Carry squared errors of h, [N, F], into the unit that they reach, [N, H]."""
     return (derivative.square() * h_squares).unflatten(1, (-1, H)).sum(dim=1)
 
 
 def _step_squares(gate: Tensor, name: str) -> Tensor:
-    """The squares of the terms of (1 + t) / 2, which smooth activations multiply the gate by.
+    """Square the terms of (1 + t) / 2, which smooth activations multiply the gate by.
 
     t is erf(gate / √2) for gelu and tanh(gate / 2) for silu. Where the gate is negative the terms cancel.
     """
-    function = gate_and_value(name)[0]
+    function = _GATES[name][0]
     if function == "relu":
         return torch.zeros_like(gate)
     if function == "gelu":
@@ -103,18 +114,18 @@ def _step_squares(gate: Tensor, name: str) -> Tensor:
 
 
 def _gate_and_factor(h: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The gate, [N, H], and what multiplies its function: 1 if the activation is not gated."""
+    """Return the gate, [N, H], and what multiplies its function: 1 if the activation is not gated."""
     if name == "swiglu_clamped":
         gate, value = h.chunk(2, dim=1)
         return gate.clamp(max=7), value.clamp(-7, 7) + 1
-    if gate_and_value(name)[1]:
+    if _GATES[name][1]:
         gate, value = h.chunk(2, dim=1)
         return gate, value
     return h, torch.ones_like(h)
 
 
 def hidden_and_output(x: Tensor, experts: Experts, expert: int) -> tuple[Tensor, Tensor]:
-    """Pre-activations h [N, F] and outputs before the output activation [N, O] of one expert on x [N, D]."""
+    """Return one expert's h [N, F] and outputs before the output activation [N, O], for x [N, D]."""
     h = x @ experts.w_in[expert].to(x.dtype).T
     if experts.b_in is not None:
         h = h + experts.b_in[expert].to(x.dtype)
@@ -159,11 +170,17 @@ def evaluate(
     keep: list[int] | None = None,
     scales: bool = True,
 ) -> Evaluation:
-    """The layer's output and, if ``dy`` [T, O] is given, all gradients.
+    """Compute the layer's output and, if ``dy`` [T, O] is given, all gradients.
 
     ``dtype`` is the dtype in which every intermediate is kept, ``wide`` the one in which sums accumulate.
     ``keep`` limits the experts whose weight gradients are returned (all by default).
+
+    Raises:
+        ValueError: an activation, output activation or combine has no equation here.
     """
+    check_choice("activation", experts.activation, tuple(_GATES))
+    check_choice("output_activation", experts.output_activation, ("none", "relu"))
+    check_choice("combine", combine, ("sum", "logsumexp"))
 
     def kept(t: Tensor) -> Tensor:
         return t.to(dtype).to(wide)
@@ -267,18 +284,18 @@ def evaluate(
 
 
 def _running_sum(rows: Tensor) -> Tensor:
-    """Row by row into one accumulator, which of all orders of summation loses most: [N, n] -> [n]."""
+    """Add row by row into one accumulator, which of all orders loses most: [N, n] -> [n]."""
     total = rows.new_zeros(1, rows.shape[1])
     return total.index_add_(0, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), rows)[0]
 
 
 def _with_mean(squares: Tensor) -> Tensor:
-    """Each entry counts for at least its row's average, so that none is held to a scale of nearly zero."""
+    """Add its row's average to each entry, so that none is held to a scale of nearly zero."""
     return squares + squares.mean(dim=-1, keepdim=True)
 
 
 def _slots_by_expert(expert_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """For each expert that is visited: its tokens and which of their K choices it is."""
+    """Return for each expert that is visited its tokens, and which of their K choices it is."""
     flat = expert_ids.flatten()
     visited, counts = flat.unique(return_counts=True)
     slots = flat.argsort(stable=True).split(counts.tolist())
@@ -287,7 +304,7 @@ def _slots_by_expert(expert_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def _log_sum(g: Tensor, f: Tensor) -> Tensor:
-    """log Σ_k g exp(f), [T, O]; slots with gate zero are no part of the sum."""
+    """Compute log Σ_k g exp(f), [T, O]; slots with gate zero are no part of the sum."""
     exponents = f + torch.log(g).unsqueeze(-1)
     return torch.logsumexp(exponents, dim=1)
 

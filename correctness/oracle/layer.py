@@ -1,4 +1,4 @@
-"""The oracle of whole layers: the equations of ``reference`` and ``router_reference`` and the chain rule.
+"""The oracle of whole layers: the equations of ``oracle.experts`` and ``oracle.router`` and the chain rule.
 
     z = x router_weightᵀ + router_bias              expert_ids, gates = the choice by z, and its weights
     y = combine_k(gates, f_e(x)) + Σ_s c_s f_s(x)   c_s = sigmoid(x · shared_gate[s]), or 1
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from correctness.oracle import router
 from correctness.oracle.experts import evaluate
-from moe_impls.interface import LayerWeights, RouterSpec
+from moe_impls.interface import LayerWeights, RouterSpec, check_choice
 
 LOSSES = ("load_balancing_loss", "z_loss", "auxiliary_loss")
 
@@ -33,7 +33,7 @@ class Terms(NamedTuple):
 
 
 def tensors(weights: LayerWeights) -> dict[str, Tensor]:
-    """The tensors that are present, by name; those of the shared experts are shared.w_in and so on."""
+    """Name the tensors that are present; those of the shared experts are shared.w_in and so on."""
     shared = {} if weights.shared is None else weights.shared.tensors
     named = {n: getattr(weights, n) for n in ("router_weight", "router_bias", "selection_bias")}
     named |= weights.experts.tensors | {f"shared.{name}": tensor for name, tensor in shared.items()}
@@ -42,7 +42,7 @@ def tensors(weights: LayerWeights) -> dict[str, Tensor]:
 
 
 def map_tensors(weights: LayerWeights, function: Callable[[Tensor], Tensor]) -> LayerWeights:
-    """The same weights with ``function`` applied to each tensor."""
+    """Apply ``function`` to each tensor of the weights."""
     plain = ("router_weight", "router_bias", "selection_bias", "shared_gate")
     present = {name: getattr(weights, name) for name in plain if getattr(weights, name) is not None}
     return replace(
@@ -54,13 +54,13 @@ def map_tensors(weights: LayerWeights, function: Callable[[Tensor], Tensor]) -> 
 
 
 def logits(x: Tensor, weights: LayerWeights) -> Tensor:
-    """[T, E], in the dtype of x."""
+    """Compute the logits [T, E], in the dtype of x."""
     z = x @ weights.router_weight.to(x.dtype).T
     return z if weights.router_bias is None else z + weights.router_bias.to(x.dtype)
 
 
 def choose(x: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
-    """The experts of each token [T, K], and whether the choice is clear for logits made in float32, [T].
+    """Choose the experts of each token [T, K], and say whether logits in float32 make that clear, [T].
 
     The rounding of a logit is relative to the terms of its sum, not to itself.
     """
@@ -76,7 +76,7 @@ def choose(x: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
 
 
 def gates(z: Tensor, ids: Tensor, spec: RouterSpec) -> Tensor:
-    """[T, K] from logits [T, E]."""
+    """Compute the gates [T, K] from logits [T, E]."""
     rows = [router.gates(row, i, spec) for row, i in zip(z, ids.tolist(), strict=True)]
     return torch.stack(rows) if rows else z.new_zeros(ids.shape)
 
@@ -84,7 +84,7 @@ def gates(z: Tensor, ids: Tensor, spec: RouterSpec) -> Tensor:
 def logit_gradient(
     z: Tensor, ids: Tensor, spec: RouterSpec, dgates: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What gates with the gradient ``dgates`` [T, K] give the logits, [T, E], and its scale.
+    """Carry the gradient ``dgates`` [T, K] of the gates to the logits, [T, E], with its scale.
 
     size: of the terms that were summed into dgates, [T, K].
     """
@@ -107,7 +107,7 @@ def evaluate_layer(
     dtype: torch.dtype = torch.float64,
     wide: torch.dtype = torch.float64,
 ) -> Terms:
-    """The output of tokens x [T, D] that visit ``ids`` [T, K] and, with dy [T, O], all gradients.
+    """Compute the output of tokens x [T, D] that visit ``ids`` [T, K] and, with dy [T, O], all gradients.
 
     ``dtype`` is the dtype in which intermediates are kept, ``wide`` the one in which sums accumulate and in
     which logits are computed.
@@ -194,10 +194,14 @@ def _add_linear(
 
 
 def loss(name: str, x: Tensor, ids: Tensor, weights: LayerWeights) -> Terms:
-    """One of LOSSES over tokens x [T, D], T > 0, that visit ``ids``: its value, "loss", and its gradients.
+    """Compute one of LOSSES over tokens x [T, D], T > 0, visiting ``ids``: its value, "loss", and gradients.
 
     auxiliary_loss is cv²(importance) + cv²(load) with the load a count, without a coefficient.
+
+    Raises:
+        ValueError: the loss has no equation here.
     """
+    check_choice("loss", name, LOSSES)
     z, spec = logits(x, weights), weights.router
     T, E = z.shape
     tokens = range(T)

@@ -12,14 +12,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_impls.interface import RouterSpec
+from moe_impls.interface import RouterSpec, check_choice
 
 # How many units of rounding a right router's score may be off before its choice is called unclear.
 SLACK = 16.0
+SCORES = ("softmax", "sigmoid", "topk_softmax")  # that have equations here
+_COUNTED = {"max": 1, "top2_sum": 2}  # for each group score, how many of a group's best are added
 
 
 def scores(z: Tensor, spec: RouterSpec) -> Tensor:
-    """What the experts of one token are ranked by, before a selection bias: logits z [E] -> [E]."""
+    """Compute what the experts of one token are ranked by, before a selection bias: logits z [E] -> [E].
+
+    Raises:
+        ValueError: the score has no equation here.
+    """
+    check_choice("score", spec.score, SCORES)
     if spec.score == "softmax":
         weights = torch.exp(z - z.max())
         return weights / weights.sum()
@@ -27,7 +34,7 @@ def scores(z: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def select(z: Tensor, spec: RouterSpec, selection_bias: Tensor | None, eps: float) -> tuple[list[int], bool]:
-    """The K experts of one token, and whether every right router must choose them.
+    """Choose the K experts of one token, and say whether every right router must choose them.
 
     The choice is clear if no score, computed with relative precision ``eps`` from logits z [E] of that
     precision, can cross from one side of a cut (between groups or between experts) to the other.
@@ -39,7 +46,8 @@ def select(z: Tensor, spec: RouterSpec, selection_bias: Tensor | None, eps: floa
 
     size = len(value) // spec.groups
     members = [range(g * size, (g + 1) * size) for g in range(spec.groups)]
-    counted = 2 if spec.group_score == "top2_sum" else 1
+    check_choice("group_score", spec.group_score, tuple(_COUNTED))
+    counted = _COUNTED[spec.group_score]
     group_value, group_doubt = [], []
     for group in members:
         best, _ = _largest(group, value, doubt, min(counted, size))
@@ -53,7 +61,7 @@ def select(z: Tensor, spec: RouterSpec, selection_bias: Tensor | None, eps: floa
 def _largest(
     candidates: Sequence[int], value: Sequence[float], doubt: Sequence[float], n: int
 ) -> tuple[list[int], bool]:
-    """The n candidates of largest value, and whether their lead exceeds the doubt."""
+    """Return the n candidates of largest value, and whether their lead exceeds the doubt."""
     order = sorted(candidates, key=lambda i: -value[i])
     chosen, rest = order[:n], order[n:]
     lowest = min(value[i] - doubt[i] for i in chosen)
@@ -61,7 +69,7 @@ def _largest(
 
 
 def gates(z: Tensor, ids: Sequence[int], spec: RouterSpec) -> Tensor:
-    """The gates [K] of one token with logits z [E] that visits the experts ``ids``."""
+    """Compute the gates [K] of one token with logits z [E] that visits the experts ``ids``."""
     if spec.score == "topk_softmax":
         weights = torch.exp(z[ids] - z[ids].max())
         return spec.scale * weights / weights.sum()
@@ -70,12 +78,13 @@ def gates(z: Tensor, ids: Sequence[int], spec: RouterSpec) -> Tensor:
 
 
 def gate_gradient(z: Tensor, ids: Sequence[int], spec: RouterSpec, dgates: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient [E] of Σ_k dgates[k] * gates[k] in z [E], and for each entry its scale.
+    """Compute the gradient [E] of Σ_k dgates[k] * gates[k] in z [E], and for each entry its scale.
 
     The scale is the sum of the sizes of the terms that a right computation may add up. Terms that cancel
     exactly on paper leave rounding errors of their size: dividing a softmax by the sum of the chosen ones
     gives the other experts no gradient, but only up to rounding.
     """
+    check_choice("score", spec.score, SCORES)
     d, size = torch.zeros_like(z), torch.zeros_like(z)
     if spec.score == "sigmoid":
         s = scores(z, spec)[ids]
@@ -104,7 +113,7 @@ def gate_gradient(z: Tensor, ids: Sequence[int], spec: RouterSpec, dgates: Tenso
 
 
 def stay_probability(clean: Tensor, noisy: Tensor, scale: Tensor, k: int, i: int) -> Tensor:
-    """P(x, i) of one token [E]: the chance that expert i is in the top k if its own noise is drawn again.
+    """Compute P(x, i) of one token [E]: the chance that expert i is in the top k for new noise of its own.
 
     Shazeer et al. 2017 (arXiv:1701.06538), equations 8 and 9.
     """
@@ -114,7 +123,7 @@ def stay_probability(clean: Tensor, noisy: Tensor, scale: Tensor, k: int, i: int
 
 
 def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
-    """[E], equation 10: the sum over tokens of `stay_probability`; all inputs are [T, E]."""
+    """Sum `stay_probability` over tokens, equation 10: [E]; all inputs are [T, E]."""
     T, E = clean.shape
     load = []
     for i in range(E):
@@ -124,7 +133,7 @@ def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
 
 
 def importance(expert_ids: Tensor, gates: Tensor, num_experts: int) -> list[float]:
-    """For each expert the sum of its gates over tokens; expert_ids and gates are [T, K]."""
+    """Sum each expert's gates over tokens; expert_ids and gates are [T, K]."""
     total = [0.0] * num_experts
     for row_ids, row_gates in zip(expert_ids.tolist(), gates.tolist(), strict=True):
         for expert, gate in zip(row_ids, row_gates, strict=True):
@@ -133,7 +142,7 @@ def importance(expert_ids: Tensor, gates: Tensor, num_experts: int) -> list[floa
 
 
 def cv_squared(v: Sequence[float], population: bool = False) -> float:
-    """The squared coefficient of variation of E values, equation 7, by default with the unbiased variance."""
+    """Compute the squared coefficient of variation, equation 7, by default with the unbiased variance."""
     if len(v) == 1:
         return 0.0
     mean = math.fsum(v) / len(v)
@@ -142,7 +151,7 @@ def cv_squared(v: Sequence[float], population: bool = False) -> float:
 
 
 def load_balancing_loss(logits: Tensor, expert_ids: Tensor, tokens: Sequence[int]) -> float:
-    """E Σ_i f_i P_i over the given tokens; Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6."""
+    """Compute E Σ_i f_i P_i over the given tokens; Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6."""
     T, K, E = len(tokens), expert_ids.shape[1], logits.shape[1]
     if T == 0:
         return 0.0
@@ -159,7 +168,7 @@ def load_balancing_loss(logits: Tensor, expert_ids: Tensor, tokens: Sequence[int
 
 
 def z_loss(logits: Tensor, tokens: Sequence[int]) -> float:
-    """The mean of log² Σ_i exp(z_i) over the given tokens; Zoph et al. 2022 (arXiv:2202.08906), eq. 5."""
+    """Average log² Σ_i exp(z_i) over the given tokens; Zoph et al. 2022 (arXiv:2202.08906), eq. 5."""
     squares = []
     for t in tokens:
         row = logits[t].tolist()

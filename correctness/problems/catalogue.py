@@ -1,3 +1,5 @@
+"""The listed problems of implementations."""
+
 from __future__ import annotations
 
 import functools
@@ -74,7 +76,7 @@ _PATHS = (
 def _with_each_activation(
     problems: tuple[Problem, ...], others: Callable[[int, int], dict]
 ) -> Iterator[Problem]:
-    """Each problem with each activation, the output activation in turn, and ``others`` by their numbers."""
+    """Yield each problem with each activation, output activations in turn, and ``others`` by number."""
     for (i, activation), (j, p) in itertools.product(enumerate(ACTIVATIONS), enumerate(problems)):
         output_activation = OUTPUT_ACTIVATIONS[(i + j) % len(OUTPUT_ACTIVATIONS)]
         yield replace(p, activation=activation, output_activation=output_activation, **others(i, j))
@@ -180,7 +182,7 @@ OUTPUT = (
 
 
 def named(name: str) -> Problem:
-    """The first problem of that name among EXACT and SIZES."""
+    """Find the first problem of that name among EXACT and SIZES."""
     return next(p for p in (*EXACT, *SIZES) if p.name == name and p.dtype == torch.float32)
 
 
@@ -206,21 +208,21 @@ REPRESENTATIVE = (
 
 @functools.cache
 def representatives(support: Support) -> tuple[tuple, ...]:
-    """REPRESENTATIVE with what ``support`` does not declare replaced as in every problem."""
+    """Fit REPRESENTATIVE to what ``support`` declares, as every problem is."""
     names = ("activation", "output_activation", "combine", "bias", "dtype")
     fitted = (fit(replace(SMALL, **dict(zip(names, o, strict=True))), support) for o in REPRESENTATIVE)
     return tuple(dict.fromkeys(map(_options, fitted)))
 
 
 def is_representative(problem: Problem, support: Support) -> bool:
-    """Whether an implementation that compiles for each case is tested on this problem."""
+    """Tell whether an implementation that compiles for each case is tested on this problem."""
     if problem.low_gates or _options(problem) not in representatives(support):
         return False
     return not _is_degenerate(problem) or _is_first(problem, support)
 
 
 def is_plain(problem: Problem, support: Support) -> bool:
-    """Whether such an implementation is tested on this problem without gradients, too."""
+    """Tell whether such an implementation is tested on this problem without gradients, too."""
     return _is_first(problem, support) and not _is_degenerate(problem)
 
 
@@ -233,5 +235,5 @@ def _options(p: Problem) -> tuple:
 
 
 def _is_degenerate(p: Problem) -> bool:
-    """Whether it has a size that compilers specialise."""
+    """Tell whether a problem has a size that compilers specialise."""
     return min(p.T, p.D, p.H, p.O, p.E, p.K) < 2

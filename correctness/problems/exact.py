@@ -1,3 +1,5 @@
+"""Inputs of exact problems: numbers that no order of summation rounds."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -20,7 +22,7 @@ from moe_impls.interface import (
 
 
 def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> Inputs:
-    """Integers (biases: half-integers) so small that no intermediate of any right computation is rounded.
+    """Draw integers (biases: half-integers) so small that no right computation rounds any intermediate.
 
     Hidden pre-activations are never zero: with biases they are half-integers; without, they are odd, since
     one feature of x and its weights are odd and all other weights even. So no derivative is taken at a kink.
@@ -38,7 +40,7 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
         p = replace(p, D=min(p.D, NARROW), H=min(p.H, NARROW))
 
     def sparse(*shape: int, nonzeros: int, values: tuple[float, ...]) -> Tensor:
-        """About ``nonzeros`` random entries of the last dimension take one of ``values``."""
+        """Give about ``nonzeros`` random entries of the last dimension one of ``values``."""
         pick = torch.rand(*shape, generator=generator) < nonzeros / shape[-1]
         drawn = torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
         return torch.where(pick, drawn, 0.0).double()
@@ -79,7 +81,7 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
 
 
 def _opposed(p: Problem, x: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
-    """The same with more features and units, to D and H, the second half of which takes back the first.
+    """Add features and units, up to D and H, the second half of which takes back the first.
 
     More features are the first one again, in w_in twice as large; more units see the first feature alone.
     """
@@ -106,5 +108,5 @@ def _opposed(p: Problem, x: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
 
 
 def _gate_scale(p: Problem) -> float:
-    """How much larger gates are than with relu, so that a smooth activation is relu to the last bit."""
+    """Tell how much larger gates are than with relu: a smooth activation is then relu to the last bit."""
     return 1.0 if p.activation in KINKED_ACTIVATIONS else SATURATION[p.dtype]

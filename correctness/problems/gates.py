@@ -1,3 +1,5 @@
+"""Gates of problems, by name."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ def _softmax(p: Problem, g: torch.Generator) -> Tensor:
 
 
 def _unnormalised(p: Problem, g: torch.Generator) -> Tensor:
-    """Positive, of unequal sizes from 0.1 to 2.5, and not summing to one."""
+    """Draw positive gates of unequal sizes from 0.1 to 2.5, not summing to one."""
     return 0.1 + 2.4 * torch.rand(p.T, p.K, generator=g, dtype=torch.float64)
 
 
@@ -22,7 +24,7 @@ def _signed(p: Problem, g: torch.Generator) -> Tensor:
 
 
 def _one_zero(p: Problem, g: torch.Generator) -> Tensor:
-    """One slot of each token has a gate of exactly zero (with K = 1: of every third token)."""
+    """Give one slot of each token a gate of exactly zero (with K = 1: of every third token)."""
     gates = _unnormalised(p, g)
     rows = torch.arange(0, p.T, 1 if p.K > 1 else 3)
     gates[rows, rows % p.K] = 0
@@ -30,21 +32,21 @@ def _one_zero(p: Problem, g: torch.Generator) -> Tensor:
 
 
 def _zero_rows(p: Problem, g: torch.Generator) -> Tensor:
-    """All gates of every third token are zero."""
+    """Make all gates of every third token zero."""
     gates = _unnormalised(p, g)
     gates[::3] = 0
     return gates
 
 
 def _wide(p: Problem, g: torch.Generator) -> Tensor:
-    """Positive, of sizes far apart: from 1e-25 to 1e5, or as far as sums in float16 go, from 1e-3 to 1e2."""
+    """Draw positive gates from 1e-25 to 1e5, or as far as sums in float16 go, from 1e-3 to 1e2."""
     least, largest = (-3, 2) if p.dtype == torch.float16 and p.combine == "sum" else (-25, 5)
     exponents = torch.rand(p.T, p.K, generator=g, dtype=torch.float64)
     return 10 ** (least + (largest - least) * exponents)
 
 
 def _cancelling(p: Problem, g: torch.Generator) -> Tensor:
-    """256, 1, -256: where the outer slots agree, a sum kept in bfloat16 loses the middle one."""
+    """Repeat 256, 1, -256: where the outer slots agree, a sum kept in bfloat16 loses the middle one."""
     return torch.tensor([256.0, 1.0, -256.0], dtype=torch.float64).repeat(p.T, p.K)[:, : p.K]
 
 

@@ -36,7 +36,7 @@ LARGEST = {"T": 10, "D": 8, "H": 8, "O": 8, "E": 7, "K": 5}
 
 
 def _octave(n: int) -> list[int]:
-    """Sizes from 2**n to 2**(n+1) - 1 in order: all of the small ones, of the others mostly boundaries."""
+    """List sizes from 2**n to 2**(n+1) - 1: all of the small ones, of the others mostly boundaries."""
     every = range(2**n, 2 ** (n + 1))
     if n < 4:
         return list(every)
@@ -52,7 +52,7 @@ LADDERS = {name: [size for n in range(end) for size in _octave(n)] for name, end
 
 
 def _choose(draw: st.DrawFn, name: str, options: Iterable[Any], plain: Any = None) -> Any:
-    """One of the options, of which the first is the simplest, or ``plain`` where that is among them.
+    """Draw one of the options, of which the first is the simplest, or ``plain`` where that is among them.
 
     The name keeps choices apart: most of the examples that Hypothesis makes are copies of others in which
     one choice is repeated at another place, unless no two places choose from equal values.
@@ -63,7 +63,7 @@ def _choose(draw: st.DrawFn, name: str, options: Iterable[Any], plain: Any = Non
 
 @st.composite
 def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
-    """Any problem that an implementation declares to take, each a matter of milliseconds.
+    """Draw any problem that an implementation declares to take, each a matter of milliseconds.
 
     Implementations that compile for each combination of options get one combination, and no size that a
     compiler would take for a constant.
@@ -113,7 +113,7 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
 
 
 def _one_combination(support: Support, plain: Problem) -> Support:
-    """The support with the plain option of each kind, or the first where that is not declared."""
+    """Narrow the support to the plain option of each kind, or the first where that is not declared."""
     kinds = {"activations": plain.activation, "output_activations": plain.output_activation,
              "combines": plain.combine, "biases": plain.bias, "dtypes": plain.dtype}  # fmt: skip
     declared = {kind: getattr(support, kind) for kind in kinds}
@@ -124,7 +124,7 @@ def _one_combination(support: Support, plain: Problem) -> Support:
 
 @st.composite
 def _sizes(draw: st.DrawFn, rows_per_hidden: int) -> dict[str, int]:
-    """T, D, H, O, E, K; often some of D, H, O and F are equal."""
+    """Draw T, D, H, O, E, K; often some of D, H, O and F are equal."""
     large = _choose(draw, "large", ("", *LARGEST))
     size = {}
     for name, ladder in LADDERS.items():
@@ -146,7 +146,7 @@ def _sizes(draw: st.DrawFn, rows_per_hidden: int) -> dict[str, int]:
 
 
 def first_rounded(problem: Problem) -> str:
-    """What an exact problem holds first that its dtype cannot: a name, or empty if nothing is rounded."""
+    """Name what an exact problem holds first that its dtype cannot; empty if nothing is rounded."""
     for name, value in _stored(problem):
         value = torch.where(value.abs() < 1e-40, 0.0, value)  # what a saturated unit leaves underflows
         if not torch.equal(value, value.to(problem.dtype).double()):
@@ -155,7 +155,7 @@ def first_rounded(problem: Problem) -> str:
 
 
 def _stored(problem: Problem) -> Iterator[tuple[str, Tensor]]:
-    """What a right implementation may store: inputs, and of each expert what flows to and fro, in float64."""
+    """Yield what a right implementation may store: inputs, and of each expert what flows to and fro."""
     inputs = make_inputs(problem).map(torch.Tensor.double)
     yield from {**inputs.tensors, "dy": inputs.dy}.items()
     x, (ids, gates), experts, dy = inputs
@@ -174,7 +174,7 @@ def _stored(problem: Problem) -> Iterator[tuple[str, Tensor]]:
 
 @st.composite
 def router_problems(draw: st.DrawFn) -> RouterProblem:
-    """Any router of the contract, on few tokens."""
+    """Draw any router of the contract, on few tokens."""
     groups = _choose(draw, "groups", (1, 1, 2, 3, 4, 8))
     group_size = _choose(draw, "group size", LADDERS["D"] if groups == 1 else LADDERS["K"])
     keep_groups = _choose(draw, "kept groups", range(1, groups + 1))

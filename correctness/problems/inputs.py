@@ -1,3 +1,5 @@
+"""The inputs that are made from a problem."""
+
 from __future__ import annotations
 
 import functools
@@ -17,7 +19,7 @@ from moe_impls.interface import (
 
 
 def make_inputs(problem: Problem) -> Inputs:
-    """The inputs of a problem: the same for the same problem on every machine, none requiring gradients.
+    """Make the inputs of a problem: the same on every machine, none requiring gradients.
 
     x is of unit scale, weights are scaled by the square root of what they are summed over, biases are of
     scale 0.5 and dy is random: nothing is small enough to hide below a tolerance.
@@ -29,7 +31,7 @@ def make_inputs(problem: Problem) -> Inputs:
 
 @functools.lru_cache(maxsize=4)
 def _made(p: Problem) -> Inputs:
-    """The inputs, kept for the next implementation that meets the problem."""
+    """Make the inputs, and keep them for the next implementation that meets the problem."""
     generator = torch.Generator().manual_seed(p.seed)
     routing = Routing(load_named(p.load)(p, generator), GATES[p.gates](p, generator))
     make = _exact_numbers if p.exact else _real_numbers
@@ -71,7 +73,7 @@ def _real_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> I
 
 
 def near_kink(p: Problem, inputs: Inputs, tokens: Tensor) -> Tensor:
-    """Which of the tokens [N] have a selected expert within the margin of a kink: bool [N]."""
+    """Tell which of the tokens [N] have a selected expert within the margin of a kink: bool [N]."""
     near = torch.zeros(len(tokens), dtype=torch.bool)
     ids = inputs.routing.expert_ids[tokens]
     for expert in ids.unique().tolist():

@@ -1,3 +1,5 @@
+"""How tokens spread over experts, by name."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,7 +13,7 @@ from correctness.problems.problem import Problem
 
 
 def _by_weight(p: Problem, generator: torch.Generator, weight: Tensor) -> Tensor:
-    """K distinct experts for each token, drawn with the given weights [E] (Gumbel top-k)."""
+    """Draw K distinct experts for each token with the given weights [E] (Gumbel top-k)."""
     uniform = torch.rand(p.T, p.E, generator=generator, dtype=torch.float64)
     return (weight.log() - (-uniform.log()).log()).topk(p.K, dim=1).indices
 
@@ -21,31 +23,31 @@ def _uniform(p: Problem, g: torch.Generator) -> Tensor:
 
 
 def _one_hot_expert(p: Problem, g: torch.Generator) -> Tensor:
-    """Every token visits one and the same expert first; the other choices are uniform."""
+    """Send every token to one expert first; the other choices are uniform."""
     weight = torch.ones(p.E, dtype=torch.float64)
     weight[int(torch.randint(p.E, (), generator=g))] = 1e12
     return _by_weight(p, g, weight)
 
 
 def _same_experts(p: Problem, g: torch.Generator) -> Tensor:
-    """Every token visits the same K experts, the others none."""
+    """Send every token to the same K experts."""
     return torch.randperm(p.E, generator=g)[: p.K].expand(p.T, p.K).contiguous()
 
 
 def _half_empty(p: Problem, g: torch.Generator) -> Tensor:
-    """Half of the experts (but never fewer than K) take all tokens."""
+    """Send all tokens to half of the experts, but never to fewer than K."""
     live = torch.randperm(p.E, generator=g)[: max(p.K, (p.E + 1) // 2)]
     return live[_uniform(replace(p, E=len(live)), g)]
 
 
 def _bursts(p: Problem, g: torch.Generator) -> Tensor:
-    """Runs of 16 neighbouring tokens visit the same experts, as tokens of one text do."""
+    """Send runs of 16 neighbouring tokens to the same experts, as tokens of one text go."""
     ids = _uniform(replace(p, T=(p.T + 15) // 16), g)
     return ids.repeat_interleave(16, dim=0)[: p.T]
 
 
 def _router(p: Problem, g: torch.Generator) -> Tensor:
-    """The top K of a random linear router, where neighbouring tokens share half of their variance."""
+    """Take the top K of a random linear router, where neighbouring tokens share half of their variance."""
     features, text = 16, 64  # few features make some experts more popular than others
     topics = torch.randn((p.T + text - 1) // text, features, generator=g, dtype=torch.float64)
     own = torch.randn(p.T, features, generator=g, dtype=torch.float64)
@@ -57,7 +59,7 @@ Load = Callable[[Problem, torch.Generator], Tensor]
 
 
 def _zipf_of(exponent: str) -> Load:
-    """The n-th expert is visited in proportion to n to the power of minus ``exponent``."""
+    """Send tokens to the n-th expert in proportion to n to the power of minus ``exponent``."""
     power = float(exponent)
     if not 0 < power < 10:
         raise ValueError
@@ -81,7 +83,7 @@ LOADS: dict[str, Load] = {
 
 
 def _hot_experts(number: str) -> Load:
-    """Every token visits as many of ``number`` hot experts as K allows; its other choices are uniform."""
+    """Send every token to as many of ``number`` hot experts as K allows; other choices are uniform."""
     hot = int(number)
     if hot < 1:
         raise ValueError
@@ -102,7 +104,7 @@ LOAD_NAMES = f"{', '.join(LOADS)}, zipf_<exponent below 10> and hot_experts_<num
 
 
 def load_named(name: str, argument: str = "load") -> Load:
-    """The load of that name.
+    """Find the load of that name.
 
     Raises:
         ValueError: there is none; the message names the ``argument`` and the loads that there are.

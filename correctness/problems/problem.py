@@ -52,18 +52,18 @@ class Inputs(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a gradient is taken of, by name: x, gates and the weights that are present."""
+        """Name what a gradient is taken of: x, gates and the weights that are present."""
         return {"x": self.x, "gates": self.routing.gates, **self.experts.tensors}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same call with ``function`` applied to each floating-point tensor."""
+        """Apply ``function`` to each floating-point tensor of the call."""
         ids, gates = self.routing
         return Inputs(
             function(self.x), Routing(ids, function(gates)), self.experts.map(function), function(self.dy)
         )
 
     def first(self, T: int) -> Inputs:
-        """The same call with its first T tokens only."""
+        """Cut the call to its first T tokens."""
         routing = Routing(*(t[:T] for t in self.routing))
         return self._replace(x=self.x[:T], routing=routing, dy=self.dy[:T])
 
@@ -120,7 +120,7 @@ class Problem:
 
     @property
     def avoids_kinks(self) -> bool:
-        """Whether no unit of its inputs is so near to a kink that rounding may take it to the other side.
+        """Tell whether no unit is so near to a kink that rounding may take it to the other side.
 
         In low precision that is so where few units are at stake, each the sum of several terms, and outputs
         are of unit scale if they have a kink; elsewhere gradients are compared in exact problems alone.
@@ -149,7 +149,7 @@ class Problem:
         return "-".join(parts)
 
     def code(self) -> str:
-        """One line of Python that makes this problem again."""
+        """Write one line of Python that makes this problem again."""
         shown = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
         return (
             f"Problem({', '.join(f'{name}={value!r}' for name, value, default in shown if value != default)})"
@@ -159,7 +159,7 @@ class Problem:
 
 
 def fit(problem: Problem, support: Support) -> Problem:
-    """The problem with options that ``support`` does not declare replaced by the first that it does.
+    """Replace options of a problem that ``support`` does not declare by the first that it does.
 
     For problems whose point is not the option. What cannot be replaced stays, and is then `unsupported`.
     """
@@ -187,7 +187,7 @@ def fit(problem: Problem, support: Support) -> Problem:
 
 
 def _is_rounded(p: Problem) -> bool:
-    """Whether numbers of an exact problem with replaced options may take more bits than its dtype has."""
+    """Tell whether an exact problem with replaced options may take more bits than its dtype has."""
     squares = p.F > p.H and p.bias  # of half-integers, beside eighths
     large = p.gates == "cancelling" and p.activation not in KINKED_ACTIVATIONS  # saturated, times 256
     fine = p.x_scale > 1  # all bits of the dtype are in use
@@ -196,7 +196,7 @@ def _is_rounded(p: Problem) -> bool:
 
 
 def resize(problem: Problem, support: Support) -> Problem:
-    """The problem with D, H and O that ``support`` declares: rounded up, and O as large as D."""
+    """Round D, H and O up to what ``support`` declares, and make O as large as D where it must be."""
     D, H, O = (
         -(-size // support.multiple_of) * support.multiple_of for size in (problem.D, problem.H, problem.O)
     )
@@ -204,7 +204,7 @@ def resize(problem: Problem, support: Support) -> Problem:
 
 
 def unsupported(support: Support, problem: Problem) -> str | None:
-    """Why an implementation does not take this problem, from its declaration alone; None if it does."""
+    """Say why an implementation does not take a problem, from its declaration alone; None if it does."""
     claims = (
         ("device", problem.device.partition(":")[0], support.devices),
         ("dtype", problem.dtype, support.dtypes),
@@ -238,7 +238,7 @@ LEAST_WITHOUT_BIAS = 8
 
 
 def possible(problem: Problem) -> bool:
-    """Whether inputs can be made for a problem, and whether its right result is a number.
+    """Tell whether inputs can be made for a problem, and whether its right result is a number.
 
     Exact problems have conditions (see `problems.make_inputs`). In log space gates may not be negative, and
     a token whose gates are all zero has the result -inf.

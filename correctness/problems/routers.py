@@ -1,3 +1,5 @@
+"""Problems of routers, and the inputs made from them."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -28,7 +30,12 @@ class RouterProblem:
 
     @property
     def id(self) -> str:
+        """A short name for test ids and messages."""
         return f"{self.name}-{dtype_name(self.dtype)}"
+
+    def code(self) -> str:
+        """Write one line of Python that makes this problem again."""
+        return repr(self)
 
 
 class RouterInputs(NamedTuple):
@@ -39,8 +46,8 @@ class RouterInputs(NamedTuple):
     dgates: Tensor
 
 
-def make_inputs(problem: RouterProblem) -> RouterInputs:
-    """The inputs of a problem, the same for the same problem."""
+def make_router_inputs(problem: RouterProblem) -> RouterInputs:
+    """Make the inputs of a problem: always the same for the same problem."""
     p, g = problem, torch.Generator().manual_seed(problem.seed)
     logits = (p.spread * torch.randn(p.T, p.E, generator=g, dtype=torch.float64)).to(p.dtype)
     bias = None if p.bias is None else p.bias + 0.2 * torch.randn(p.E, generator=g)
@@ -97,12 +104,12 @@ PROBLEMS = (
     RouterProblem("most_groups", 54, _spec(7, groups=9, keep_groups=6)),
     RouterProblem("many_groups", 96, _spec(6, "sigmoid", True, 2.5, groups=24, keep_groups=6), bias=0.0),
 )
-_EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
+EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
 ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
 
 
 # Checks whose cause lies in the score or in the choice of groups need no more than one problem of each kind.
-_KINDS = tuple(
+KINDS = tuple(
     problem
     for problem in PROBLEMS
     if problem.name

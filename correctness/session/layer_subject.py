@@ -1,3 +1,5 @@
+"""Layers under test: a stranger's, found by name, and the project's own."""
+
 from __future__ import annotations
 
 import functools
@@ -6,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from correctness.judging.layer_bench import LayerSubject, build, check_weights
+from correctness.checks.case import Subject
+from correctness.checks.layers import layer
+from correctness.judging.layer_bench import Layer, build, check_weights
 from moe_impls.interface import (
     LayerWeights,
     RouterSpec,
@@ -16,8 +20,8 @@ from moe_impls.layer import MoE
 from moe_impls.registry import ResolveError, asking, check_signature, load_function
 
 
-def resolve_layer(name: str) -> LayerSubject:
-    """The subject that ``path/file.py:Class`` or ``package.module:function`` means, constructed once to see.
+def resolve_layer(name: str) -> Subject:
+    """Make the subject that ``path/file.py:Class`` or ``package.module:function`` means; construct it once.
 
     The name of one of `own_layers` means that one.
 
@@ -45,43 +49,43 @@ def resolve_layer(name: str) -> LayerSubject:
     support = getattr(module, "SUPPORT", Support())
     if not isinstance(support, Support):
         raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
-    subject = LayerSubject(name, make, module.read, losses, support)
+    tested = Layer(make, module.read, losses, support)
     file = getattr(module, "__file__", None)
     with asking(f"{name}: {name.rpartition(':')[2]}() failed", file):
-        layer = subject.make()
-    if not isinstance(layer, nn.Module):
-        raise ResolveError(f"{name}: the layer is a {type(layer).__name__}; it must be a torch.nn.Module")
+        made = tested.make()
+    if not isinstance(made, nn.Module):
+        raise ResolveError(f"{name}: the layer is a {type(made).__name__}; it must be a torch.nn.Module")
     with asking(f"{place}:read", file):
-        check_weights(subject.read(layer), layer)
+        check_weights(tested.read(made), made)
     with asking(f"{name}: drawing new parameters failed", file):
-        build(subject, torch.float32)
-    return subject
+        build(tested, torch.float32)
+    return layer(name, tested)
 
 
-def read_moe(layer: MoE) -> LayerWeights:
-    """The weights of a `moe_impls.MoE`."""
+def read_moe(moe: MoE) -> LayerWeights:
+    """Read the weights of a `moe_impls.MoE`."""
     return LayerWeights(
-        layer.experts, layer.router, layer.w_gate.T, combine=layer.combine, training_only=("w_noise",)
+        moe.experts, moe.router, moe.w_gate.T, combine=moe.combine, training_only=("w_noise",)
     )
 
 
-def moe_losses(layer: MoE, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """The auxiliary loss of a `moe_impls.MoE` without its coefficient."""
-    return {"auxiliary_loss": layer(x if mask is None else x[mask], 1.0)[1]}
+def moe_losses(moe: MoE, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Return the auxiliary loss of a `moe_impls.MoE` without its coefficient."""
+    return {"auxiliary_loss": moe(x if mask is None else x[mask], 1.0)[1]}
 
 
-def _moe(name: str, router: RouterSpec | None = None, **options: Any) -> LayerSubject:
+def _moe(name: str, router: RouterSpec | None = None, **options: Any) -> Subject:
     sizes = {"input_size": 12, "output_size": 7, "num_experts": 6, "hidden_size": 10, "k": 2}
     options = sizes | {"noisy_gating": router is None, "router": router} | options
-    return LayerSubject(f"moe_{name}", functools.partial(MoE, **options), read_moe, moe_losses)
+    return layer(f"moe_{name}", Layer(functools.partial(MoE, **options), read_moe, moe_losses))
 
 
 _SWIGLU = {"activation": "swiglu", "output_activation": "none"}
 _GROUPS: dict[str, Any] = {"groups": 4, "keep_groups": 2, "group_score": "top2_sum"}
 
 
-def own_layers() -> list[LayerSubject]:
-    """`MoE` with several routers and experts."""
+def own_layers() -> list[Subject]:
+    """Make `MoE` a subject with several routers and experts."""
     return [
         _moe("defaults"),
         _moe("mixtral", RouterSpec(2, renormalise=True), bias=False, **_SWIGLU),

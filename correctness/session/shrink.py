@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 
-from correctness.judging.blame import blamed
-from correctness.judging.finding import CheckFailed
-from correctness.problems.problem import Problem, possible, unsupported
-from moe_impls.interface import Implementation
+import pytest
 
-SECONDS = 3.0
+from correctness.checks.case import Case
+from correctness.judging.finding import CheckFailed, Timeout
+from correctness.problems.problem import Problem, possible
+
+SECONDS = 3.0  # for one case
+SECONDS_OF_A_RUN = 15.0
+SPENT = pytest.StashKey[dict[tuple[str, str], float]]()  # seconds by subject and check
 SIZES = ("T", "K", "E", "D", "H", "O")
 OPTIONS = ("load", "gates", "low_gates", "x_scale", "seed")  # which take their defaults
 # Tried in this order before the sizes between them: every power of two and its neighbours.
@@ -19,7 +22,7 @@ LANDMARKS = sorted({2**n + step for n in range(17) for step in (-1, 0, 1)})
 
 
 def shrink(fails: Callable[[Problem], bool], problem: Problem, seconds: float = SECONDS) -> Problem:
-    """The smallest problem found for which ``fails`` still holds; ``problem`` itself if none is smaller.
+    """Return the smallest problem found for which ``fails`` holds; ``problem`` itself if none is smaller.
 
     Options take their defaults and sizes become small, one at a time, until nothing more can be changed or
     ``seconds`` are over. It is exact where failing starts at some size and goes on from there.
@@ -56,26 +59,35 @@ def shrink(fails: Callable[[Problem], bool], problem: Problem, seconds: float = 
     return smallest
 
 
-def smallest_failure(
-    check: Callable[[Implementation, Problem], object],
-    subject: Implementation,
-    problem: Problem,
-    seconds: float = SECONDS,
-) -> Problem:
-    """`shrink` for a check that an implementation fails on ``problem``.
+def smallest_failure(case: Case, seconds: float = SECONDS) -> Problem:
+    """Return the smallest problem found on which a case of an implementation fails.
 
     A smaller problem counts only if the check itself finds fault with it: an exception of another kind may
     come from the check, which needs some tokens to work with.
     """
 
     def fails(smaller: Problem) -> bool:
-        if unsupported(subject.support, smaller):
+        now = replace(case, problem=smaller)
+        if now.skip:
             return False
         try:
-            with blamed("", ""):
-                check(subject, smaller)
+            now.run()
         except CheckFailed as failure:
             return isinstance(failure.__cause__, CheckFailed)
         return False
 
-    return shrink(fails, problem, seconds)
+    return shrink(fails, case.problem, seconds)
+
+
+def smaller_failure(config: pytest.Config, case: Case) -> str:
+    """Return a line that makes the smallest failing problem again, once for each check of a subject."""
+    key, spent = (case.subject.name, case.check.name), config.stash.setdefault(SPENT, {})
+    if not isinstance(case.problem, Problem) or key in spent or sum(spent.values()) > SECONDS_OF_A_RUN:
+        return ""
+    begin = time.monotonic()
+    try:
+        smallest = smallest_failure(case)
+    except Timeout:  # the failure itself is still to be told
+        smallest = case.problem
+    spent[key] = time.monotonic() - begin
+    return "" if smallest == case.problem else f"\n  smallest failing case: {smallest.code()}"

@@ -2,51 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-from correctness.checks.routers import RouterSubject
-from correctness.checks.table import cases
+import moe_impls
+from correctness.checks.balance import losses
+from correctness.checks.case import Subject, cases
+from correctness.checks.routers import router
+from correctness.checks.table import implementation
 from correctness.judging.blame import process_kept
-from correctness.judging.layer_bench import LayerSubject
-from correctness.session import layer_subject
+from correctness.session.layer_subject import own_layers, resolve_layer
 from correctness.session.limits import limited
-from moe_impls.interface import Implementation
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve
 
-
-class Subjects(NamedTuple):
-    implementations: list[Implementation]
-    router: RouterSubject
-    layers: list[LayerSubject]
+OWN_ROUTER, OWN_LOSSES = "moe_impls.router:route", "moe_impls"
 
 
 def find_subjects(
     implementations: Sequence[str] | None,
-    router: str | None,
-    layer: str | None,
+    routers: Sequence[str] | None,
+    layers: Sequence[str] | None,
     seconds: float,
     device: str = "cpu",
-) -> Subjects:
+) -> list[Subject]:
     """Import what these names mean, each in ``seconds`` at most (0: no limit).
+
+    Without any name: the project's own implementations, router, layers, losses and loads.
 
     Raises:
         ResolveError: a name leads to nothing that can be tested.
     """
+    named = [
+        (find, name)
+        for find, names in (
+            (lambda name: _implementation(name, device), implementations),
+            (_router, routers),
+            (resolve_layer, layers),
+        )
+        for name in names or ()
+    ]
+    if not named:
+        own = [implementation(resolve(name), device) for name in IMPLEMENTATIONS]
+        return [*own, _router(OWN_ROUTER), *own_layers(), losses(OWN_LOSSES, moe_impls)]
     found = []
-    for name in implementations or IMPLEMENTATIONS:
+    for find, name in named:
         with process_kept(), limited(seconds):
-            found.append(resolve(name))
-        if implementations and all(case.skip for case in cases(found[-1:], device=device)):
-            raise ResolveError(f"{name}: nothing that it declares in SUPPORT can be checked here")
-    with process_kept(), limited(seconds):
-        route = _router(router or "moe_impls.router:route")
-    with process_kept(), limited(seconds):
-        layers = [layer_subject.resolve_layer(layer)] if layer else layer_subject.own_layers()
-    return Subjects(found, route, layers)
+            found.append(find(name))
+    return found
 
 
-def _router(name: str) -> RouterSubject:
+def _implementation(name: str, device: str = "cpu") -> Subject:
+    subject = implementation(resolve(name), device)
+    if all(case.skip for case in cases([subject])):
+        raise ResolveError(f"{name}: nothing that it declares in SUPPORT can be checked here")
+    return subject
+
+
+def _router(name: str) -> Subject:
     _, function = load_function(name)
     check_signature(name, function, 2, ("selection_bias",))
-    return RouterSubject(name, function)
+    return router(name, function)
+
+
+_FIND: dict[str, Callable[[str], Subject]] = {
+    "implementation": _implementation,
+    "router": _router,
+    "layer": resolve_layer,
+    "losses": lambda name: losses(name, moe_impls),
+}
+
+
+def rerun(kind: str, name: str, check: str, problem: str = "") -> None:
+    """Run one case again: a check of a subject, by its kind and name, on the problem of that short name.
+
+    Raises:
+        CheckFailed: it fails again.
+    """
+    listed = cases([_FIND[kind](name)])
+    case = next((c for c in listed if (c.check.name, c.problem_id) == (check, problem)), None)
+    if case is None:
+        raise ValueError(f"{kind} {name} has no check {check!r} on problem {problem!r}")
+    case.run()

@@ -12,47 +12,39 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from correctness.checks.case import Case
 from moe_impls.interface import DTYPES, dtype_name
 
 TENSORS = ("y", "x", "gates", "w_in", "b_in", "w_out", "b_out")
 
 
 class Facts(TypedDict):
-    """What one test checks, in plain values, since a report may come from another process."""
+    """Say what one test checks, in plain values, since a report may come from another process."""
 
-    kind: str  # implementation | router | layer
+    kind: str  # implementation | router | layer | losses
     name: str
     check: str
-    problem: str
+    problem: str  # of a check that makes its own, how: generated or its_own
     dtype: str
     exact: bool
     code: str  # one line of Python that makes the problem again
 
 
 def facts(item: pytest.Item) -> Facts | None:
-    """What a test checks, from its parameters; None if it has no subject."""
-    given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    if "case" in given:
-        case = given["case"]
-        kind, name, problem = "implementation", case.subject.name, case.problem
-        label, dtype, exact, code = problem.id, problem.dtype, problem.exact, problem.code()
-    elif "router_case" in given:
-        case = given["router_case"]
-        kind, name, problem = "router", given["router"].name, case.problem
-        label, dtype, exact, code = problem.id, problem.dtype, False, repr(problem)
-    elif "layer_case" in given:
-        case = given["layer_case"]
-        kind, name, dtype = "layer", case.subject.name, case.check.dtype
-        label, exact, code = dtype_name(dtype), False, case.code()
-    elif "subject" in given or "router" in given:  # a search for problems that fail
-        kind, parameter = ("implementation", "subject") if "subject" in given else ("router", "router")
-        name, code = given[parameter].name, f"pytest {item.nodeid!r}"
-        made_up: Any = {"check": "generated", "problem": "generated", "dtype": "", "exact": False}
-        return Facts(kind=kind, name=name, code=code, **made_up)
-    else:
+    """Read what a test checks from its case; None if it has none."""
+    case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
+    if not isinstance(case, Case):
         return None
-    check, named = case.check.name, dtype_name(dtype)
-    return Facts(kind=kind, name=name, check=check, problem=label, dtype=named, exact=exact, code=code)
+    dtype = getattr(case.problem, "dtype", None)
+    return Facts(
+        kind=case.subject.kind.name,
+        name=case.subject.name,
+        check=case.check.name,
+        problem=case.problem_id or ("generated" if case.check.drawn else "its_own"),
+        dtype="" if dtype is None else dtype_name(dtype),
+        exact=getattr(case.problem, "exact", False),
+        code=case.code(),
+    )
 
 
 @dataclass(frozen=True)
@@ -91,11 +83,11 @@ class Summary:
         yield
         if self.results and config.option.verbose > -2:
             terminalreporter.section("what was checked")
-            terminalreporter.write(told(self.results))
+            terminalreporter.write(render(self.results))
 
 
-def told(results: list[Result]) -> str:
-    """The summary of these results."""
+def render(results: list[Result]) -> str:
+    """Write the summary of these results."""
     by_name: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         by_name.setdefault((result.facts["kind"], result.facts["name"]), []).append(result)
@@ -124,7 +116,7 @@ def _counts(subject: str, results: list[Result]) -> Iterator[str]:
 
 
 def _worst_errors(by_name: dict[str, list[Result]]) -> str:
-    """For one subject a row for each tensor, for several a row for each of them."""
+    """Tabulate worst errors: for one subject a row for each tensor, for several a row for each of them."""
     alone = len(by_name) == 1
     dtypes = list(map(dtype_name, DTYPES))
     table = Table("" if alone else "implementation", box=None, pad_edge=False)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_impls.interface import Experts, Routing, Support
+from moe_impls.interface import Experts, Routing, Support, check_choice
 
 SUPPORT = Support(autocast=True)
 TILE = 32  # rows of one expert that are computed at once
@@ -20,6 +20,8 @@ TILE = 32  # rows of one expert that are computed at once
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    check_choice("output_activation", experts.output_activation, ("none", "relu"))
+    check_choice("combine", combine, ("sum", "logsumexp"))
     ids, gates = routing
     weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
     return _Grouped.apply(  # pyright: ignore[reportReturnType]
@@ -43,6 +45,8 @@ def act(h: Tensor, name: str) -> Tensor:
         return torch.nn.functional.gelu(gate) * up
     if name == "reglu":
         return gate.clamp(min=0) * up
+    if name != "swiglu_clamped":
+        raise ValueError(f"activation {name!r} is not written out here")
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 from correctness.checks import balance, routers, table
+from correctness.checks.case import Subject, cases
 from correctness.judging.finding import CheckFailed
 from evidence.mutants.mutant import Mutant
 from moe_impls.interface import Implementation
@@ -22,25 +22,30 @@ class Trial(NamedTuple):
     run: Callable[[], object]
 
 
-def trials(kind: str, name: str, module: types.ModuleType) -> list[Trial]:
-    """Everything that a right module of a kind is held to: all that this room knows of the checks."""
+# What this room knows of the checks: those of each kind, and how a module becomes their subject.
+CHECKS = {"experts": table.CHECKS, "router": routers.CHECKS, "loss": balance.CHECKS}
+
+
+def _subject(kind: str, name: str, module: types.ModuleType) -> Subject:
     if kind == "loss":
-        checks = balance.CHECKS.items()
-        return [Trial(check, "", partial(run, getattr(module, of))) for check, (run, of) in checks]
+        return balance.losses(name, module)
     if kind == "router":
-        return [Trial(c.check.name, c.problem.id, partial(c.run, module.route)) for c in routers.cases()]
-    cases = table.cases([Implementation(name, module.forward, module.SUPPORT)])
-    return [Trial(c.check.name, c.problem.id, c.run) for c in cases if c.skip is None]
+        return routers.router(name, module.route)
+    return table.implementation(Implementation(name, module.forward, module.SUPPORT))
+
+
+def trials(kind: str, name: str, module: types.ModuleType) -> list[Trial]:
+    """Everything that a right module of a kind is held to, but for problems that are drawn."""
+    return [
+        Trial(case.check.name, case.problem_id, case.run)
+        for case in cases([_subject(kind, name, module)])
+        if case.skip is None and not case.check.drawn
+    ]
 
 
 def check_names(kind: str) -> list[str]:
     """The names of the checks of a kind, in the order of the suite."""
-    checks = {
-        "experts": (check.name for check in table.CHECKS),
-        "router": (check.name for check in routers.CHECKS),
-        "loss": balance.CHECKS,
-    }
-    return list(dict.fromkeys(checks[kind]))
+    return list(dict.fromkeys(check.name for check in CHECKS[kind] if not check.drawn))
 
 
 def finding(trial: Trial) -> str | None:

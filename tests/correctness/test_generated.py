@@ -1,7 +1,4 @@
-"""Every implementation and every router is right on problems that Hypothesis makes up.
-
-``pytest correctness -k generated --hypothesis-profile thorough`` draws 2000 new ones for each.
-"""
+"""Problems that Hypothesis makes up are declared and possible, and a failure is told for the smallest."""
 
 from __future__ import annotations
 
@@ -13,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from correctness.checks.generated import VALUES, P, search
-from correctness.checks.table import Case
+from correctness.checks.case import Case, Check
+from correctness.checks.generated import generated_values
+from correctness.checks.search import P
+from correctness.checks.table import implementation
 from correctness.judging.finding import CheckFailed
 from correctness.problems import generated
 from correctness.problems.gates import GATES
@@ -48,9 +47,9 @@ def raises(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Te
 
 def failure_of(forward: Forward) -> CheckFailed:
     """What the search finds out about a wrong implementation without gradients."""
-    subject = Implementation(forward.__name__, forward, Support(gradients=False))
+    subject = implementation(Implementation(forward.__name__, forward, Support(gradients=False)))
     with pytest.raises(CheckFailed) as failure:
-        search(lambda problem: Case(subject, VALUES, problem).run(), generated.problems(subject.support))
+        Case(subject, Check(generated_values, drawn=generated.problems)).run()
     return failure.value
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from correctness.judging import calling, compare
+from correctness.judging import calling, compare, hints
 from correctness.judging.finding import CheckFailed
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
@@ -22,7 +22,6 @@ SIGNED = replace(REAL, gates="signed")
 ZEROS = replace(REAL, gates="one_zero")
 EXPERTS = replace(REAL, E=20)
 HALF_EMPTY = replace(EXPERTS, load="half_empty")
-ONE = replace(REAL, E=20, K=1, load="uniform")
 SQUARE = replace(REAL, D=8, H=8, O=8, activation="silu")
 ALL = slice(None)
 
@@ -36,7 +35,7 @@ def hint(forward: Forward, problem: Problem, name: str = "y") -> str:
     wanted = None if output else [name]
     results = calling.run(forward, inputs, problem.combine, gradients=not output, wanted=wanted)
     with pytest.raises(CheckFailed) as failure:
-        compare.hold({name: results[name]}, problem)
+        compare.require_right({name: results[name]}, problem)
     lines = str(failure.value).splitlines()
     return "".join(line.removeprefix("  hint: ") for line in lines if line.startswith("  hint: "))
 
@@ -139,10 +138,6 @@ def load(ids: Tensor) -> Tensor:
     return ids.flatten().bincount()[ids]
 
 
-def tail(ids: Tensor, tile: int) -> Tensor:
-    return place(ids) >= load(ids) - load(ids) % tile
-
-
 def counts(ids: Tensor) -> Tensor:
     """[E, 1, 1]: the number of tokens of each of EXPERTS.E experts."""
     return ids.flatten().bincount(minlength=EXPERTS.E)[:, None, None]
@@ -166,17 +161,12 @@ CASES = (
     (gated(torch.square), REAL, "y", EVERY + "would be right with each gate applied twice"),
     (gates_on_inputs, REAL, "y",
      EVERY + "would be right with each gate applied to the expert's input"),
-    (gated(torch.abs), SIGNED, "y", "wrong: each token with a slot whose gate is negative, and no other; "
-     "they would be right with the sizes of the gates, without their signs"),
+    (gated(torch.abs), SIGNED, "y", "wrong: each token with a slot whose gate is negative, and no other"),
     (gated(lambda gates: gates / gates.sum(dim=1, keepdim=True)), REAL, "y",
      EVERY + "would be right with gates that sum to one"),
     (routed(lambda ids, gates: (ids.sort(dim=1).values, gates)), REAL, "y",
      "wrong: each token whose expert ids do not ascend, and no other; "
      "they would be right with sorted expert ids and unsorted gates"),
-    (gated(lambda gates: gates.flip(1)), REAL, "y",
-     EVERY + "would be right with gates in reverse order"),
-    (gated(lambda gates: zeroed(gates.clone(), ALL, 0)), REAL, "y",
-     EVERY + "would be right without choice 0"),
     (gated(lambda gates: zeroed(gates.clone(), ALL, [0, 2])), REAL, "y",
      EVERY + "would be right for choice 1 alone"),
     (gated(lambda gates: gates[:, :1].expand_as(gates)), REAL, "y",
@@ -201,31 +191,9 @@ CASES = (
      "wrong: each token that visits expert 4, and no other; they would be right without expert 4"),
     (without(lambda ids: ids >= 6), REAL, "y",
      "wrong: each token that visits an expert from 6 on, and no other"),
-    (without(lambda ids: place(ids) == 0), REAL, "y",
-     "wrong: each token with a slot that is the first row of its expert, and no other; "
-     "they would be right without the first row of each expert"),
-    (without(lambda ids: place(ids) == load(ids) - 1), EXACT, "y",
-     "wrong: each token with a slot that is the last row of its expert, and no other; "
-     "they would be right without the last row of each expert"),
-    (without(lambda ids: tail(ids, 8)), REAL, "y",
-     "wrong: each token with a slot in the last, incomplete tile of 8 rows of its expert, and no other; "
-     "they would be right without the last, incomplete tiles of 8 rows"),
-    (without(lambda ids: tail(ids, 8)), EXACT, "y",
-     "wrong: each token with a slot in the last, incomplete tile of 8 rows of its expert, and no other; "
-     "they would be right without the last, incomplete tiles of 8 rows"),
     (without(lambda ids: place(ids) >= 16), REAL, "y",
-     "wrong: each token with a slot from row 16 of its expert on, and no other; "
-     "they would be right without rows from 16 of each expert on"),
+     "wrong: each token with a slot from row 16 of its expert on, and no other"),
     (without(lambda ids: load(ids) % 3 == 0), REAL, "y", ""),
-    (without(lambda ids: load(ids) % 4 == 0), ONE, "y",
-     "wrong: each token that visits an expert with a number of rows that 4 divides, and no other; "
-     "they are zero"),
-    (without(lambda ids: load(ids) >= 5), ONE, "y",
-     "wrong: each token that visits an expert with at least 5 rows, and no other; they are zero"),
-    (backward(without(lambda ids: tail(ids, 8))), REAL, "w_in",
-     "they would be right without the last, incomplete tiles of 8 rows"),
-    (backward(without(lambda ids: place(ids) >= 8)), EXACT, "w_out",
-     "they would be right without rows from 8 of each expert on"),
     (backward(without(lambda ids: ids == 4)), EXACT, "x",
      "wrong: each token that visits expert 4, and no other; they would be right without expert 4"),
     (gradient("gates", lambda grad, ids: grad.where(place(ids) < 16, 0)), REAL, "gates",
@@ -235,7 +203,6 @@ CASES = (
      "wrong: each token from 40 on, and no other; they are zero"),
     (returning(lambda y: zeroed(y, slice(40, None))), EXACT, "y",
      "wrong: each token from 40 on, and no other; they are zero"),
-    (returning(lambda y: y.roll(1, 0)), REAL, "y", EVERY + "would be right for other tokens"),
     # experts
     (made_of(lambda e: replace(e, b_in=None)), REAL, "y", EVERY + "would be right without b_in"),
     (made_of(lambda e: replace(e, b_out=None)), EXACT, "y", EVERY + "would be right without b_out"),
@@ -247,16 +214,8 @@ CASES = (
      EVERY + "would be right with gate and up rows exchanged"),
     (made_of(lambda e: mixed(e, torch.arange(20).view(10, 2).T.flatten())), REAL, "y",
      EVERY + "would be right with gate and up rows taken alternately"),
-    (made_of(lambda e: replace(e, w_in=e.w_in.mT)), SQUARE, "y",
-     EVERY + "would be right with w_in transposed"),
     (made_of(lambda e: replace(e, w_out=e.w_out.mT)), SQUARE, "y",
      EVERY + "would be right with w_out transposed"),
-    (routed(lambda ids, gates: ((ids + 1) % 9, gates)), REAL, "y",
-     EVERY + "would be right for the next expert"),
-    (routed(lambda ids, gates: ((ids - 1) % 9, gates)), REAL, "y",
-     EVERY + "would be right for the expert before"),
-    (routed(lambda ids, gates: (8 - ids, gates)), REAL, "y",
-     EVERY + "would be right for experts in reverse order"),
     (lambda x, routing, experts, combine: right(zeroed(x.clone(), ALL, slice(8, None)), routing, experts,
      combine=combine), REAL, "y", EVERY + "would be right without features of x from 8 on"),
     (made_of(lambda e: replace(e, w_out=zeroed(e.w_out.clone(), ALL, ALL, slice(8, None)))), REAL, "y",
@@ -266,25 +225,8 @@ CASES = (
      "wrong: all rows of expert 3, and no other; they are zero"),
     (gradient("b_out", lambda grad, ids: zeroed(grad, [3, 5])), EXACT, "b_out",
      "wrong: all rows of experts 3, 5, and no other; they are zero"),
-    (gradient("w_in", lambda grad, ids: zeroed(grad, slice(9, None))), EXPERTS, "w_in",
-     "wrong: all rows of each expert from 9 on, and no other; they are zero"),
     (gradient("w_in", lambda grad, ids: grad + (counts(ids) == 0)), HALF_EMPTY, "w_in",
      "wrong: all rows of each expert without tokens, and no other; they should be zero"),
-    (gradient("w_in", lambda grad, ids: grad * (counts(ids) % 2 == 0)), EXPERTS, "w_in",
-     "wrong: all rows of each expert with a number of tokens that 2 does not divide, and no other; "
-     "they are zero"),
-    (gradient("w_in", lambda grad, ids: grad * (counts(ids) % 2 == 1)), EXPERTS, "w_in",
-     "wrong: all rows of each expert with a number of tokens that 2 divides, and no other; they are zero"),
-    (gradient("w_in", lambda grad, ids: grad * (counts(ids) < 8)), EXPERTS, "w_in",
-     "wrong: all rows of each expert with at least 8 tokens, and no other; they are zero"),
-    (gradient("w_out", lambda grad, ids: zeroed(grad, ALL, slice(5, None))), REAL, "w_out",
-     "wrong: each row from 5 on, of every expert, and no other; they are zero"),
-    (gradient("b_in", lambda grad, ids: zeroed(grad, ALL, slice(10))), REAL, "b_in",
-     "wrong: each gate row of every expert, and no other; they are zero"),
-    (gradient("w_in", lambda grad, ids: grad.mT), SQUARE, "w_in",
-     EVERY + "are the right ones transposed"),
-    (gradient("w_out", lambda grad, ids: grad.roll(1, 0)), REAL, "w_out",
-     EVERY + "would be right for other experts"),
     # numbers
     (returning(lambda y: 2 * y), REAL, "y", EVERY + "are 2 times the right ones"),
     (returning(lambda y: -y), EXACT, "y", EVERY + "are -1 times the right ones"),
@@ -292,7 +234,7 @@ CASES = (
     (gradient("x", lambda grad, ids: 0.3719 * grad), REAL, "x",
      EVERY + "are 0.372 times the right ones"),
     (returning(lambda y: zeroed(y, ALL, slice(5, None))), REAL, "y",
-     "every row is wrong; only in columns from 5 on; they are zero"),
+     "every row is wrong; only in columns 5, 6; they are zero"),
     (returning(lambda y: zeroed(y, ALL, 2)), EXACT, "y", "only in column 2; they are zero"),
     (returning(lambda y: 0 * y), REAL, "y", EVERY + "are zero"),
     (returning(lambda y: y * torch.inf), REAL, "y", "every row is wrong; infinite: an overflow"),
@@ -330,9 +272,21 @@ def test_a_single_token_shows_how_it_is_wrong_and_nothing_about_where() -> None:
     )
 
 
+def test_no_other_computation_of_a_large_layer_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = Problem("large", T=3, D=2_048, H=2_048, O=2_048, E=2, K=1, activation="relu")
+    inputs = make_inputs(large)
+    y = right(inputs.x, inputs.routing, inputs.experts)
+    compare.reference(large)
+    monkeypatch.setattr(hints, "evaluate", None)
+    with pytest.raises(CheckFailed, match="they are 2 times the right ones"):
+        compare.require_right({"y": 2 * y}, large)
+    with pytest.raises(CheckFailed, match="every row is wrong\n"):
+        compare.require_right({"y": y.sin()}, large)
+
+
 def test_hints_are_about_the_inputs_that_the_result_was_computed_from() -> None:
     inputs, other = make_inputs(REAL), make_inputs(replace(REAL, seed=1))
     y = without(lambda ids: ids == 4)(other.x, other.routing, other.experts, combine="sum")
     with pytest.raises(CheckFailed, match="each token that visits expert 4, and no other"):
-        compare.hold({"y": y}, REAL, other)
+        compare.require_right({"y": y}, REAL, other)
     assert not torch.equal(inputs.routing.expert_ids, other.routing.expert_ids)

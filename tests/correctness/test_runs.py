@@ -11,20 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from correctness.checks.layers import LayerCase, LayerCheck, values
-from correctness.checks.routers import cases as router_cases
-from correctness.checks.table import CHECKS, Case, Check
+from correctness.checks import layers, routers
+from correctness.checks.case import Case, Check
+from correctness.checks.table import CHECKS, implementation
 from correctness.checks.values import gradcheck
 from correctness.judging import blame
 from correctness.judging.finding import CheckFailed
 from correctness.problems import catalogue
-from correctness.problems.routers import RouterProblem
+from correctness.problems.layers import LayerProblem
 from correctness.session import isolation, limits
 from correctness.session.layer_subject import resolve_layer
-from correctness.session.summary import Facts, Result, told
-from moe_impls import RouterSpec
+from correctness.session.summary import Facts, Result, render
 from moe_impls.registry import ResolveError, load_function, resolve
 from reporting.provenance import ROOT
 
@@ -181,22 +179,31 @@ def file(tmp_path: Path) -> Path:
 
 
 def run_pytest(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
-    """``pytest correctness`` with these options, of one module."""
+    """``pytest correctness`` with these options."""
     os.chdir(ROOT)
     common = ("-p", "no:cacheprovider", f"--rootdir={ROOT}", "-q")
     return pytester.runpytest_inprocess("correctness", *common, *options)
+
+
+def reproduced(line: str) -> object:
+    """What the code after ``reproduce:`` makes, with the one import that a finding needs."""
+    *first, last = line.removeprefix("  reproduce: ").split("; ")
+    names: dict[str, object] = {}
+    exec("\n".join(["from correctness.problems import *", *first]), names)
+    return eval(last, names)
 
 
 @pytest.mark.parametrize("name", SAYS)
 def test_whatever_an_implementation_raises_or_returns_is_a_finding(name: str, file: Path) -> None:
     problem = catalogue.named("all_experts")
     with pytest.raises(CheckFailed) as caught:
-        Case(resolve(f"{file}:{name}"), VALUES, problem).run()
+        Case(implementation(resolve(f"{file}:{name}")), VALUES, problem).run()
     first, *places, last = str(caught.value).splitlines()
     what, place = SAYS[name]
     assert first.startswith(f"{file}:{name} fails 'values': {what}")
     assert place in "\n".join(places)
     assert last == f"  reproduce: {problem.code()}"
+    assert reproduced(last) == problem
 
 
 def test_a_finding_is_shown_without_a_traceback_through_the_suite(
@@ -224,26 +231,25 @@ def test_what_a_subject_changes_in_one_test_is_not_found_by_the_next(
 def test_what_a_subject_raises_inside_of_gradcheck_is_told_with_its_place(file: Path) -> None:
     check = Check(gradcheck, catalogue.GRADCHECK)
     with pytest.raises(CheckFailed) as caught:
-        Case(resolve(f"{file}:raises_in_backward"), check, catalogue.GRADCHECK[0]).run()
+        subject = implementation(resolve(f"{file}:raises_in_backward"))
+        Case(subject, check, catalogue.GRADCHECK[0]).run()
     assert "fails 'gradcheck': ZeroDivisionError: in the backward\n" in str(caught.value)
     assert "subjects.py:26 in backward" in str(caught.value)
 
 
 def test_what_a_router_raises_is_told_with_its_place_and_problem(file: Path) -> None:
     _, route = load_function(f"{file}:route")
-    case = next(c for c in router_cases() if c.problem.name == "mixtral_8x7b")
+    problem = next(p for p in routers.PROBLEMS if p.name == "mixtral_8x7b")
     with pytest.raises(CheckFailed) as caught:
-        case.run(route, "mine")
+        Case(routers.router("mine", route), Check(routers.values), problem).run()
     first, *places, last = str(caught.value).splitlines()
-    assert first == "mine fails 'values' on mixtral_8x7b, E = 8, float64: KeyError: 'weights'"
+    assert first == "mine fails 'values' on mixtral_8x7b, E = 8, float32: KeyError: 'weights'"
     assert places[-1].endswith('subjects.py:16 in helper: raise KeyError("weights")  # line 16')
-    code = last.removeprefix("  reproduce: ")
-    names = {"RouterProblem": RouterProblem, "RouterSpec": RouterSpec, "torch": torch}
-    assert eval(code, names) == case.problem
+    assert reproduced(last) == problem
 
 
 def test_what_a_layer_raises_is_told_with_its_place_and_a_line_that_runs_it_again(file: Path) -> None:
-    case = LayerCase(resolve_layer(f"{file}:Layer"), LayerCheck(values))
+    case = Case(resolve_layer(f"{file}:Layer"), Check(layers.values), LayerProblem())
     with pytest.raises(CheckFailed) as caught:
         case.run()
     first, *places, last = str(caught.value).splitlines()
@@ -251,19 +257,13 @@ def test_what_a_layer_raises_is_told_with_its_place_and_a_line_that_runs_it_agai
         f"{file}:Layer fails 'values': layer(x) with x [4, 8, 6] of float32 raises KeyError"
     )
     assert "subjects.py:16 in helper" in places[-1]
-    names = {
-        "LayerCase": LayerCase,
-        "LayerCheck": LayerCheck,
-        "resolve_layer": resolve_layer,
-        "values": values,
-    }
     with pytest.raises(CheckFailed, match="raises KeyError"):
-        eval(last.removeprefix("  reproduce: "), names)
+        reproduced(last)
 
 
 @pytest.mark.parametrize(
     ("option", "select"),
-    [("--router={}:route", "values-mixtral_8x7b-float32"), ("--layer={}:Layer", "test_layer and values")],
+    [("--router={}:route", "values-mixtral_8x7b-float32"), ("--layer={}:Layer", "values-float32")],
 )
 def test_routers_and_layers_fail_in_the_same_way(
     option: str, select: str, pytester: pytest.Pytester, file: Path
@@ -280,7 +280,7 @@ def test_routers_and_layers_fail_in_the_same_way(
 
 
 def test_ctrl_c_is_no_finding() -> None:
-    with pytest.raises(KeyboardInterrupt), blame.blamed("x", "y"):
+    with pytest.raises(KeyboardInterrupt), blame.as_finding("x", "y"):
         raise KeyboardInterrupt
 
 
@@ -393,7 +393,7 @@ def test_a_search_for_problems_is_not_gone_on_with_after_a_timeout(
     pytester: pytest.Pytester, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "AGAIN_S", 1.0)
-    options = (f"--impl={file}:hangs", "--timeout=3", "-k", "values_hold")  # the search begins by then
+    options = (f"--impl={file}:hangs", "--timeout=3", "-k", "generated_values")  # the search begins by then
     done = run_pytest(pytester, *options)
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     done.stdout.fnmatch_lines(
@@ -472,7 +472,7 @@ def test_the_summary_counts_tests_checks_problems_and_reasons() -> None:
         result("exports", "skipped", "exports not declared"),
         result("autocast", "skipped", "autocast not declared"),
     ]
-    lines = told(results).splitlines()
+    lines = render(results).splitlines()
     assert lines[:3] == [
         "implementation mine: 2 passed, 3 failed, 2 skipped; checks: 3, problems: 3; "
         "bit-equal on exact problems: 1 of 2",
@@ -489,7 +489,7 @@ def test_the_summary_counts_tests_checks_problems_and_reasons() -> None:
 def test_of_several_implementations_the_summary_has_a_line_each() -> None:
     other = result("values", x=0.75)
     other.facts["name"] = "other"
-    lines = told([result("values", y=0.25), other]).splitlines()
+    lines = render([result("values", y=0.25), other]).splitlines()
     assert [line.split() for line in lines[-2:]] == [
         ["mine", "-", "-", "0.25", "-", "y", "in", "values-1"],
         ["other", "-", "-", "0.75", "-", "x", "in", "values-1"],

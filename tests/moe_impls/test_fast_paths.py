@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from correctness.checks.table import CHECKS, Check, cases
+from correctness.checks.case import Check, cases
+from correctness.checks.table import CHECKS, implementation
 from correctness.checks.values import exact, values
-from correctness.judging.compare import hold
+from correctness.judging.compare import require_right
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
@@ -76,12 +77,12 @@ def test_recompute_refuses_gradients_of_gradients(constant_dy: bool) -> None:
 
 
 @pytest.mark.parametrize("multiplies", [True, False])
-@pytest.mark.parametrize("check", dict.fromkeys(CHECKS), ids=lambda check: check.name)
+@pytest.mark.parametrize("check", {c: 0 for c in CHECKS if not c.drawn}, ids=lambda c: c.name)
 def test_recompute_is_right_on_cpus_that_multiply_a_dtype_and_on_those_that_do_not(
     monkeypatch: pytest.MonkeyPatch, check: Check, multiplies: bool
 ) -> None:
     monkeypatch.setattr(recompute, "multiplies", lambda dtype: multiplies or dtype.itemsize > 2)
-    for case in cases([resolve("recompute")], [check]):
+    for case in cases([implementation(resolve("recompute"))], [check]):
         if case.skip is None and case.problem.T <= 100 and case.problem.dtype.itemsize == 2:
             case.run()
 
@@ -219,7 +220,7 @@ def test_native_is_right_and_bit_equal_across_thread_counts(dtype: torch.dtype) 
         for threads in (1, 2):
             torch.set_num_threads(threads)
             results.append(native.forward(*inputs[:3]))
-            hold({"y": results[-1]}, problem, inputs)
+            require_right({"y": results[-1]}, problem, inputs)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)

@@ -1,15 +1,20 @@
-"""The oracle itself is right: against scalar arithmetic, and its hand-written gradients against autograd."""
+"""The oracles agree with scalar arithmetic and finite differences, and refuse what they do not know."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from correctness.oracle import layer, router
 from correctness.oracle.experts import act, act_derivative, evaluate
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
-from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS
+from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS, LayerWeights, RouterSpec
 
 
 def scalar_activation(name: str, h: list[float]) -> list[float]:
@@ -116,3 +121,54 @@ def test_activation_derivative_is_that_of_the_definition(activation: str) -> Non
         shift[:, unit] = step
         numeric = (act(h + shift, activation) - act(h - shift, activation)).sum(dim=1) / (2 * step)
         assert torch.all((numeric - slope[:, unit]).abs() < 1e-7 * (1 + slope[:, unit].abs()))
+
+
+def evaluate_with(**unknown: str) -> None:
+    """Evaluate a small problem with another activation, output activation or combine."""
+    x, (ids, gates), experts, dy = make_inputs(catalogue.SMALL)
+    combine = unknown.pop("combine", "sum")
+    evaluate(x, ids, gates, replace(experts, **unknown), dy, combine)
+
+
+def spec_with(**unknown: str) -> RouterSpec:
+    """A spec as it will be when interface knows a name that the oracle does not."""
+    spec = RouterSpec(1)
+    for name, value in unknown.items():
+        object.__setattr__(spec, name, value)
+    return spec
+
+
+def layer_of(spec: RouterSpec, **unknown: str) -> LayerWeights:
+    experts = replace(make_inputs(catalogue.SMALL).experts, **unknown)
+    return LayerWeights(experts, spec, router_weight=torch.randn(len(experts.w_in), experts.w_in.shape[2]))
+
+
+Z, X, IDS = torch.zeros(4), torch.zeros(1, catalogue.SMALL.D), torch.zeros(1, 1, dtype=torch.int64)
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "activation is 'swish'; valid are relu, ": lambda: act(torch.zeros(2, 2), "swish"),
+    "activation is 'tanh'; valid are relu, ": lambda: evaluate_with(activation="tanh"),
+    "output_activation is 'gelu'; valid are none, relu": lambda: evaluate_with(output_activation="gelu"),
+    "combine is 'mean'; valid are sum, logsumexp": lambda: evaluate_with(combine="mean"),
+    "score is 'entmax'; valid are softmax, ": lambda: router.scores(Z, spec_with(score="entmax")),
+    "score is 'cosine'; valid are softmax, ": lambda: router.gates(Z, [0], spec_with(score="cosine")),
+    "score is 'sparsemax'; valid are softmax, ": lambda: router.gate_gradient(
+        Z, [0], spec_with(score="sparsemax"), torch.ones(1)
+    ),
+    "group_score is 'mean'; valid are max, top2_sum": lambda: router.select(
+        Z, spec_with(group_score="mean"), None, 0.0
+    ),
+    "loss is 'entropy_loss'; valid are load_balancing_loss, ": lambda: layer.loss(
+        "entropy_loss", X, IDS, layer_of(RouterSpec(1))
+    ),
+    "score is 'none'; valid are softmax, ": lambda: layer.choose(X, layer_of(spec_with(score="none"))),
+    "activation is 'elu'; valid are relu, ": lambda: layer.evaluate_layer(
+        X, IDS, layer_of(RouterSpec(1), activation="elu"), None
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_an_oracle_refuses_what_it_has_no_equation_for(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        REFUSED[message]()
