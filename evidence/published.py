@@ -187,22 +187,6 @@ def plain(comparison: Comparison, inputs: Inputs, dtype: torch.dtype) -> dict[st
     return {name: t.to((inputs.tensors | {"y": inputs.x})[name].dtype) for name, t in found.items()}
 
 
-def expected(suite: Suite, comparison: Comparison, inputs: Inputs, base: str) -> dict[str, Tensor]:
-    """What a suite compares with."""
-    if suite.reference == "base":
-        return results(_forward(base or GROUPED), suite, comparison, inputs)
-    dtype = torch.float32 if suite.reference == "float32" else comparison.problem.dtype
-    return plain(comparison, inputs, dtype)
-
-
-def own_reference(comparison: Comparison, inputs: Inputs) -> compare.Reference:
-    """This suite's reference for the same call: the float64 oracle and its budgets."""
-    p = comparison.problem
-    dy = incoming_gradient(comparison, inputs, lambda: plain(comparison, inputs, torch.float32)["y"])
-    dy = inputs.dy if dy is None else dy
-    return compare.make_reference(p, inputs._replace(dy=dy), comparison.incoming != "none")
-
-
 def results(forward: Forward, suite: Suite, comparison: Comparison, inputs: Inputs) -> dict[str, Tensor]:
     """One call as the suite makes it: y, and the gradients that the suite looks at."""
     if comparison.incoming == "none":
@@ -254,68 +238,68 @@ def _isolated():
             torch.set_grad_enabled(True)
 
 
-def _unchanged(before: Inputs, after: Inputs) -> bool:
-    pairs = [(before.tensors[n], after.tensors[n]) for n in before.tensors]
-    pairs += [(before.routing.expert_ids, after.routing.expert_ids), (before.dy, after.dy)]
-    return all(torch.equal(a, b) for a, b in pairs)
+class Call:
+    """One comparison of a suite: its inputs, what it compares with, and this suite's oracle and budgets."""
 
+    def __init__(self, suite: Suite, comparison: Comparison, addresses: Addresses, owner: object) -> None:
+        self.suite, self.comparison, self.pristine = suite, comparison, inputs_of(suite, comparison)
+        self._place = partial(addresses.place, self.pristine, padded=comparison.padded, owner=owner)
+        self._wanted: dict[str, dict[str, Tensor]] = {}  # by the base of the subject
+        dy = incoming_gradient(comparison, self.pristine, lambda: self._plain(self.pristine)["y"])
+        inputs = self.pristine if dy is None else self.pristine._replace(dy=dy)
+        self.own = compare.make_reference(comparison.problem, inputs, comparison.incoming != "none")
 
-def judge(
-    suite: Suite,
-    comparison: Comparison,
-    subject: Subject,
-    pristine: Inputs,
-    place: Callable[[], Inputs],
-    want: dict[str, Tensor],
-    own: compare.Reference,
-) -> str:
-    """Call a subject as the suite does: why the suite rejects it, or an empty string."""
-    forward = subject.forward
-    if comparison.compiled:
-        torch.compiler.reset()
-        forward = torch.compile(forward, fullgraph=True, backend="eager")
-    inputs = place()
-    for call in range(suite.calls):
-        if call:  # x and weights are as the last call left them; the router decides anew
-            inputs.routing.expert_ids.copy_(pristine.routing.expert_ids)
-            inputs.routing.gates.copy_(pristine.routing.gates)
-        try:
-            with _isolated():
-                got = results(forward, suite, comparison, inputs)
-        except Exception as error:  # a mutant may raise where a right implementation does not
-            return f"{type(error).__name__} on {comparison.id}"
-        if not suite.reference_first and not _unchanged(pristine, inputs):
-            want = expected(suite, comparison, inputs, subject.base)
-        subject.shown = subject.shown or is_over_budget(got, own, comparison)
-        why = rejection(got, want, comparison)
-        if why:
-            return why
-        if call + 1 < suite.calls:
-            got["y"].zero_()
-    return ""
+    def _plain(self, inputs: Inputs) -> dict[str, Tensor]:
+        return plain(self.comparison, inputs, torch.float32)
+
+    def expected(self, inputs: Inputs, base: str) -> dict[str, Tensor]:
+        """What the suite compares a subject with."""
+        if self.suite.reference == "base":
+            return results(_forward(base), self.suite, self.comparison, inputs)
+        if self.suite.reference == "float32":
+            return self._plain(inputs)
+        return plain(self.comparison, inputs, self.comparison.problem.dtype)
+
+    def rejects(self, subject: Subject) -> str:
+        """Call a subject as the suite does: why the suite rejects it, or an empty string."""
+        suite, comparison, base = self.suite, self.comparison, GROUPED
+        if suite.reference == "base" and subject.kind == "mutant":
+            base = subject.base
+        if base not in self._wanted:
+            self._wanted[base] = self.expected(self._place(), base)
+        want, forward = self._wanted[base], subject.forward
+        if comparison.compiled:
+            torch.compiler.reset()
+            forward = torch.compile(forward, fullgraph=True, backend="eager")
+        inputs = self._place()
+        for call in range(suite.calls):
+            if call:  # x and weights are as the last call left them; the router decides anew
+                inputs.routing.expert_ids.copy_(self.pristine.routing.expert_ids)
+                inputs.routing.gates.copy_(self.pristine.routing.gates)
+            try:
+                with _isolated():
+                    got = results(forward, suite, comparison, inputs)
+            except Exception as error:  # a mutant may raise where a right implementation does not
+                return f"{type(error).__name__} on {comparison.id}"
+            if not suite.reference_first:  # but of what the subject left in the tensors
+                want = self.expected(inputs, base)
+            subject.shown = subject.shown or is_over_budget(got, self.own, comparison)
+            if why := rejection(got, want, comparison):
+                return why
+            if call + 1 < suite.calls:
+                got["y"].zero_()
+        return ""
 
 
 def apply(suite: Suite) -> list[Subject]:
     """Every subject, through the comparisons of a suite until one of them rejects it."""
-    found = subjects()
-    addresses = Addresses()
+    found, addresses = subjects(), Addresses()
     for index, comparison in enumerate(suite.comparisons):
-        callable_ = [s for s in found if not s.done and s.takes(comparison)]
-        for subject in callable_ if comparison.new_process else ():
-            subject.forward = subject.load()
-        pristine = inputs_of(suite, comparison)
-        owner = index if suite.keeps_inputs else None
-
-        def place(pristine=pristine, comparison=comparison, owner=owner) -> Inputs:
-            return addresses.place(pristine, padded=comparison.padded, owner=owner)
-
-        own = own_reference(comparison, pristine)
-        wants: dict[str, dict[str, Tensor]] = {}
-        for subject in callable_:
-            base = subject.base if suite.reference == "base" and subject.kind == "mutant" else GROUPED
-            if base not in wants:
-                wants[base] = expected(suite, comparison, place(), base)
-            why = judge(suite, comparison, subject, pristine, place, wants[base], own)
+        call = Call(suite, comparison, addresses, owner=index if suite.keeps_inputs else None)
+        for subject in (s for s in found if not s.done and s.takes(comparison)):
+            if comparison.new_process:
+                subject.forward = subject.load()
+            why = call.rejects(subject)
             subject.calls += 1
             subject.accepted += not why
             subject.rejected_by = subject.rejected_by or why

@@ -448,6 +448,7 @@ TORCHAO = Suite(
 )
 
 
+_TRANSFORMERS = Problem("", T=91, D=32, H=32, O=32, E=8, K=2, bias=False, x_scale=0.02, low_gates=True)
 TRANSFORMERS = Suite(
     name="transformers",
     source=("transformers 5.24.0 (sdist) tests/test_modeling_common.py",),
@@ -456,20 +457,7 @@ TRANSFORMERS = Suite(
     no_grad=True,
     comparisons=tuple(
         Comparison(
-            Problem(
-                "",
-                T=91,
-                D=32,
-                H=32,
-                O=32,
-                E=8,
-                K=2,
-                bias=False,
-                dtype=dtype,
-                x_scale=0.02,
-                low_gates=True,
-                seed=seed,
-            ),
+            replace(_TRANSFORMERS, dtype=dtype, seed=seed),
             {"y": partial(allclose, atol=tolerance, rtol=tolerance)},
             (32, 32),
         )
