@@ -52,7 +52,7 @@ def run(seeds: int = SEEDS) -> int:
 
 
 def made_of() -> dict[str, str]:
-    """Every lookalike and problem, and the files that they and the judgement are made of."""
+    """List every lookalike and problem, and the files that they and the judgement are made of."""
     sources = (module.__file__ for module in (lookalikes, dense, grouped))
     return (
         {f"lookalike {subject.name}": tables.digest(subject.support) for subject in LOOKALIKES}
@@ -63,7 +63,7 @@ def made_of() -> dict[str, str]:
 
 
 def takers(problem: Problem, seed: int) -> tuple[Implementation, ...]:
-    """Who judges a seed of a problem."""
+    """List the lookalikes that are held to a seed of a problem."""
     if problem.T + problem.E * (problem.F + problem.O) <= LARGE:
         return LOOKALIKES
     turn = seed % len(LOOKALIKES)
@@ -71,7 +71,7 @@ def takers(problem: Problem, seed: int) -> tuple[Implementation, ...]:
 
 
 def work(task: str) -> tables.Rows:
-    """The lines of one problem; what rejects a lookalike is printed."""
+    """Make the lines of one problem; what rejects a lookalike is printed."""
     seeds, _, name = task.partition(" seeds of ")
     rows, alarms = judge(NUMERIC[name], int(seeds))
     for alarm in alarms:
@@ -99,7 +99,7 @@ def judge(problem: Problem, seeds: int) -> tuple[tables.Rows, list[str]]:
 
 
 def _line(subject: Implementation, problem: Problem, tensor: str, fraction: float) -> dict[str, str]:
-    """One tensor of one call: its error as a fraction of its budget, or of ``EXACT``."""
+    """Make the line of one tensor of one call: its error as a fraction of its budget, or of ``EXACT``."""
     return {
         "implementation": subject.name,
         "dtype": dtype_name(problem.dtype),
@@ -129,7 +129,7 @@ def summed(rows: tables.Rows) -> tables.Rows:
 
 
 def headline(rows: tables.Rows) -> str:
-    """The figure in one sentence."""
+    """Say the figure in one sentence."""
 
     def total(column: str, among: tables.Rows = rows) -> int:
         return sum(int(row[column]) for row in among)
@@ -146,7 +146,7 @@ def headline(rows: tables.Rows) -> str:
 
 
 def worst_by(rows: tables.Rows, column: str, names: Iterable[str]) -> str:
-    """A table in markdown: the worst fraction of each name in ``column``, in each dtype."""
+    """Tabulate, in markdown, the worst fraction of each name in ``column`` and dtype."""
     lines = []
     for name in names:
         of_name = [row for row in rows if row[column] == name]
@@ -159,7 +159,7 @@ def worst_by(rows: tables.Rows, column: str, names: Iterable[str]) -> str:
 
 
 def page() -> str:
-    """The page with its tables replaced by those of the committed table."""
+    """Return the page with its tables replaced by those of the committed table."""
     frame = tables.read(CSV)
     rows = tables.records(frame)
     content = f"""{headline(rows)}.

@@ -38,7 +38,7 @@ def run() -> int:
 
 
 def report(command: str, csv: Path, changes: dict[str, list[str]]) -> str:
-    """What `tables.changes` found, in lines."""
+    """Tell what `tables.changes` found, in lines."""
     made = tables.made_at(tables.read(csv)) if csv.exists() else "not made"
     lines = [f"{csv.name}, {made}: {'stale' if changes else 'fresh'}"]
     for sort, names in changes.items():

@@ -11,7 +11,7 @@ PAGE = provenance.ROOT / "docs" / "evidence.md"
 
 
 def page() -> str:
-    """The page with its figures replaced by those of the committed tables."""
+    """Return the page with its figures replaced by those of the committed tables."""
     mutants, budgets, suites = (tables.read(m.CSV) for m in (table, error_budget, published))
     compared = published.results_table([*published.own_rows(mutants, suites), *tables.records(suites)])
     content = f"""- Wrong is rejected: {table.headline(mutants)} ([table](../results/mutants.md),

@@ -56,7 +56,7 @@ MAX_SLOT_TOKENS = 2**26
 
 
 def concern(mutant: Mutant) -> str:
-    """What a mutant gets wrong: the numbers of one forward or of its gradients, or how it behaves otherwise.
+    """Tell what a mutant gets wrong: the numbers of one forward or of its gradients, or its behaviour.
 
     Behaviour: what it remembers, writes to or leaves unwritten, strides, NaN, modes of torch.
     """
@@ -83,7 +83,7 @@ class Subject:
 
     @property
     def done(self) -> bool:
-        """A mutant is not called again once it is rejected; of others, every comparison counts."""
+        """Tell whether a subject is called no more: a mutant that is rejected; of others, all calls count."""
         return self.kind == "mutant" and bool(self.rejected_by)
 
     def takes(self, comparison: Comparison) -> bool:
@@ -96,13 +96,13 @@ class Subject:
 
 
 def zeros(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """All zero, and so is every gradient."""
+    """Return zeros, and zero gradients."""
     y = x.new_zeros(len(x), experts.w_out.shape[1])
     return y + sum(t.flatten()[:0].sum().to(x.dtype) for t in (x, routing.gates, *experts.tensors.values()))
 
 
 def subjects() -> list[Subject]:
-    """Right implementations, zeros, and each wrong expert computation, loaded anew."""
+    """Load right implementations, zeros, and each wrong expert computation anew."""
     return [
         *(Subject(name.rpartition(".")[2], "right", name, partial(_forward, name)) for name in RIGHT),
         Subject(ZEROS, "zeros", "", lambda: zeros),
@@ -119,7 +119,7 @@ def _mutant_forward(mutant: Mutant) -> Forward:
 
 
 def inputs_of(suite: Suite, comparison: Comparison) -> Inputs:
-    """`make_inputs` at the scales of a suite, with the suite's way from router logits to gates."""
+    """Make inputs at the scales of a suite, with the suite's way from router logits to gates."""
     p = comparison.problem
     x, (ids, gates), experts, dy = make_inputs(p)
     if suite.keeps_weights:
@@ -151,7 +151,7 @@ class Addresses:
         self._kept: dict[tuple, Tensor] = {}
 
     def place(self, inputs: Inputs, *, padded: bool, owner: object) -> Inputs:
-        """A copy; only copies for the same ``owner`` share addresses."""
+        """Copy inputs; only copies for the same ``owner`` share addresses."""
         position = itertools.count()
 
         def at(t: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Addresses:
 
 
 def incoming_gradient(comparison: Comparison, inputs: Inputs, y: Callable[[], Tensor]) -> Tensor | None:
-    """What flows into y, [T, O], in the dtype of x; ``y`` computes the result that it may depend on."""
+    """Compute what flows into y, [T, O], in the dtype of x; ``y`` makes the result that it may depend on."""
     if comparison.incoming == "none":
         return None
     if comparison.incoming == "dy":
@@ -177,7 +177,7 @@ def incoming_gradient(comparison: Comparison, inputs: Inputs, y: Callable[[], Te
 
 
 def plain(comparison: Comparison, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Result and gradients by the equations, every intermediate rounded to ``dtype``, in the dtypes due."""
+    """Compute y and gradients by the equations, intermediates rounded to ``dtype``, in the dtypes due."""
     x, (ids, gates), experts, _ = inputs
 
     def values(dy: Tensor | None) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def plain(comparison: Comparison, inputs: Inputs, dtype: torch.dtype) -> dict[st
 
 
 def results(forward: Forward, suite: Suite, comparison: Comparison, inputs: Inputs) -> dict[str, Tensor]:
-    """One call as the suite makes it: y, and the gradients that the suite looks at."""
+    """Call as the suite does: y, and the gradients that the suite looks at."""
     if comparison.incoming == "none":
         with torch.no_grad() if suite.no_grad else contextlib.nullcontext():
             y = forward(inputs.x, inputs.routing, inputs.experts, combine="sum")
@@ -211,7 +211,7 @@ def results(forward: Forward, suite: Suite, comparison: Comparison, inputs: Inpu
 
 
 def rejection(got: dict[str, Tensor], want: dict[str, Tensor], comparison: Comparison) -> str:
-    """The first tensor that a suite's rule rejects, or an empty string."""
+    """Name the first tensor that a suite's rule rejects; an empty string if there is none."""
     for name, rule in comparison.rules.items():
         if not rule(got[name], want[name]):
             return f"{'y' if name == 'y' else f'the gradient of {name}'} on {comparison.id}"
@@ -219,7 +219,7 @@ def rejection(got: dict[str, Tensor], want: dict[str, Tensor], comparison: Compa
 
 
 def is_over_budget(got: dict[str, Tensor], own: compare.Reference, comparison: Comparison) -> bool:
-    """Whether this suite's budgets reject any tensor that the suite compares."""
+    """Tell whether this suite's budgets reject any tensor that the suite compares."""
     due = {name: t for name, t in got.items() if name in comparison.rules}
     wanted = {"dtype": own.problem.dtype, "shape": own.oracle.values["y"].shape}
     if "y" in due and any(getattr(due["y"], what) != value for what, value in wanted.items()):
@@ -229,7 +229,7 @@ def is_over_budget(got: dict[str, Tensor], own: compare.Reference, comparison: C
 
 @contextlib.contextmanager
 def _isolated():
-    """What a subject does to the state of torch does not reach the next one."""
+    """Keep what a subject does to the state of torch from the next one."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), fresh_memory_is_nan():
         warnings.simplefilter("ignore")
         try:
@@ -253,7 +253,7 @@ class Call:
         return plain(self.comparison, inputs, torch.float32)
 
     def expected(self, inputs: Inputs, base: str) -> dict[str, Tensor]:
-        """What the suite compares a subject with."""
+        """Compute what the suite compares a subject with."""
         if self.suite.reference == "base":
             return results(_forward(base), self.suite, self.comparison, inputs)
         if self.suite.reference == "float32":
@@ -292,7 +292,7 @@ class Call:
 
 
 def apply(suite: Suite) -> list[Subject]:
-    """Every subject, through the comparisons of a suite until one of them rejects it."""
+    """Take every subject through the comparisons of a suite until one of them rejects it."""
     found, addresses = subjects(), Addresses()
     for index, comparison in enumerate(suite.comparisons):
         call = Call(suite, comparison, addresses, owner=index if suite.keeps_inputs else None)
@@ -307,7 +307,7 @@ def apply(suite: Suite) -> list[Subject]:
 
 
 def run() -> int:
-    """Apply every suite to every subject, in twenty minutes on two CPUs."""
+    """Apply every suite to every subject, in a quarter of an hour on two CPUs."""
     tables.write(CSV, tables.make(CSV, made_of(), list(BY_NAME), work), made_of())
     write_atomically(PAGE, page().encode())
     print(f"{CSV}\n{PAGE}")
@@ -315,12 +315,12 @@ def run() -> int:
 
 
 def page() -> str:
-    """The page of the committed tables."""
+    """Write out the page of the committed tables."""
     return summary(tables.read(CSV), tables.read(table.CSV))
 
 
 def made_of() -> dict[str, str]:
-    """Every mutant and suite, and the files that they and the judgement are made of."""
+    """List mutants and suites, and the files that they and the judgement are made of."""
     of_mutants = {k: v for k, v in table.made_of().items() if k.startswith(("mutant experts", "file"))}
     suites = {
         f"suite {suite.name}": tables.digest([(c.id, c.problem) for c in suite.comparisons])
@@ -330,7 +330,7 @@ def made_of() -> dict[str, str]:
 
 
 def work(name: str) -> tables.Rows:
-    """The lines of the table for one suite."""
+    """Make the lines of the table for one suite."""
     suite, mutants = BY_NAME[name], {m.name: m for m in EXPERTS}
     lines = []
     for s in apply(suite):
@@ -353,7 +353,7 @@ def work(name: str) -> tables.Rows:
 
 
 def own_rows(mutants: pd.DataFrame, frame: pd.DataFrame) -> tables.Rows:
-    """The lines of this suite, from its own table: of those mutants that both tables have."""
+    """Make the lines of this suite, from its own table: of those mutants that both tables have."""
     concerns = dict(zip(frame["subject"], frame["concern"], strict=True))
     return [
         {
@@ -370,7 +370,7 @@ def own_rows(mutants: pd.DataFrame, frame: pd.DataFrame) -> tables.Rows:
 
 
 def results_table(found: tables.Rows) -> pd.DataFrame:
-    """A line for each suite: what it accepts, and how many mutants it kills."""
+    """Tabulate for each suite what it accepts and how many mutants it kills."""
 
     def share(verdict: str, of: tables.Rows) -> str:
         return f"{sum(row['verdict'] == verdict for row in of)} of {len(of)}"
@@ -392,7 +392,7 @@ def results_table(found: tables.Rows) -> pd.DataFrame:
 
 
 def rules_table() -> pd.DataFrame:
-    """A line for each rule of each suite: the dtypes and tensors that it is applied to."""
+    """Tabulate for each rule of each suite the dtypes and tensors that it is applied to."""
     lines: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for suite in SUITES:
         for comparison in suite.comparisons:
@@ -409,7 +409,7 @@ def rules_table() -> pd.DataFrame:
 
 
 def survivors_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """For each suite the mutants that give wrong results in its own calls and that its rules accept."""
+    """Tabulate for each suite the mutants that are wrong in its own calls and that its rules accept."""
     survived = (frame["kind"] == "mutant") & (frame["verdict"] != KILLED) & (frame["shown"] == "yes")
     names = frame[survived].groupby("suite", sort=False)["subject"].agg(", ".join)
     suites = frame["suite"].drop_duplicates()
@@ -428,7 +428,7 @@ def _paragraph(suite: Suite) -> str:
 
 
 def summary(frame: pd.DataFrame, mutants: pd.DataFrame) -> str:
-    """The comparison as a page, from its table, that of this suite's mutants and the suites' data."""
+    """Write the comparison out as a page: from its table, that of the mutants and the suites' data."""
     found = [*own_rows(mutants, frame), *tables.records(frame)]
     count = len({row["subject"] for row in found if row["kind"] == "mutant"})
     right = dict.fromkeys(row["subject"] for row in found if row["kind"] == "right")

@@ -20,35 +20,35 @@ Rule = Callable[[Tensor, Tensor], bool]  # rule(got, want): whether a suite acce
 
 
 def allclose(got: Tensor, want: Tensor, *, atol: float, rtol: float) -> bool:
-    """Every entry within atol + rtol |want|, of equal shape and dtype; NaN is never close."""
+    """Accept entries within atol + rtol |want|, of equal shape and dtype; NaN is never close."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
     return torch.allclose(got, want, atol=atol, rtol=rtol)
 
 
 def allclose_as_float32(got: Tensor, want: Tensor, *, atol: float, rtol: float) -> bool:
-    """`allclose` of both after a cast, so of any dtype."""
+    """Apply `allclose` to both after a cast, so to any dtype."""
     return allclose(got.float(), want.float(), atol=atol, rtol=rtol)
 
 
 def allclose_relative_to_result(got: Tensor, want: Tensor, *, atol: float, rtol: float) -> bool:
-    """`allclose` with the two exchanged: the relative part is of the result."""
+    """Apply `allclose` with the two exchanged: the relative part is of the result."""
     return allclose(want, got, atol=atol, rtol=rtol)
 
 
 def largest_error(got: Tensor, want: Tensor, *, below: float) -> bool:
-    """The largest |got - want| is below a limit."""
+    """Accept a largest |got - want| below a limit."""
     return bool((got - want).abs().max() < below)
 
 
 def sqnr(got: Tensor, want: Tensor, *, at_least: float) -> bool:
-    """The norm of the result over the norm of its error, in dB: one figure for the whole tensor."""
+    """Accept a norm of the result over that of its error of so many dB: one figure for the whole tensor."""
     signal, noise = torch.linalg.vector_norm(got), torch.linalg.vector_norm(got - want)
     return bool(20 * torch.log10(signal / noise) >= at_least)
 
 
 def matched(got: Tensor, want: Tensor, *, atol: float, rtol: float, ratio: float) -> bool:
-    """Finite, of equal shape and dtype, and not more than 1 - ratio of the entries off by both measures."""
+    """Accept finite entries of equal shape and dtype, at most 1 - ratio of them off by both measures."""
     if got.shape != want.shape or got.dtype != want.dtype or not bool(torch.isfinite(got).all()):
         return False
     error = (got.float() - want.float()).abs()
@@ -65,7 +65,7 @@ def exists(got: Tensor | None, want: Tensor) -> bool:
 
 
 def describe(rule: Rule) -> str:
-    """A rule as it is called: allclose(atol=0.01, rtol=0.01)."""
+    """Write a rule as it is called: allclose(atol=0.01, rtol=0.01)."""
     if isinstance(rule, partial):
         return f"{rule.func.__name__}({', '.join(f'{k}={v:g}' for k, v in rule.keywords.items())})"
     return getattr(rule, "__name__", repr(rule))
@@ -160,7 +160,7 @@ def _unit(n: int) -> float:
 
 
 def _linear(n: int) -> float:
-    """torch.nn.Linear: uniform in ±1/√n."""
+    """Deviate as torch.nn.Linear: uniform in ±1/√n."""
     return (3 * n) ** -0.5
 
 

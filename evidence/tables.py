@@ -28,12 +28,12 @@ Rows = list[dict[str, str]]
 
 
 def digest(*things: object) -> str:
-    """Twelve hexadecimal digits that differ where the representations of ``things`` do."""
+    """Return twelve hexadecimal digits that differ where the representations of ``things`` do."""
     return hashlib.sha256(repr(things).encode()).hexdigest()[:12]
 
 
 def code_of(text: str) -> str:
-    """Source text as its syntax tree, without docstrings, comments and layout."""
+    """Reduce source text to what it does: its syntax tree, without docstrings, comments and layout."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
@@ -42,7 +42,7 @@ def code_of(text: str) -> str:
 
 
 def files(*paths: Path) -> dict[str, str]:
-    """Files of code, by their path in the checkout, each with the digest of what it does."""
+    """List files of code, by their path in the checkout, each with the digest of what it does."""
     return {
         f"file {path.relative_to(provenance.ROOT).as_posix()}": digest(code_of(path.read_text("utf-8")))
         for path in sorted(paths)
@@ -50,13 +50,13 @@ def files(*paths: Path) -> dict[str, str]:
 
 
 def judges() -> dict[str, str]:
-    """The files that decide what is right: what all evidence is made of."""
+    """List the files that decide what is right, which all evidence is made of."""
     rooms = (provenance.ROOT / "correctness" / room for room in JUDGES)
     return files(*(path for room in rooms for path in room.glob("*.py")))
 
 
 def read(table: Path) -> pd.DataFrame:
-    """A table of results, all cells as text.
+    """Read a table of results, all cells as text.
 
     Raises:
         FileNotFoundError: there is none, with the table's name.
@@ -65,7 +65,7 @@ def read(table: Path) -> pd.DataFrame:
 
 
 def records(frame: pd.DataFrame) -> Rows:
-    """The rows of a table, each as column: cell."""
+    """List the rows of a table, each as column: cell."""
     return frame.to_dict(orient="records")  # pyright: ignore[reportReturnType]
 
 
@@ -79,7 +79,7 @@ def write(table: Path, rows: Rows, made_of: dict[str, str]) -> pd.DataFrame:
 
 
 def made_at(frame: pd.DataFrame) -> str:
-    """Commit, version of torch and processor of a table's rows, in words."""
+    """Say at which commit, with which torch and on which processor a table's rows were made."""
     commits = ", ".join(commit[:12] + commit[40:] for commit in frame["git_commit"].drop_duplicates())
     versions, devices = (", ".join(frame[c].drop_duplicates()) for c in ("torch_version", "device_name"))
     plural = "s" if "," in commits else ""
@@ -117,7 +117,7 @@ def make(
 def _results(
     work: Callable[[str], Rows], tasks: list[str], workers: int | None
 ) -> Iterator[tuple[str, Rows]]:
-    """Each task and its rows, as they are done; by one worker in this process."""
+    """Yield each task and its rows, as they are done; by one worker in this process."""
     if workers == 1:
         yield from ((task, _alone(work, task)) for task in tasks)
         return
@@ -137,7 +137,7 @@ def _alone(work: Callable[[str], Rows], task: str) -> Rows:
 
 
 def _interrupted(part: Path, head: dict[str, str]) -> dict[str, Rows]:
-    """The tasks that an interrupted run of the same has done; of the last line perhaps half was written."""
+    """Read what an interrupted run of the same has done; of the last line perhaps half was written."""
     done: dict[str, Rows] = {}
     lines = part.read_text(encoding="utf-8").splitlines() if part.exists() else []
     if not lines or json.loads(lines[0]) != head:
@@ -152,7 +152,7 @@ def _interrupted(part: Path, head: dict[str, str]) -> dict[str, Rows]:
 
 
 def changes(table: Path, made_of: dict[str, str]) -> dict[str, list[str]]:
-    """What was added, changed and removed since a table was made; and what else makes it stale.
+    """Compare what a table was made of with the checkout.
 
     Returns:
         for each of "added", "changed", "removed" and "besides" what it says; empty if the table is fresh.

@@ -17,7 +17,7 @@ SUPPORT = Support(autocast=True, second_order=True, fullgraph=True, exports=True
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     wide = torch.promote_types(x.dtype, torch.float32)
     ids, E = routing.expert_ids, len(experts.w_in)
     chosen = F.one_hot(ids, E).any(dim=1)  # [T, E]

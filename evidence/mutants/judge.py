@@ -35,7 +35,7 @@ def _subject(kind: str, name: str, module: types.ModuleType) -> Subject:
 
 
 def trials(kind: str, name: str, module: types.ModuleType) -> list[Trial]:
-    """Everything that a right module of a kind is held to, but for problems that are drawn."""
+    """List everything that a right module of a kind is held to, but for problems that are drawn."""
     return [
         Trial(case.check.name, case.problem_id, case.run)
         for case in cases([_subject(kind, name, module)])
@@ -44,12 +44,12 @@ def trials(kind: str, name: str, module: types.ModuleType) -> list[Trial]:
 
 
 def check_names(kind: str) -> list[str]:
-    """The names of the checks of a kind, in the order of the suite."""
+    """List the names of the checks of a kind, in the order of the suite."""
     return list(dict.fromkeys(check.name for check in CHECKS[kind] if not check.drawn))
 
 
 def finding(trial: Trial) -> str | None:
-    """What a check finds; None if it passes."""
+    """Run a check: what it finds, or None if it passes."""
     try:
         trial.run()
     except CheckFailed as failure:
@@ -60,7 +60,7 @@ def finding(trial: Trial) -> str | None:
 
 
 def judge(mutant: Mutant, check: str) -> str | None:
-    """What a check finds first in a mutant; None if it passes.
+    """Run a check on a mutant: what it finds first, or None if the mutant passes.
 
     The check that is meant to reject the mutant runs on the problems that are meant to show it only. A check
     begins with a module that has not been called before.
@@ -75,7 +75,7 @@ def judge(mutant: Mutant, check: str) -> str | None:
 
 
 def verdicts(mutant: Mutant) -> dict[str, str | None]:
-    """What each check that applies to a mutant finds in it first; None for a check that it passes."""
+    """Run each check that applies to a mutant: what it finds first, or None for one that is passed."""
     names = dict.fromkeys(trial.check for trial in trials(mutant.kind, mutant.name, mutant.load()))
     return {name: judge(mutant, name) for name in names}
 
@@ -84,7 +84,7 @@ KILLED, SURVIVED, OTHERWISE = "killed", "survived", "killed for another reason"
 
 
 def verdict(mutant: Mutant, finding: str | None) -> str:
-    """What ``finding``, of the check meant to reject it, makes of a mutant."""
+    """Say what ``finding``, of the check meant to reject it, makes of a mutant."""
     if finding is None:
         return SURVIVED
     return KILLED if re.search(mutant.finding, finding) else OTHERWISE

@@ -15,12 +15,12 @@ from moe_impls.interface import RouterSpec, Routing
 
 
 def wide(t: Tensor) -> torch.dtype:
-    """The dtype in which sums over ``t`` are kept: at least float32."""
+    """Choose the dtype in which sums over ``t`` are kept: at least float32."""
     return torch.promote_types(t.dtype, torch.float32)
 
 
 def cv_squared(v: Tensor, *, population: bool = False) -> Tensor:
-    """Var(v) / mean(v)² of v [E]; the variance divides by E - 1, that of the population by E."""
+    """Compute var(v) / mean(v)² of v [E]; the variance divides by E - 1, that of the population by E."""
     v = v.to(wide(v))
     if len(v) == 1:
         return 0 * v.sum()
@@ -33,14 +33,14 @@ def cv_squared(v: Tensor, *, population: bool = False) -> Tensor:
 def auxiliary_loss(
     importance: Tensor, load: Tensor, loss_coef: float = 1e-2, *, population: bool = False
 ) -> Tensor:
-    """loss_coef * (cv²(importance) + cv²(load)), both [E]."""
+    """Compute loss_coef * (cv²(importance) + cv²(load)), both [E]."""
     balance = cv_squared(importance, population=population)
     balance = balance + cv_squared(load, population=population)
     return balance * loss_coef
 
 
 def load_balancing_loss(logits: Tensor, expert_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """E * Σ f P of logits [T, E]: f, each expert's share of the slots, and P, its mean probability."""
+    """Compute E * Σ f P of logits [T, E]: f, each expert's share of the slots, P, its mean probability."""
     (T, E), K = logits.shape, expert_ids.shape[1]
     logits, weight = masked(logits, mask)
     tokens = weight.sum().clamp(min=1)
@@ -51,7 +51,7 @@ def load_balancing_loss(logits: Tensor, expert_ids: Tensor, *, mask: Tensor | No
 
 
 def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The mean over the tokens of logits [T, E] of logsumexp²."""
+    """Average logsumexp² over the tokens of logits [T, E]."""
     logits, weight = masked(logits, mask)
     z = logits.logsumexp(dim=1)  # [T]
     squares = z.square()
@@ -59,7 +59,7 @@ def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
 
 def masked(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits [T, E] with zeros in padding rows, and the weight of each token, [T]."""
+    """Return logits [T, E] with zeros in padding rows, and the weight of each token, [T]."""
     logits = logits.to(wide(logits))
     mask = torch.ones(len(logits), dtype=torch.bool) if mask is None else mask
     logits_without_padding = logits.masked_fill(~mask.unsqueeze(1), 0)
@@ -69,7 +69,7 @@ def masked(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 def noisy_top_k(
     clean: Tensor, raw_scale: Tensor, spec: RouterSpec, *, generator: torch.Generator | None = None
 ) -> tuple[Routing, Tensor]:
-    """Route clean [T, E] + Normal noise of scale softplus(raw_scale) + 0.01, and the load [E]; K < E."""
+    """Route clean [T, E] + Normal noise of scale softplus(raw_scale) + 0.01; with the load [E]; K < E."""
     deviation = F.softplus(raw_scale) + 0.01
     eps = torch.randn(clean.shape, dtype=clean.dtype, generator=generator)
     noisy = clean + eps * deviation
@@ -78,7 +78,7 @@ def noisy_top_k(
 
 
 def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
-    """How often each expert is among the top k if its noise alone is drawn again, summed over tokens: [E]."""
+    """Sum over tokens the chance that an expert is among the top k if its own noise is drawn again: [E]."""
     top = noisy.topk(k + 1, dim=1).values  # [T, k + 1]
     kth, one_after = top[:, k - 1 : k], top[:, k:]
     largest_of_others = torch.where(noisy >= kth, one_after, kth)  # the k-th largest, [T, E]
@@ -87,11 +87,11 @@ def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
 
 
 def count_load(routing: Routing, num_experts: int) -> Tensor:
-    """How many tokens visit each expert: [E]."""
+    """Count the tokens that visit each expert: [E]."""
     return routing.expert_ids.flatten().bincount(minlength=num_experts)
 
 
 def importance(routing: Routing, num_experts: int) -> Tensor:
-    """The sum of each expert's gates: [E], in at least float32."""
+    """Sum each expert's gates: [E], in at least float32."""
     gates = routing.gates.to(wide(routing.gates))
     return gates.new_zeros(num_experts).index_add(0, routing.expert_ids.flatten(), gates.flatten())

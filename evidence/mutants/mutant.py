@@ -73,12 +73,12 @@ class Mutant:
 
 
 def _code(line: str) -> str:
-    """A line without indentation and comment."""
+    """Strip a line of indentation and comment."""
     return line.strip().partition("  #")[0]
 
 
 def _changes(edit: list[str]) -> list[tuple[list[str], list[str]]]:
-    """The lines of the base and those that replace them, for each change of an edit."""
+    """Pair the lines of the base with those that replace them, for each change of an edit."""
     changes: list[tuple[list[str], list[str]]] = []
     before = "+ "
     for sign, line in ((line[:2], line[2:]) for line in edit):
@@ -94,13 +94,13 @@ def _changes(edit: list[str]) -> list[tuple[list[str], list[str]]]:
 
 
 def read(kind: str) -> list[Mutant]:
-    """The mutants of a kind, from its file."""
+    """Read the mutants of a kind from its file."""
     path = Path(__file__).with_name(f"{kind}.txt")
     return parse(path.read_text(encoding="utf-8"), kind, path.name)
 
 
 def parse(text: str, kind: str, file: str = "text") -> list[Mutant]:
-    """The mutants that a text holds.
+    """Read the mutants that a text holds.
 
     Raises:
         ValueError: a line is none of those described above, or two mutants have one name.
@@ -135,7 +135,7 @@ def parse(text: str, kind: str, file: str = "text") -> list[Mutant]:
 
 
 def _heading(text: str, kind: str) -> tuple[str, str]:
-    """The family and the base of a heading."""
+    """Read the family and the base of a heading."""
     family, _, base = (part.strip() for part in text.partition("|"))
     base = base or KINDS[kind][0]
     if base not in KINDS[kind]:
@@ -144,7 +144,7 @@ def _heading(text: str, kind: str) -> tuple[str, str]:
 
 
 def _header(line: str, kind: str, family: str, base: str) -> Mutant:
-    """A mutant without its edit, from the line that names it."""
+    """Read a mutant, but for its edit, from the line that names it."""
     if line.count(" | ") < 2:
         raise ValueError("a mutant is 'name | check | finding', with '| on: ...' and '| source: ...' if any")
     name, check, finding, *rest = line.split(" | ")

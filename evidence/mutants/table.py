@@ -30,12 +30,12 @@ def run() -> int:
 
 
 def page() -> str:
-    """The page of the committed table."""
+    """Write out the page of the committed table."""
     return summary(tables.read(CSV))
 
 
 def made_of() -> dict[str, str]:
-    """Every mutant with its base, every check with its problems, and the files that decide what is right."""
+    """List mutants with their bases, checks with their problems, and the files that decide what is right."""
     bases = {m.base: tables.code_of(inspect.getsource(import_module(m.base))) for m in MUTANTS}
     problems: dict[str, set[str]] = {}
     for kind, base in {(m.kind, m.base) for m in MUTANTS}:
@@ -49,13 +49,13 @@ def made_of() -> dict[str, str]:
 
 
 def work(name: str) -> tables.Rows:
-    """The line of one mutant."""
+    """Make the line of one mutant."""
     mutant = BY_NAME[name]
     return [row(mutant, verdicts(mutant))]
 
 
 def row(mutant: Mutant, verdicts: dict[str, str | None]) -> dict[str, str]:
-    """One line of the table, from what each check that applies to the mutant finds in it."""
+    """Make one line of the table, from what each check that applies to the mutant finds in it."""
     finding = verdicts[mutant.killed_by]
     return {
         "kind": mutant.kind,
@@ -73,12 +73,12 @@ def row(mutant: Mutant, verdicts: dict[str, str | None]) -> dict[str, str]:
 
 
 def check_columns(frame: pd.DataFrame) -> list[str]:
-    """The columns that say what each check made of a mutant: those of the table's own commit."""
+    """List the columns that say what each check made of a mutant: those of the table's own commit."""
     return [column for column in frame.columns if ":" in column]
 
 
 def by_family(frame: pd.DataFrame) -> pd.DataFrame:
-    """How many mutants of each family there are, and how many are killed for the reason stated."""
+    """Count the mutants of each family, and those that are killed for the reason stated."""
     counted = frame.assign(mutants=1, killed=(frame["verdict"] == KILLED).astype(int))
     return pd.DataFrame(
         counted.groupby(["kind", "family"], sort=False)[["mutants", "killed"]].sum()
@@ -86,7 +86,7 @@ def by_family(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_check(frame: pd.DataFrame) -> pd.DataFrame:
-    """For each check: the mutants it is meant for, those it kills, and those that no other check kills."""
+    """Count for each check the mutants it is meant for, those it kills, and those that it alone kills."""
     columns = check_columns(frame)
     kills = frame[columns] == "killed"
     meant = (frame["kind"] + ":" + frame["meant_check"]).value_counts()
@@ -102,7 +102,7 @@ def by_check(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(frame: pd.DataFrame) -> str:
-    """The figure in one sentence."""
+    """Say the figure in one sentence."""
     counts = frame["kind"].value_counts()
     kinds = ", ".join(f"{counts.get(kind, 0)} {name}" for kind, name in NAMES.items())
     killed = frame["verdict"].tolist().count(KILLED)
@@ -110,7 +110,7 @@ def headline(frame: pd.DataFrame) -> str:
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """The table as a page: figures, families, checks, and every mutant with the check that kills it."""
+    """Write a table out as a page: figures, families, checks, and every mutant with its check."""
     others = (frame[check_columns(frame)] == "killed").sum(axis=1) - (frame["verdict"] == KILLED).astype(int)
     mutants = frame[["kind", "mutant", "meant_check"]].assign(others=others, source=frame["source"])
     return f"""# Mutants

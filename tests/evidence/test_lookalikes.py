@@ -20,7 +20,7 @@ SELECTION = list(NUMERIC.values())[::37]
 
 
 def spread() -> list[Case]:
-    """Every check on every lookalike and on each of its problems, but not on each pair of the two."""
+    """Pair every check with every lookalike and with each of its problems, but not every two of them."""
     found = {}
     for check in (check for check in CHECKS if not check.drawn):
         for i in range(max(len(check.problems), len(LOOKALIKES))):

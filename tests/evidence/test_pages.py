@@ -60,7 +60,7 @@ BUDGETS_OF_THEN = [
 
 @pytest.fixture
 def then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with tables of another commit: checks, suites and lookalikes have other names now."""
+    """Write tables of another commit into a folder: checks, suites and lookalikes have other names now."""
     for module, rows in (
         (table, MUTANTS_OF_THEN),
         (published, SUITES_OF_THEN),

@@ -104,12 +104,12 @@ def test_inputs_have_the_published_scales(suite: Suite) -> None:
 
 
 def small(suite: Suite, **changes) -> Suite:
-    """A suite with its first comparison only, changed."""
+    """Keep the first comparison of a suite only, changed."""
     return replace(suite, comparisons=suite.comparisons[:1], **changes)
 
 
 def verdict(suite: Suite, name: str) -> Subject:
-    """What a suite makes of one mutant."""
+    """Apply a suite to one mutant."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published, "EXPERTS", [m for m in EXPERTS if m.name == name])
         return next(s for s in published.apply(suite) if s.name == name)
