@@ -43,9 +43,9 @@ LARGE = 2**9  # tokens and rows of weights, above which a seed of a problem goes
 
 def run(seeds: int = SEEDS) -> int:
     """Judge the lookalikes on ``seeds`` seeds of every problem, in hours; 1 if any is a false alarm."""
-    tasks = [f"{seeds} seeds of {name}" for name in NUMERIC]
-    rows = summed(tables.make(CSV, made_of(), tasks, work))
-    tables.write(CSV, rows, made_of())
+    of, tasks = made_of(), [f"{seeds} seeds of {name}" for name in NUMERIC]
+    rows = summed(tables.make(CSV, of, tasks, work))
+    tables.write(CSV, rows, of)
     write_atomically(PAGE, page().encode())
     print(f"{headline(rows)}\n{CSV}\n{PAGE}")
     return int(any(row["false_alarms"] != "0" for row in rows))

@@ -21,7 +21,8 @@ BY_NAME = {f"{mutant.kind} {mutant.name}": mutant for mutant in MUTANTS}
 
 def run() -> int:
     """Judge every mutant by every check that applies to it; 1 if one survives. Half an hour on two CPUs."""
-    frame = tables.write(CSV, tables.make(CSV, made_of(), list(BY_NAME), work), made_of())
+    of = made_of()
+    frame = tables.write(CSV, tables.make(CSV, of, list(BY_NAME), work), of)
     write_atomically(PAGE, page().encode())
     for _, survivor in frame[frame["verdict"] != KILLED].iterrows():
         print(f"{survivor['kind']} {survivor['mutant']}: {survivor['verdict']}: {survivor['finding']}")
