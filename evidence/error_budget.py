@@ -1,75 +1,137 @@
-"""How much of the error budget right implementations use: a CSV, and the tables of docs/error-budget.md.
+"""How much of the error budget right implementations use: ``python -m evidence lookalikes``.
 
-The first command measures, the second writes the tables of that file into the page:
-
-    pytest tests/evidence/test_lookalikes.py --seeds 200 --error-budget results/error_budget.csv
-    python -m evidence.error_budget
-
-Parts of the measurement that were run apart, by pytest's choice of tests, are joined first: ``python -m
-evidence.error_budget PART.csv...``.
-
-Nothing on the page is typed by hand that one of them can say.
+Every problem with a rounding budget or exact numbers, on many seeds: of the smaller problems, which hold
+every combination of options, by every lookalike; of the larger ones each seed goes to one lookalike in turn.
+What comes of it is results/error_budget.csv and the tables of docs/error-budget.md.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from correctness.checks.table import CHECKS
+from correctness.judging.calling import run_both_ways
+from correctness.judging.compare import reference, require_right
+from correctness.judging.finding import CheckFailed
+from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
 from correctness.session.summary import TENSORS
+from evidence import lookalikes, tables
+from evidence.lookalikes import LOOKALIKES
+from evidence.mutants import dense, grouped
 from moe_impls.interface import DTYPES, Implementation, dtype_name
 from reporting import provenance
 from reporting.pages import markdown_table, with_block, write_atomically
 
-CSV, PAGE = (
-    provenance.ROOT / "results" / "error_budget.csv",
-    provenance.ROOT / "docs" / "error-budget.md",
-)
+CSV = tables.RESULTS / "error_budget.csv"
+PAGE = provenance.ROOT / "docs" / "error-budget.md"
+COMMAND = "python -m evidence pages"  # names the part of a page that is written from tables
+FIRST_SEED, SEEDS = 1000, 200
 EXACT = "exact"  # in place of a tensor: all results of an exact problem, which allows no error
-COLUMNS = (
-    "implementation", "dtype", "tensor", "seeds", "comparisons", "false_alarms", "worst_fraction", "problem",
-)  # fmt: skip
+NUMERIC = {
+    problem.id: problem for check in CHECKS if check.name in ("values", "exact") for problem in check.problems
+}
+FIGURES = ("seeds", "comparisons", "false_alarms", "worst_fraction", "problem")
+LARGE = 2**9  # tokens and rows of weights, above which a seed of a problem goes to one lookalike
 
 
-class Worst:
-    """The largest error of each implementation, dtype and tensor, as a fraction of its budget, and where."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[str, str, str], dict] = {}
-
-    def add(self, subject: Implementation, problem: Problem, fractions: dict[str, float]) -> None:
-        """One call that was judged: the error of each tensor as a fraction of its budget, or of ``EXACT``."""
-        for tensor, fraction in fractions.items():
-            key = (subject.name, dtype_name(problem.dtype), tensor)
-            row = self._rows.setdefault(
-                key, {"seeds": set(), "comparisons": 0, "alarms": 0, "worst": (-1.0, "")}
-            )
-            row["seeds"].add(problem.seed)
-            row["comparisons"] += 1
-            row["alarms"] += not fraction <= 1
-            row["worst"] = max(row["worst"], (fraction, problem.id))
-
-    def write(self, path: str | Path) -> None:
-        made, lines = provenance.columns(), []
-        for key, row in self._rows.items():
-            fraction, problem = row["worst"]
-            counts = len(row["seeds"]), row["comparisons"], row["alarms"]
-            lines.append((*made.values(), *key, *counts, f"{fraction:.3g}", problem))
-        frame = pd.DataFrame(lines, columns=[*made, *COLUMNS])
-        write_atomically(Path(path), frame.to_csv(index=False, lineterminator="\n").encode())
+def run(seeds: int = SEEDS) -> int:
+    """Judge the lookalikes on ``seeds`` seeds of every problem, in hours; 1 if any is a false alarm."""
+    of, tasks = made_of(), [f"{seeds} seeds of {name}" for name in NUMERIC]
+    rows = summed(tables.make(CSV, of, tasks, work))
+    tables.write(CSV, rows, of)
+    write_atomically(PAGE, page().encode())
+    print(f"{headline(rows)}\n{CSV}\n{PAGE}")
+    return int(any(row["false_alarms"] != "0" for row in rows))
 
 
-def read(path: str | Path = CSV) -> list[dict[str, str]]:
-    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict(orient="records")
+def made_of() -> dict[str, str]:
+    """List every lookalike and problem, and the files that they and the judgement are made of."""
+    sources = (module.__file__ for module in (lookalikes, dense, grouped))
+    return (
+        {f"lookalike {subject.name}": tables.digest(subject.support) for subject in LOOKALIKES}
+        | {f"problem {name}": tables.digest(problem) for name, problem in NUMERIC.items()}
+        | tables.files(*(Path(source) for source in sources if source))
+        | tables.judges()
+    )
 
 
-def headline(rows: list[dict[str, str]]) -> str:
-    """The figure in one sentence."""
+def takers(problem: Problem, seed: int) -> tuple[Implementation, ...]:
+    """List the lookalikes that are held to a seed of a problem."""
+    if problem.T + problem.E * (problem.F + problem.O) <= LARGE:
+        return LOOKALIKES
+    turn = seed % len(LOOKALIKES)
+    return LOOKALIKES[turn : turn + 1]
 
-    def total(column: str, among: list[dict[str, str]] = rows) -> int:
+
+def work(task: str) -> tables.Rows:
+    """Make the lines of one problem; what rejects a lookalike is printed."""
+    seeds, _, name = task.partition(" seeds of ")
+    rows, alarms = judge(NUMERIC[name], int(seeds))
+    for alarm in alarms:
+        print(alarm, file=sys.stderr, flush=True)
+    return rows
+
+
+def judge(problem: Problem, seeds: int) -> tuple[tables.Rows, list[str]]:
+    """Hold lookalikes to a problem on many seeds: a line for each of them and tensor, and false alarms."""
+    lines, alarms = [], []
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        seeded = replace(problem, seed=seed)
+        inputs = make_inputs(seeded)
+        for subject in takers(problem, seed):
+            try:
+                fractions = require_right(next(run_both_ways(subject, seeded, inputs)), seeded)
+            except CheckFailed as failure:
+                alarms.append(f"{subject.name}: {failure}")
+                fractions = failure.fractions or {"y": math.inf}
+            assert problem.exact or all(math.isfinite(reference(seeded).budget[n]) for n in fractions)
+            if problem.exact:
+                fractions = {EXACT: max(fractions.values())}
+            lines += [_line(subject, seeded, tensor, fraction) for tensor, fraction in fractions.items()]
+    return [row | {"seeds": row["comparisons"]} for row in summed(lines)], alarms
+
+
+def _line(subject: Implementation, problem: Problem, tensor: str, fraction: float) -> dict[str, str]:
+    """Make the line of one tensor of one call: its error as a fraction of its budget, or of ``EXACT``."""
+    return {
+        "implementation": subject.name,
+        "dtype": dtype_name(problem.dtype),
+        "tensor": tensor,
+        "seeds": "1",
+        "comparisons": "1",
+        "false_alarms": str(int(not fraction <= 1)),
+        "worst_fraction": "inf" if math.isnan(fraction) else f"{fraction:.3g}",
+        "problem": problem.id,
+    }
+
+
+def summed(rows: tables.Rows) -> tables.Rows:
+    """Join the lines of each implementation, dtype and tensor (of a commit): their sums and the worst."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        key = tuple(row[column] for column in row if column not in FIGURES)
+        if key not in found:
+            found[key] = dict(row)
+            continue
+        kept = found[key]
+        worst = max(kept, row, key=lambda r: float(r["worst_fraction"]))
+        sums = {c: str(int(kept[c]) + int(row[c])) for c in ("comparisons", "false_alarms")}
+        seeds = str(max(int(kept["seeds"]), int(row["seeds"])))  # every problem has the same ones
+        kept.update(sums, seeds=seeds, worst_fraction=worst["worst_fraction"], problem=worst["problem"])
+    return list(found.values())
+
+
+def headline(rows: tables.Rows) -> str:
+    """Say the figure in one sentence."""
+
+    def total(column: str, among: tables.Rows = rows) -> int:
         return sum(int(row[column]) for row in among)
 
     seeds, count = {int(row["seeds"]) for row in rows}, len({row["implementation"] for row in rows})
@@ -83,34 +145,29 @@ def headline(rows: list[dict[str, str]]) -> str:
     )
 
 
-def tables(rows: list[dict[str, str]]) -> str:
-    """Markdown: the worst fraction of each tensor over all implementations, and of each implementation."""
-    lines = [f"{headline(rows)}.\n"]
-    for column, names in (("tensor", TENSORS), ("implementation", [row["implementation"] for row in rows])):
-        table = []
-        for name in dict.fromkeys(names):
-            of_name = [row for row in rows if row[column] == name]
-            cells = {column: name}
-            for dtype in map(dtype_name, DTYPES):
-                found = [float(row["worst_fraction"]) for row in of_name if row["dtype"] == dtype]
-                cells[dtype] = f"{max(found):.2f}" if found else ""
-            table.append(cells)
-        lines += [markdown_table(pd.DataFrame(table)), ""]
-    return "\n".join(lines)
+def worst_by(rows: tables.Rows, column: str, names: Iterable[str]) -> str:
+    """Tabulate, in markdown, the worst fraction of each name in ``column`` and dtype."""
+    lines = []
+    for name in names:
+        of_name = [row for row in rows if row[column] == name]
+        cells = {column: name}
+        for dtype in map(dtype_name, DTYPES):
+            found = [float(row["worst_fraction"]) for row in of_name if row["dtype"] == dtype]
+            cells[dtype] = f"{max(found):.2f}" if found else ""
+        lines.append(cells)
+    return markdown_table(pd.DataFrame(lines))
 
 
-def page_with(text: str, rows: list[dict[str, str]]) -> str:
-    """The page with its tables replaced by those of ``rows``."""
-    return with_block(text, "python -m evidence.error_budget", tables(rows))
+def page() -> str:
+    """Return the page with its tables replaced by those of the committed table."""
+    frame = tables.read(CSV)
+    rows = tables.records(frame)
+    content = f"""{headline(rows)}.
 
+{worst_by(rows, "tensor", TENSORS)}
 
-def join(parts: list[str]) -> None:
-    """Write the rows of several files into one; each says by which commit it was made."""
-    frames = [pd.read_csv(part, dtype=str, keep_default_na=False) for part in parts]
-    write_atomically(CSV, pd.concat(frames).to_csv(index=False, lineterminator="\n").encode())
+{worst_by(rows, "implementation", frame["implementation"].drop_duplicates())}
 
-
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        join(sys.argv[1:])
-    write_atomically(PAGE, page_with(PAGE.read_text(encoding="utf-8"), read()).encode())
+The table behind this was {tables.made_at(frame)}.
+"""
+    return with_block(PAGE.read_text(encoding="utf-8"), COMMAND, content)

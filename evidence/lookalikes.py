@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from evidence.mutants import grouped
+from evidence.mutants import dense, grouped
 from moe_impls.functional import accumulation_dtype, activate, combine_slots, expert_mlp
 from moe_impls.interface import GATED_ACTIVATIONS, Experts, Implementation, Routing, Support
 
@@ -37,18 +37,18 @@ def activate_output(out: Tensor, output_activation: str) -> Tensor:
 
 
 def sorted_slots(routing: Routing, experts: Experts) -> tuple[Tensor, list[int]]:
-    """The slots [T * K] in the order of their experts, and how many each expert has."""
+    """Sort the slots [T * K] in the order of their experts, and how many each expert has."""
     flat = routing.expert_ids.flatten()
     return flat.argsort(stable=True), flat.bincount(minlength=len(experts.w_in)).tolist()
 
 
 def sorted_rows(x: Tensor, order: Tensor, K: int) -> Tensor:
-    """The row of x of each slot, [T * K, D]; the gradients of a token's slots meet in at least float32."""
+    """Gather the rows of x of all slots, [T * K, D]; the gradients of a token add up in at least float32."""
     return wide(x).repeat_interleave(K, dim=0)[order].to(x.dtype)
 
 
 def sorted_outputs(rows: Tensor, counts: list[int], experts: Experts, expert: Expert) -> Tensor:
-    """``expert`` on the rows of each expert that has some (of each if there are none at all): [T * K, O]."""
+    """Run ``expert`` on the rows of each expert that has some (of each if none has): [T * K, O]."""
     options = experts.activation, experts.output_activation
     return torch.cat(
         [
@@ -60,7 +60,7 @@ def sorted_outputs(rows: Tensor, counts: list[int], experts: Experts, expert: Ex
 
 
 def slot_outputs(x: Tensor, routing: Routing, experts: Experts, expert: Expert = expert_mlp) -> Tensor:
-    """The output of each slot's expert, [T, K, O]: a loop over the experts."""
+    """Compute the output of each slot's expert, [T, K, O], in a loop over the experts."""
     T, K = routing.expert_ids.shape
     order, counts = sorted_slots(routing, experts)
     outputs = sorted_outputs(sorted_rows(x, order, K), counts, experts, expert)
@@ -68,7 +68,7 @@ def slot_outputs(x: Tensor, routing: Routing, experts: Experts, expert: Expert =
 
 
 def reversed_order(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Tokens, features, experts and choices all from last to first."""
+    """Take tokens, features, experts and choices all from last to first."""
     last = len(experts.w_in) - 1
     turned = Routing((last - routing.expert_ids).flip(0, 1), routing.gates.flip(0, 1))
     mirrored = experts.map(lambda w: w.flip(0))
@@ -85,7 +85,7 @@ def reversed_order(x: Tensor, routing: Routing, experts: Experts, *, combine: st
 
 
 def last_choice_first(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """A running sum over the choices from the last, or a running logaddexp with a derivative by hand."""
+    """Keep a running sum over the choices from the last, or a running logaddexp with a derivative by hand."""
     values, gates = wide(slot_outputs(x, routing, experts)), wide(routing.gates).unsqueeze(-1)
     choices = range(values.shape[1] - 1, -1, -1)
     if combine == "sum":
@@ -102,7 +102,7 @@ def last_choice_first(x: Tensor, routing: Routing, experts: Experts, *, combine:
 
 
 def smallest_gates_first(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Each token's choices in the order of the size of their gates, summed up one by one."""
+    """Sum each token's choices one by one, in the order of the size of their gates."""
     ids, gates = routing
     order = gates.detach().abs().argsort(dim=1)
     ordered = Routing(ids.gather(1, order), gates.gather(1, order))
@@ -113,7 +113,7 @@ def smallest_gates_first(x: Tensor, routing: Routing, experts: Experts, *, combi
 
 
 def split_products(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Both products in two halves of what they sum over, added in float32: split-K."""
+    """Split both products in two halves of what they sum over, added in float32: split-K."""
 
     def product(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         n = w.shape[1] // 2
@@ -128,7 +128,7 @@ def split_products(x: Tensor, routing: Routing, experts: Experts, *, combine: st
 
 
 def token_chunks(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Three chunks of tokens, one after the other; the weights' gradients are summed over them in float32."""
+    """Take three chunks of tokens in turn; the weights' gradients are summed over them in float32."""
     size = len(x) // 3 + 1
     weights = experts.map(wide)
     parts = zip(wide(x).split(size), *(t.split(size) for t in routing), strict=True)
@@ -138,7 +138,7 @@ def token_chunks(x: Tensor, routing: Routing, experts: Experts, *, combine: str 
 
 
 def unfused(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Every operation rounds to the dtype of x: products, then biases, gate and up apart, gated outputs."""
+    """Round every operation to the dtype of x: products, then biases, gate and up apart, gated outputs."""
 
     def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation):
         h = add(rows @ w_in.T, b_in)
@@ -156,19 +156,19 @@ def unfused(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
 
 
 def float32_inside(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Everything in float32 (float64 where x is), and one rounding at the end."""
+    """Compute everything in float32 (float64 where x is), and one rounding at the end."""
     outputs = slot_outputs(wide(x), routing, experts.map(wide))
     return combine_slots(outputs, routing.gates, combine).to(x.dtype)
 
 
 def float64_inside(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Everything in float64, and one rounding at the end."""
+    """Compute everything in float64, and one rounding at the end."""
     outputs = slot_outputs(x.double(), routing, experts.map(Tensor.double))
     return combine_slots(outputs, routing.gates.double(), combine).to(x.dtype)
 
 
 def other_formulas(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """gelu by erfc, silu by tanh, relu as a maximum, clamps as minimum and maximum."""
+    """Compute gelu by erfc, silu by tanh, relu as a maximum, clamps as minimum and maximum."""
 
     def single(h: Tensor, name: str) -> Tensor:
         if name == "gelu":
@@ -195,7 +195,7 @@ def other_formulas(x: Tensor, routing: Routing, experts: Experts, *, combine: st
 
 
 def gate_on_hidden(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """The gate multiplies the hidden units, before the second product, wherever that is linear in it."""
+    """Multiply the hidden units by the gate, before the second product, wherever that is linear in it."""
     if combine != "sum" or experts.output_activation != "none":
         return combine_slots(slot_outputs(x, routing, experts), routing.gates, combine).to(x.dtype)
     K = routing.gates.shape[1]
@@ -216,7 +216,7 @@ def gate_on_hidden(x: Tensor, routing: Routing, experts: Experts, *, combine: st
 
 
 def gathered_weights(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Each slot gathers its own weights; products of one matrix and one vector for each slot."""
+    """Gather the weights of each slot; multiply one matrix by one vector for each slot."""
     K = routing.expert_ids.shape[1]
     size = max(1, 2**22 // (K * experts.w_in[0].numel()))  # tokens at a time, to bound memory
     weights = experts.map(wide)
@@ -230,29 +230,8 @@ def gathered_weights(x: Tensor, routing: Routing, experts: Experts, *, combine: 
     return combine_slots(torch.cat(parts), routing.gates, combine).to(x.dtype)
 
 
-def one_hot_einsum(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Every expert on every token, with zeros where the router did not choose; the combine is an einsum."""
-    ids, E = routing.expert_ids, len(experts.w_in)
-    chosen = F.one_hot(ids, E).any(dim=1)  # [T, E]
-    chosen_gates = routing.gates.to(accumulation_dtype(x.dtype))
-    gates = torch.zeros_like(chosen, dtype=chosen_gates.dtype).scatter(1, ids, chosen_gates)
-    weights = experts.map(wide)
-    rows = torch.where(chosen.unsqueeze(-1), wide(x).unsqueeze(1), 0)  # [T, E, D]
-    h = add(torch.einsum("ted,efd->tef", rows, weights.w_in), weights.b_in)
-    out = add(
-        torch.einsum("teh,eoh->teo", activate(h, experts.activation), weights.w_out), weights.b_out
-    )  # [T, E, O]
-    out = activate_output(out, experts.output_activation)
-    if combine == "sum":
-        return torch.einsum("te,teo->to", gates, out).to(x.dtype)
-    largest = out.detach().masked_fill((gates == 0).unsqueeze(-1), -torch.inf).amax(dim=1)
-    largest = largest.masked_fill(largest == -torch.inf, 0)
-    powers = (out - largest.unsqueeze(1)).clamp(max=80.0).exp()
-    return (torch.einsum("te,teo->to", gates, powers).log() + largest).to(x.dtype)
-
-
 def sparse_matrices(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Dispatch and combine are products with a sparse matrix of ones [T * K, T] and with its transpose."""
+    """Dispatch and combine by products with a sparse matrix of ones [T * K, T] and its transpose."""
     T, K = routing.expert_ids.shape
     order, counts = sorted_slots(routing, experts)
     tokens = order // K
@@ -272,7 +251,7 @@ def sparse_matrices(x: Tensor, routing: Routing, experts: Experts, *, combine: s
 
 
 def padded_batch(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Every expert gets as many rows as the busiest, padded with zeros: two batched products."""
+    """Pad every expert's rows with zeros to those of the busiest: two batched products."""
     T, K = routing.expert_ids.shape
     E, O, _ = experts.w_out.shape
     order, counts = sorted_slots(routing, experts)
@@ -290,7 +269,7 @@ def padded_batch(x: Tensor, routing: Routing, experts: Experts, *, combine: str 
 
 
 def accumulated_slots(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Gated rows are added to their tokens in the order of the experts, by an accumulating index_put."""
+    """Add gated rows to their tokens in the order of the experts, by an accumulating index_put."""
     K = routing.expert_ids.shape[1]
     order, counts = sorted_slots(routing, experts)
     tokens = order // K
@@ -308,7 +287,7 @@ def accumulated_slots(x: Tensor, routing: Routing, experts: Experts, *, combine:
 
 
 def checkpointed(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """The experts are run again in the backward, by torch.utils.checkpoint."""
+    """Run the experts again in the backward, by torch.utils.checkpoint."""
     outputs = checkpoint(slot_outputs, x, routing, experts, use_reentrant=False, preserve_rng_state=False)
     return combine_slots(outputs, routing.gates, combine).to(x.dtype)
 
@@ -336,7 +315,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def recomputed(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Only the inputs are kept; the backward runs the whole layer again."""
+    """Keep the inputs only; the backward runs the whole layer again."""
     e = experts
     return _Recomputed.apply(
         routing.expert_ids, x, routing.gates,
@@ -345,7 +324,7 @@ def recomputed(x: Tensor, routing: Routing, experts: Experts, *, combine: str = 
 
 
 def slope(h: Tensor, activation: str) -> Tensor:
-    """∂a/∂h by hand, [N, F] as h."""
+    """Differentiate the activation by hand: ∂a/∂h, [N, F] as h."""
     if activation == "relu":
         return (h > 0).to(h.dtype)
     if activation == "gelu":
@@ -414,7 +393,7 @@ class _Handwritten(torch.autograd.Function):
 
 
 def handwritten_backward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """An autograd.Function whose backward is the chain rule written out."""
+    """Write the chain rule out, as the backward of an autograd.Function."""
     e = experts
     return _Handwritten.apply(
         routing.expert_ids, x, routing.gates,
@@ -423,7 +402,7 @@ def handwritten_backward(x: Tensor, routing: Routing, experts: Experts, *, combi
 
 
 def tokens_as_columns(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Weights times columns, w @ xᵀ, as column-major libraries do; the result is a transposed view."""
+    """Multiply weights by columns, w @ xᵀ, as column-major libraries do; the result is a transposed view."""
 
     def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation):
         h = w_in @ rows.mT if b_in is None else torch.addmm(b_in.unsqueeze(1), w_in, rows.mT)  # [F, N]
@@ -436,7 +415,7 @@ def tokens_as_columns(x: Tensor, routing: Routing, experts: Experts, *, combine:
 
 
 def larger_buffer(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """The result is a window of a larger buffer whose other cells hold NaN."""
+    """Return a window of a larger buffer whose other cells hold NaN."""
     buffer = x.new_full((len(x) + 3, experts.w_out.shape[1] + 2), torch.nan)
     window = (slice(1, len(x) + 1), slice(2, None))
     buffer[window] = combine_slots(slot_outputs(x, routing, experts), routing.gates, combine)
@@ -446,8 +425,6 @@ def larger_buffer(x: Tensor, routing: Routing, experts: Experts, *, combine: str
 PLAIN = Support(autocast=True)
 # Declared where the graph of the backward is of its own kind: it is slow to check.
 TWICE = replace(PLAIN, second_order=True)
-# No shape depends on the routing.
-ONE_GRAPH = replace(TWICE, fullgraph=True, exports=True, no_host_sync=True)
 # An accumulating index_put adds in the order in which threads arrive.
 ANY_ORDER = replace(TWICE, deterministic=False)
 
@@ -458,15 +435,14 @@ LOOKALIKES = tuple(
         (last_choice_first, PLAIN),
         (smallest_gates_first, PLAIN),
         (split_products, PLAIN),
-        (token_chunks, PLAIN),
+        (token_chunks, Support()),  # autocast would sum weights' gradients over the chunks in bfloat16
         (unfused, PLAIN),
         (float32_inside, PLAIN),
         (float64_inside, PLAIN),
         (other_formulas, PLAIN),
         (gate_on_hidden, PLAIN),
         (gathered_weights, TWICE),
-        (one_hot_einsum, ONE_GRAPH),
-        (sparse_matrices, TWICE),
+        (sparse_matrices, replace(TWICE, autocast=False)),  # or the combine, a product, sums in bfloat16
         (padded_batch, TWICE),
         (accumulated_slots, ANY_ORDER),
         (checkpointed, TWICE),
@@ -475,4 +451,7 @@ LOOKALIKES = tuple(
         (tokens_as_columns, TWICE),
         (larger_buffer, TWICE),
     )
-) + (Implementation("grouped", grouped.forward, grouped.SUPPORT),)  # what most mutants are edits of
+) + (  # what mutants are edits of
+    Implementation("one_hot_einsum", dense.forward, dense.SUPPORT),
+    Implementation("grouped", grouped.forward, grouped.SUPPORT),
+)

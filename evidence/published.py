@@ -1,9 +1,8 @@
-"""What the rules of published MoE test suites would have made of the mutants.
+"""What the rules of published MoE test suites make of the mutants: ``python -m evidence published``.
 
-``python -m evidence.published`` applies every suite of `evidence.published_suites` to right
-implementations, to one that returns zeros and to the wrong expert computations of `evidence.mutants`, and
-writes results/verification.csv and results/verification.md. The figures of this suite beside them are those
-of results/mutants.csv.
+Every suite of `evidence.published_suites` is applied to right implementations, to one that returns zeros and
+to the wrong expert computations of `evidence.mutants`: results/verification.csv and its page. The figures of
+this suite beside them are those of results/mutants.csv.
 
 A subject is killed by a suite if any of the suite's comparisons rejects a tensor or if it raises. In favour
 of the suites: new memory holds NaN until it is written to, inputs of equal shape lie at the addresses of
@@ -12,21 +11,15 @@ earlier ones, and a mutant keeps its state from the first comparison of a suite 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import itertools
-import os
 import re
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-# As in conftest.py: threads that wait for work must not spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pandas as pd
 import torch
@@ -38,32 +31,32 @@ from correctness.judging import calling, compare
 from correctness.oracle.experts import evaluate
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs
-from evidence.mutants import table
-from evidence.mutants.experts import EXPERTS
-from evidence.mutants.mutant import KILLED, SURVIVED, Mutant
+from evidence import published_suites, tables
+from evidence.mutants import MUTANTS, Mutant, table
+from evidence.mutants.judge import KILLED, SURVIVED
 from evidence.published_suites import SUITES, Comparison, Suite, describe
 from moe_impls.interface import Experts, Forward, RouterSpec, Routing, dtype_name
 from moe_impls.router import route
-from reporting import provenance
 from reporting.pages import markdown_table, write_atomically
 
-CSV = provenance.ROOT / "results" / "verification.csv"
+CSV = tables.RESULTS / "verification.csv"
+PAGE = CSV.with_suffix(".md")
 OURS = "this suite"
-
-
-RIGHT = ("evidence.mutants.grouped", "moe_impls.sorted_dispatch", "moe_impls.dense_mask")
-
-
+BY_NAME = {suite.name: suite for suite in SUITES}
+EXPERTS = [mutant for mutant in MUTANTS if mutant.kind == "experts"]
+# Right implementations: what the mutants are made of, and the loop that is the plainest.
+GROUPED, DENSE = "evidence.mutants.grouped", "evidence.mutants.dense"
+RIGHT = (GROUPED, "moe_impls.sorted_dispatch", DENSE)
 ZEROS = "zeros"
 CONCERNS = ("forward", "gradients", "behaviour")
 # What is right in numbers and large in memory leaves out problems with more pairs than this: of token and
-# expert, for dense_mask and its mutants; of slot and token, for the mutants by a one-hot product.
+# expert, for `dense` and its mutants; of slot and token, for the mutants by a one-hot product.
 MAX_TOKEN_EXPERTS = 2**17
 MAX_SLOT_TOKENS = 2**26
 
 
 def concern(mutant: Mutant) -> str:
-    """What a mutant gets wrong: the numbers of one forward or of its gradients, or how it behaves otherwise.
+    """Tell what a mutant gets wrong: the numbers of one forward or of its gradients, or its behaviour.
 
     Behaviour: what it remembers, writes to or leaves unwritten, strides, NaN, modes of torch.
     """
@@ -90,7 +83,7 @@ class Subject:
 
     @property
     def done(self) -> bool:
-        """A mutant is not called again once it is rejected; of others, every comparison counts."""
+        """Tell whether a subject is called no more: a mutant that is rejected; of others, all calls count."""
         return self.kind == "mutant" and bool(self.rejected_by)
 
     def takes(self, comparison: Comparison) -> bool:
@@ -99,17 +92,17 @@ class Subject:
             return False
         if "one_hot_product" in self.name and p.T * p.K * p.T > MAX_SLOT_TOKENS:
             return False
-        return self.base != "moe_impls.dense_mask" or p.T * p.E <= MAX_TOKEN_EXPERTS
+        return self.base != DENSE or p.T * p.E <= MAX_TOKEN_EXPERTS
 
 
 def zeros(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """All zero, and so is every gradient."""
+    """Return zeros, and zero gradients."""
     y = x.new_zeros(len(x), experts.w_out.shape[1])
     return y + sum(t.flatten()[:0].sum().to(x.dtype) for t in (x, routing.gates, *experts.tensors.values()))
 
 
 def subjects() -> list[Subject]:
-    """Right implementations, zeros, and each wrong expert computation, loaded anew."""
+    """Load right implementations, zeros, and each wrong expert computation anew."""
     return [
         *(Subject(name.rpartition(".")[2], "right", name, partial(_forward, name)) for name in RIGHT),
         Subject(ZEROS, "zeros", "", lambda: zeros),
@@ -126,7 +119,7 @@ def _mutant_forward(mutant: Mutant) -> Forward:
 
 
 def inputs_of(suite: Suite, comparison: Comparison) -> Inputs:
-    """`make_inputs` at the scales of a suite, with the suite's way from router logits to gates."""
+    """Make inputs at the scales of a suite, with the suite's way from router logits to gates."""
     p = comparison.problem
     x, (ids, gates), experts, dy = make_inputs(p)
     if suite.keeps_weights:
@@ -158,7 +151,7 @@ class Addresses:
         self._kept: dict[tuple, Tensor] = {}
 
     def place(self, inputs: Inputs, *, padded: bool, owner: object) -> Inputs:
-        """A copy; only copies for the same ``owner`` share addresses."""
+        """Copy inputs; only copies for the same ``owner`` share addresses."""
         position = itertools.count()
 
         def at(t: Tensor) -> Tensor:
@@ -173,7 +166,7 @@ class Addresses:
 
 
 def incoming_gradient(comparison: Comparison, inputs: Inputs, y: Callable[[], Tensor]) -> Tensor | None:
-    """What flows into y, [T, O], in the dtype of x; ``y`` computes the result that it may depend on."""
+    """Compute what flows into y, [T, O], in the dtype of x; ``y`` makes the result that it may depend on."""
     if comparison.incoming == "none":
         return None
     if comparison.incoming == "dy":
@@ -184,7 +177,7 @@ def incoming_gradient(comparison: Comparison, inputs: Inputs, y: Callable[[], Te
 
 
 def plain(comparison: Comparison, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Result and gradients by the equations, every intermediate rounded to ``dtype``, in the dtypes due."""
+    """Compute y and gradients by the equations, intermediates rounded to ``dtype``, in the dtypes due."""
     x, (ids, gates), experts, _ = inputs
 
     def values(dy: Tensor | None) -> dict[str, Tensor]:
@@ -194,24 +187,8 @@ def plain(comparison: Comparison, inputs: Inputs, dtype: torch.dtype) -> dict[st
     return {name: t.to((inputs.tensors | {"y": inputs.x})[name].dtype) for name, t in found.items()}
 
 
-def expected(suite: Suite, comparison: Comparison, inputs: Inputs, base: str) -> dict[str, Tensor]:
-    """What a suite compares with."""
-    if suite.reference == "base":
-        return results(_forward(base or RIGHT[0]), suite, comparison, inputs)
-    dtype = torch.float32 if suite.reference == "float32" else comparison.problem.dtype
-    return plain(comparison, inputs, dtype)
-
-
-def own_reference(comparison: Comparison, inputs: Inputs) -> compare.Reference:
-    """This suite's reference for the same call: the float64 oracle and its budgets."""
-    p = comparison.problem
-    dy = incoming_gradient(comparison, inputs, lambda: plain(comparison, inputs, torch.float32)["y"])
-    dy = inputs.dy if dy is None else dy
-    return compare.make_reference(p, inputs._replace(dy=dy), comparison.incoming != "none")
-
-
 def results(forward: Forward, suite: Suite, comparison: Comparison, inputs: Inputs) -> dict[str, Tensor]:
-    """One call as the suite makes it: y, and the gradients that the suite looks at."""
+    """Call as the suite does: y, and the gradients that the suite looks at."""
     if comparison.incoming == "none":
         with torch.no_grad() if suite.no_grad else contextlib.nullcontext():
             y = forward(inputs.x, inputs.routing, inputs.experts, combine="sum")
@@ -234,7 +211,7 @@ def results(forward: Forward, suite: Suite, comparison: Comparison, inputs: Inpu
 
 
 def rejection(got: dict[str, Tensor], want: dict[str, Tensor], comparison: Comparison) -> str:
-    """The first tensor that a suite's rule rejects, or an empty string."""
+    """Name the first tensor that a suite's rule rejects; an empty string if there is none."""
     for name, rule in comparison.rules.items():
         if not rule(got[name], want[name]):
             return f"{'y' if name == 'y' else f'the gradient of {name}'} on {comparison.id}"
@@ -242,7 +219,7 @@ def rejection(got: dict[str, Tensor], want: dict[str, Tensor], comparison: Compa
 
 
 def is_over_budget(got: dict[str, Tensor], own: compare.Reference, comparison: Comparison) -> bool:
-    """Whether this suite's budgets reject any tensor that the suite compares."""
+    """Tell whether this suite's budgets reject any tensor that the suite compares."""
     due = {name: t for name, t in got.items() if name in comparison.rules}
     wanted = {"dtype": own.problem.dtype, "shape": own.oracle.values["y"].shape}
     if "y" in due and any(getattr(due["y"], what) != value for what, value in wanted.items()):
@@ -252,7 +229,7 @@ def is_over_budget(got: dict[str, Tensor], own: compare.Reference, comparison: C
 
 @contextlib.contextmanager
 def _isolated():
-    """What a subject does to the state of torch does not reach the next one."""
+    """Keep what a subject does to the state of torch from the next one."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), fresh_memory_is_nan():
         warnings.simplefilter("ignore")
         try:
@@ -261,77 +238,101 @@ def _isolated():
             torch.set_grad_enabled(True)
 
 
-def _unchanged(before: Inputs, after: Inputs) -> bool:
-    pairs = [(before.tensors[n], after.tensors[n]) for n in before.tensors]
-    pairs += [(before.routing.expert_ids, after.routing.expert_ids), (before.dy, after.dy)]
-    return all(torch.equal(a, b) for a, b in pairs)
+class Call:
+    """One comparison of a suite: its inputs, what it compares with, and this suite's oracle and budgets."""
 
+    def __init__(self, suite: Suite, comparison: Comparison, addresses: Addresses, owner: object) -> None:
+        self.suite, self.comparison, self.pristine = suite, comparison, inputs_of(suite, comparison)
+        self._place = partial(addresses.place, self.pristine, padded=comparison.padded, owner=owner)
+        self._wanted: dict[str, dict[str, Tensor]] = {}  # by the base of the subject
+        dy = incoming_gradient(comparison, self.pristine, lambda: self._plain(self.pristine)["y"])
+        inputs = self.pristine if dy is None else self.pristine._replace(dy=dy)
+        self.own = compare.make_reference(comparison.problem, inputs, comparison.incoming != "none")
 
-def judge(
-    suite: Suite,
-    comparison: Comparison,
-    subject: Subject,
-    pristine: Inputs,
-    place: Callable[[], Inputs],
-    want: dict[str, Tensor],
-    own: compare.Reference,
-) -> str:
-    """Call a subject as the suite does: why the suite rejects it, or an empty string."""
-    forward = subject.forward
-    if comparison.compiled:
-        torch.compiler.reset()
-        forward = torch.compile(forward, fullgraph=True, backend="eager")
-    inputs = place()
-    for call in range(suite.calls):
-        if call:  # x and weights are as the last call left them; the router decides anew
-            inputs.routing.expert_ids.copy_(pristine.routing.expert_ids)
-            inputs.routing.gates.copy_(pristine.routing.gates)
-        try:
-            with _isolated():
-                got = results(forward, suite, comparison, inputs)
-        except Exception as error:  # a mutant may raise where a right implementation does not
-            return f"{type(error).__name__} on {comparison.id}"
-        if not suite.reference_first and not _unchanged(pristine, inputs):
-            want = expected(suite, comparison, inputs, subject.base)
-        subject.shown = subject.shown or is_over_budget(got, own, comparison)
-        why = rejection(got, want, comparison)
-        if why:
-            return why
-        if call + 1 < suite.calls:
-            got["y"].zero_()
-    return ""
+    def _plain(self, inputs: Inputs) -> dict[str, Tensor]:
+        return plain(self.comparison, inputs, torch.float32)
+
+    def expected(self, inputs: Inputs, base: str) -> dict[str, Tensor]:
+        """Compute what the suite compares a subject with."""
+        if self.suite.reference == "base":
+            return results(_forward(base), self.suite, self.comparison, inputs)
+        if self.suite.reference == "float32":
+            return self._plain(inputs)
+        return plain(self.comparison, inputs, self.comparison.problem.dtype)
+
+    def rejects(self, subject: Subject) -> str:
+        """Call a subject as the suite does: why the suite rejects it, or an empty string."""
+        suite, comparison, base = self.suite, self.comparison, GROUPED
+        if suite.reference == "base" and subject.kind == "mutant":
+            base = subject.base
+        if base not in self._wanted:
+            self._wanted[base] = self.expected(self._place(), base)
+        want, forward = self._wanted[base], subject.forward
+        if comparison.compiled:
+            torch.compiler.reset()
+            forward = torch.compile(forward, fullgraph=True, backend="eager")
+        inputs = self._place()
+        for call in range(suite.calls):
+            if call:  # x and weights are as the last call left them; the router decides anew
+                inputs.routing.expert_ids.copy_(self.pristine.routing.expert_ids)
+                inputs.routing.gates.copy_(self.pristine.routing.gates)
+            try:
+                with _isolated():
+                    got = results(forward, suite, comparison, inputs)
+            except Exception as error:  # a mutant may raise where a right implementation does not
+                return f"{type(error).__name__} on {comparison.id}"
+            if not suite.reference_first:  # but of what the subject left in the tensors
+                want = self.expected(inputs, base)
+            subject.shown = subject.shown or is_over_budget(got, self.own, comparison)
+            if why := rejection(got, want, comparison):
+                return why
+            if call + 1 < suite.calls:
+                got["y"].zero_()
+        return ""
 
 
 def apply(suite: Suite) -> list[Subject]:
-    """Every subject, through the comparisons of a suite until one of them rejects it."""
-    found = subjects()
-    addresses = Addresses()
+    """Take every subject through the comparisons of a suite until one of them rejects it."""
+    found, addresses = subjects(), Addresses()
     for index, comparison in enumerate(suite.comparisons):
-        callable_ = [s for s in found if not s.done and s.takes(comparison)]
-        for subject in callable_ if comparison.new_process else ():
-            subject.forward = subject.load()
-        pristine = inputs_of(suite, comparison)
-        owner = index if suite.keeps_inputs else None
-
-        def place(pristine=pristine, comparison=comparison, owner=owner) -> Inputs:
-            return addresses.place(pristine, padded=comparison.padded, owner=owner)
-
-        own = own_reference(comparison, pristine)
-        wants: dict[str, dict[str, Tensor]] = {}
-        for subject in callable_:
-            base = subject.base if suite.reference == "base" and subject.kind == "mutant" else RIGHT[0]
-            if base not in wants:
-                wants[base] = expected(suite, comparison, place(), base)
-            why = judge(suite, comparison, subject, pristine, place, wants[base], own)
+        call = Call(suite, comparison, addresses, owner=index if suite.keeps_inputs else None)
+        for subject in (s for s in found if not s.done and s.takes(comparison)):
+            if comparison.new_process:
+                subject.forward = subject.load()
+            why = call.rejects(subject)
             subject.calls += 1
             subject.accepted += not why
             subject.rejected_by = subject.rejected_by or why
     return found
 
 
-def rows(suite: Suite) -> list[dict[str, str]]:
-    """The lines of the table for one suite."""
-    mutants = {m.name: m for m in EXPERTS}
+def run() -> int:
+    """Apply every suite to every subject, in a quarter of an hour on two CPUs."""
+    of = made_of()
+    tables.write(CSV, tables.make(CSV, of, list(BY_NAME), work), of)
+    write_atomically(PAGE, page().encode())
+    print(f"{CSV}\n{PAGE}")
+    return 0
+
+
+def page() -> str:
+    """Write out the page of the committed tables."""
+    return summary(tables.read(CSV), tables.read(table.CSV))
+
+
+def made_of() -> dict[str, str]:
+    """List mutants and suites, and the files that they and the judgement are made of."""
+    of_mutants = {k: v for k, v in table.made_of().items() if k.startswith(("mutant experts", "file"))}
+    suites = {
+        f"suite {suite.name}": tables.digest([(c.id, c.problem) for c in suite.comparisons])
+        for suite in SUITES
+    }
+    return of_mutants | suites | tables.files(Path(__file__), Path(published_suites.__file__))
+
+
+def work(name: str) -> tables.Rows:
+    """Make the lines of the table for one suite."""
+    suite, mutants = BY_NAME[name], {m.name: m for m in EXPERTS}
     lines = []
     for s in apply(suite):
         mutant = mutants[s.name] if s.kind == "mutant" else None
@@ -352,40 +353,27 @@ def rows(suite: Suite) -> list[dict[str, str]]:
     return lines
 
 
-def own_rows() -> list[dict[str, str]]:
-    """The lines of this suite, from its own table of mutants; none as long as there is no such table.
-
-    Raises:
-        ValueError: the table does not list the mutants of this checkout.
-    """
-    if not table.CSV.exists():
-        return []
-    judged = table.read()
-    verdicts = dict(zip(judged["kind"] + judged["mutant"], judged["verdict"], strict=True))
-    missing = [m.name for m in EXPERTS if m.kind + m.name not in verdicts]
-    if missing:
-        raise ValueError(f"{table.CSV} does not list {', '.join(missing)}: run pytest correctness --mutants")
+def own_rows(mutants: pd.DataFrame, frame: pd.DataFrame) -> tables.Rows:
+    """Make the lines of this suite, from its own table: of those mutants that both tables have."""
+    concerns = dict(zip(frame["subject"], frame["concern"], strict=True))
     return [
         {
             "suite": OURS,
             "kind": "mutant",
-            "subject": m.name,
-            "concern": concern(m),
-            "verdict": verdicts[m.kind + m.name],
+            "subject": row["mutant"],
+            "concern": concerns[row["mutant"]],
+            "verdict": row["verdict"],
             "shown": "yes",
         }
-        for m in EXPERTS
+        for row in tables.records(mutants)
+        if row["kind"] == "experts" and row["mutant"] in concerns
     ]
 
 
-def read(path: Path = CSV) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+def results_table(found: tables.Rows) -> pd.DataFrame:
+    """Tabulate for each suite what it accepts and how many mutants it kills."""
 
-
-def results_table(found: list[dict]) -> pd.DataFrame:
-    """A line for each suite: what it accepts, and how many mutants it kills."""
-
-    def share(verdict: str, of: list[dict]) -> str:
+    def share(verdict: str, of: tables.Rows) -> str:
         return f"{sum(row['verdict'] == verdict for row in of)} of {len(of)}"
 
     lines = []
@@ -405,7 +393,7 @@ def results_table(found: list[dict]) -> pd.DataFrame:
 
 
 def rules_table() -> pd.DataFrame:
-    """A line for each rule of each suite: the dtypes and tensors that it is applied to."""
+    """Tabulate for each rule of each suite the dtypes and tensors that it is applied to."""
     lines: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for suite in SUITES:
         for comparison in suite.comparisons:
@@ -422,10 +410,11 @@ def rules_table() -> pd.DataFrame:
 
 
 def survivors_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """For each suite the mutants that give wrong results in its own calls and that its rules accept."""
+    """Tabulate for each suite the mutants that are wrong in its own calls and that its rules accept."""
     survived = (frame["kind"] == "mutant") & (frame["verdict"] != KILLED) & (frame["shown"] == "yes")
     names = frame[survived].groupby("suite", sort=False)["subject"].agg(", ".join)
-    return pd.DataFrame([{"suite": s.name, "accepted": names.get(s.name, "none")} for s in SUITES])
+    suites = frame["suite"].drop_duplicates()
+    return pd.DataFrame([{"suite": suite, "accepted": names.get(suite, "none")} for suite in suites])
 
 
 def _paragraph(suite: Suite) -> str:
@@ -439,24 +428,26 @@ def _paragraph(suite: Suite) -> str:
 """
 
 
-def page(frame: pd.DataFrame) -> str:
-    """The comparison as a page, from its table, that of this suite's mutants and the suites' data."""
-    made = frame.iloc[0]
-    found = [*own_rows(), *frame.to_dict(orient="records")]
+def summary(frame: pd.DataFrame, mutants: pd.DataFrame) -> str:
+    """Write the comparison out as a page: from its table, that of the mutants and the suites' data."""
+    found = [*own_rows(mutants, frame), *tables.records(frame)]
     count = len({row["subject"] for row in found if row["kind"] == "mutant"})
-    paragraphs = "\n".join(_paragraph(suite) for suite in SUITES)
+    right = dict.fromkeys(row["subject"] for row in found if row["kind"] == "right")
+    suites = frame["suite"].drop_duplicates()
+    paragraphs = "\n".join(_paragraph(BY_NAME[name]) for name in suites if name in BY_NAME)
     return f"""# What published rules make of the same mutants
 
-The tolerance rules and problem sets of {len(SUITES)} published MoE test suites, re-created as data and
-applied to the {count} wrong expert computations of `evidence/mutants/`. Written by
-`python -m evidence.published` at commit {made["git_commit"][:12]} with torch {made["torch_version"]} on
-{made["device_name"]}; every verdict and the comparison behind it: [{CSV.name}]({CSV.name}).
+The tolerance rules and problem sets of {len(suites)} published MoE test suites, re-created as data and
+applied to the {count} wrong expert computations of `evidence/mutants/`. The table was
+{tables.made_at(frame)}, by
+`python -m evidence published`; every verdict and the comparison behind it: [{CSV.name}]({CSV.name}).
+The line of this suite is from [{table.CSV.name}]({table.CSV.name}), {tables.made_at(mutants)}.
 
 ## Figures
 
 {markdown_table(results_table(found))}
 
-- *right accepted*: of {len(RIGHT)} right implementations, {", ".join(n.rpartition(".")[2] for n in RIGHT)}.
+- *right accepted*: of {len(right)} right implementations, {", ".join(right)}.
 - *zeros*: an implementation that returns zeros and zero gradients, and how many comparisons accept it.
 - *forward*, *gradients*, *behaviour*: mutants killed, by what they get wrong: the numbers of one forward;
   those of its gradients; or what shows beyond one plain call: memory that was never written, state, inputs
@@ -487,41 +478,10 @@ Out of this suite's budget in a call that the suite makes, and within the suite'
   what happens to be there; inputs of equal shape lie at the addresses of earlier ones, so that results kept
   by address go stale; a suite that calls two entry points of one kernel calls the mutant twice.
 - Some subjects are right in the numbers of one call and large in memory; they leave out the largest problems:
-  `dense_mask` and the mutants made of it, and the two mutants by a one-hot product.
+  the one that computes every expert on every token, its mutants, and the two mutants by a one-hot product.
 - Each suite tests more than the numbers of its layer: the last line of each paragraph names what this page
   cannot show. The figures are no measure of a project's kernels.
 
 ## The suites
 
 {paragraphs}"""
-
-
-def table_of_all() -> pd.DataFrame:
-    """Every suite on every subject, with where and with what it was made in the first columns."""
-    found = []
-    for suite in SUITES:
-        began = time.monotonic()
-        found += rows(suite)
-        seconds = time.monotonic() - began
-        print(f"{suite.name}: {len(suite.comparisons)} comparisons, {seconds:.0f} s", flush=True)
-    made = provenance.columns()
-    return pd.DataFrame([made | row for row in found])
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evidence.published",
-        description="Apply the rules of published MoE test suites to the mutants; write a table and a page.",
-    )
-    parser.add_argument("--out", type=Path, default=CSV, help="the table; its page lies beside it as .md")
-    parser.add_argument("--page", action="store_true", help="write the page of a table that is there")
-    options = parser.parse_args(arguments)
-    if not options.page:
-        content = table_of_all().to_csv(index=False, lineterminator="\n")
-        write_atomically(options.out, content.encode())
-    write_atomically(options.out.with_suffix(".md"), page(read(options.out)).encode())
-    print(options.out.with_suffix(".md"))
-
-
-if __name__ == "__main__":
-    main()

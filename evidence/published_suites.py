@@ -20,35 +20,35 @@ Rule = Callable[[Tensor, Tensor], bool]  # rule(got, want): whether a suite acce
 
 
 def allclose(got: Tensor, want: Tensor, *, atol: float, rtol: float) -> bool:
-    """Every entry within atol + rtol |want|, of equal shape and dtype; NaN is never close."""
+    """Accept entries within atol + rtol |want|, of equal shape and dtype; NaN is never close."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
     return torch.allclose(got, want, atol=atol, rtol=rtol)
 
 
 def allclose_as_float32(got: Tensor, want: Tensor, *, atol: float, rtol: float) -> bool:
-    """`allclose` of both after a cast, so of any dtype."""
+    """Apply `allclose` to both after a cast, so to any dtype."""
     return allclose(got.float(), want.float(), atol=atol, rtol=rtol)
 
 
 def allclose_relative_to_result(got: Tensor, want: Tensor, *, atol: float, rtol: float) -> bool:
-    """`allclose` with the two exchanged: the relative part is of the result."""
+    """Apply `allclose` with the two exchanged: the relative part is of the result."""
     return allclose(want, got, atol=atol, rtol=rtol)
 
 
 def largest_error(got: Tensor, want: Tensor, *, below: float) -> bool:
-    """The largest |got - want| is below a limit."""
+    """Accept a largest |got - want| below a limit."""
     return bool((got - want).abs().max() < below)
 
 
 def sqnr(got: Tensor, want: Tensor, *, at_least: float) -> bool:
-    """The norm of the result over the norm of its error, in dB: one figure for the whole tensor."""
+    """Accept a norm of the result over that of its error of so many dB: one figure for the whole tensor."""
     signal, noise = torch.linalg.vector_norm(got), torch.linalg.vector_norm(got - want)
     return bool(20 * torch.log10(signal / noise) >= at_least)
 
 
 def matched(got: Tensor, want: Tensor, *, atol: float, rtol: float, ratio: float) -> bool:
-    """Finite, of equal shape and dtype, and not more than 1 - ratio of the entries off by both measures."""
+    """Accept finite entries of equal shape and dtype, at most 1 - ratio of them off by both measures."""
     if got.shape != want.shape or got.dtype != want.dtype or not bool(torch.isfinite(got).all()):
         return False
     error = (got.float() - want.float()).abs()
@@ -65,15 +65,10 @@ def exists(got: Tensor | None, want: Tensor) -> bool:
 
 
 def describe(rule: Rule) -> str:
-    """A rule as it is called: allclose(atol=0.01, rtol=0.01)."""
+    """Write a rule as it is called: allclose(atol=0.01, rtol=0.01)."""
     if isinstance(rule, partial):
         return f"{rule.func.__name__}({', '.join(f'{k}={v:g}' for k, v in rule.keywords.items())})"
     return getattr(rule, "__name__", repr(rule))
-
-
-# What flows into y: nothing (forward only), random dy, y.sum(), the mean squared distance of y from one, or
-# y.sum() with a balance loss that reaches x and the gates by another way.
-INCOMING = ("none", "dy", "sum", "mse", "sum_and_balance")
 
 
 @dataclass(frozen=True)
@@ -84,6 +79,9 @@ class Comparison:
         root of the same factor, so that hidden values and outputs keep their size.
     rules: the rule of each tensor that is compared: y, and gradients by the name of their tensor.
     published: D and H of the public file.
+    incoming: what flows into y: "none" (forward only), "dy" (random), "sum" (the loss is y.sum()), "mse"
+        (the mean squared distance of y from one) or "sum_and_balance" (y.sum() with a balance loss that
+        reaches x and the gates by another way).
     padded: weights are the leading columns of wider rows.
     compiled: through torch.compile(fullgraph=True), of implementations that declare it.
     new_process: a subject has forgotten all earlier calls.
@@ -162,7 +160,7 @@ def _unit(n: int) -> float:
 
 
 def _linear(n: int) -> float:
-    """torch.nn.Linear: uniform in ±1/√n."""
+    """Deviate as torch.nn.Linear: uniform in ±1/√n."""
     return (3 * n) ** -0.5
 
 
@@ -450,6 +448,7 @@ TORCHAO = Suite(
 )
 
 
+_TRANSFORMERS = Problem("", T=91, D=32, H=32, O=32, E=8, K=2, bias=False, x_scale=0.02, low_gates=True)
 TRANSFORMERS = Suite(
     name="transformers",
     source=("transformers 5.24.0 (sdist) tests/test_modeling_common.py",),
@@ -458,20 +457,7 @@ TRANSFORMERS = Suite(
     no_grad=True,
     comparisons=tuple(
         Comparison(
-            Problem(
-                "",
-                T=91,
-                D=32,
-                H=32,
-                O=32,
-                E=8,
-                K=2,
-                bias=False,
-                dtype=dtype,
-                x_scale=0.02,
-                low_gates=True,
-                seed=seed,
-            ),
+            replace(_TRANSFORMERS, dtype=dtype, seed=seed),
             {"y": partial(allclose, atol=tolerance, rtol=tolerance)},
             (32, 32),
         )

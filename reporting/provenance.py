@@ -32,7 +32,9 @@ def git_commit() -> str:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return "unknown"
-    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    # Tables and pages follow from code, and one command after another writes them.
+    code = ("--", ".", ":(exclude)results", ":(exclude)docs")
+    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", *code) else "")
 
 
 def columns() -> dict[str, str]:

@@ -1,10 +1,7 @@
 """Deliberately wrong implementations, routers and losses: the suite must reject every one."""
 
-from evidence.mutants.experts import EXPERTS
-from evidence.mutants.losses import LOSSES
-from evidence.mutants.mutant import Mutant
-from evidence.mutants.routers import ROUTERS
+from evidence.mutants.mutant import KINDS, Mutant, read
 
-MUTANTS: tuple[Mutant, ...] = (*EXPERTS, *ROUTERS, *LOSSES)
+MUTANTS: tuple[Mutant, ...] = tuple(mutant for kind in KINDS for mutant in read(kind))
 
-__all__ = ["EXPERTS", "LOSSES", "MUTANTS", "ROUTERS", "Mutant"]
+__all__ = ["MUTANTS", "Mutant"]

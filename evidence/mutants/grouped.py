@@ -19,7 +19,7 @@ TILE = 32  # rows of one expert that are computed at once
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     check_choice("output_activation", experts.output_activation, ("none", "relu"))
     check_choice("combine", combine, ("sum", "logsumexp"))
     ids, gates = routing
@@ -30,7 +30,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
 
 
 def act(h: Tensor, name: str) -> Tensor:
-    """The activation of pre-activations h [N, F]: [N, H]."""
+    """Apply the activation to pre-activations h [N, F]: [N, H]."""
     if name == "relu":
         return h.clamp(min=0)
     if name == "gelu":
@@ -52,14 +52,14 @@ def act(h: Tensor, name: str) -> Tensor:
 
 
 def act_backward(h: Tensor, da: Tensor, name: str) -> Tensor:
-    """The gradient of h [N, F] from that of the activation, da [N, H]."""
+    """Compute the gradient of h [N, F] from that of the activation, da [N, H]."""
     with torch.enable_grad():
         leaf = h.detach().requires_grad_()
         return torch.autograd.grad(act(leaf, name), leaf, da)[0]
 
 
 def tiles(counts: list[int]) -> list[tuple[int, slice]]:
-    """The tiles of rows sorted by expert: (expert, rows)."""
+    """Cut the rows, sorted by expert, into tiles: (expert, rows)."""
     found, start = [], 0
     for expert, count in enumerate(counts):
         end = start + count

@@ -1,57 +1,60 @@
-"""What a mutant is: a right module changed in a line or two, and the check that must reject it."""
+"""What a mutant is, and the text files that hold them: a right module changed in a line or two.
+
+``<kind>.txt`` holds the mutants of a kind, in families. A mutant is a line that names it, the check that must
+reject it and what that check must say, and the edit that makes its base wrong:
+
+    [family | base]
+    name | check | finding | on: part of a problem's id | source: owner/repository#number
+      a line of the base that stays
+    - a line of the base that goes
+    + a line that takes its place or comes after it
+
+The base may be left out where it is the first of its kind, as may ``on`` and ``source``. Lines of the base
+are written without its indentation and its comments, and occur in it exactly once. ``KEPT`` is an empty dict,
+for what a mutant remembers between calls.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import linecache
-import re
-import textwrap
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from correctness.checks import balance, routers, table
-from correctness.checks.case import cases
-from correctness.judging.finding import CheckFailed
-from moe_impls.interface import Implementation
+# What mutants are wrong forms of, and the modules of this folder that they may be edits of.
+KINDS = {"experts": ("grouped", "dense"), "router": ("router",), "loss": ("losses",)}
+SIGNS = ("  ", "- ", "+ ")
 
 
 @dataclass(frozen=True)
 class Mutant:
     """A right module, edited until it is wrong.
 
-    edit: lines of the base, each after "- ", and those that take their place, after "+ ". Neither holds the
-        base's indentation nor its comments; a line to be replaced occurs in the base exactly once. ``KEPT``
-        is an empty dict, for what a mutant remembers between calls.
-    killed_by: the check that must reject it; ``finding``: a regular expression that its message matches.
+    kind, family: what it is a wrong form of, and the heading that it stands under.
     base: the module that is edited.
+    killed_by: the check that must reject it; ``finding``: a regular expression that its message matches.
     on: part of the ids of the problems where that shows; empty: any problem of the check may show it.
     source: a public report of the same mistake, as owner/repository#number or @commit.
+    edit: the lines of the change, each with its sign.
     """
 
     name: str
-    edit: str
-    killed_by: str
-    finding: str
+    kind: str
     family: str
     base: str
+    killed_by: str
+    finding: str
     on: str = ""
     source: str = ""
-
-    @property
-    def kind(self) -> str:
-        """What it is a wrong form of: experts (a ``forward``), router or loss."""
-        if self.killed_by in {check.name for check in balance.CHECKS}:
-            return "loss"
-        return "router" if self.base == "moe_impls.router" else "experts"
+    edit: list[str] = field(default_factory=list, hash=False)
 
     def load(self) -> types.ModuleType:
-        """The edited module, run anew: no two share any state.
+        """Run the edited module anew, so that no two share any state.
 
         Raises:
-            ValueError: a line to be replaced does not occur in the base exactly once.
+            ValueError: lines of the base that the edit names do not occur in it exactly once.
         """
         lines = inspect.getsource(importlib.import_module(self.base)).splitlines()
         for old, new in _changes(self.edit):
@@ -70,83 +73,84 @@ class Mutant:
 
 
 def _code(line: str) -> str:
-    """A line without indentation and comment."""
+    """Strip a line of indentation and comment."""
     return line.strip().partition("  #")[0]
 
 
-def _changes(edit: str) -> list[tuple[list[str], list[str]]]:
-    """The lines to be replaced and those that replace them, for each change of an edit."""
+def _changes(edit: list[str]) -> list[tuple[list[str], list[str]]]:
+    """Pair the lines of the base with those that replace them, for each change of an edit."""
     changes: list[tuple[list[str], list[str]]] = []
-    before = ""
-    for sign, line in ((line[0], line[2:]) for line in textwrap.dedent(edit).strip().splitlines()):
-        if sign == "-" and before != "-":
+    before = "+ "
+    for sign, line in ((line[:2], line[2:]) for line in edit):
+        if before == "+ " and sign != "+ ":
             changes.append(([], []))
-        changes[-1][sign == "+"].append(line.strip() if sign == "-" else line)
+        old, new = changes[-1]
+        if sign != "+ ":
+            old.append(line)
+        if sign != "- ":
+            new.append(line)
         before = sign
     return changes
 
 
-class Trial(NamedTuple):
-    """One check of a mutant on one problem."""
-
-    check: str
-    problem: str
-    run: Callable[[], object]
+def read(kind: str) -> list[Mutant]:
+    """Read the mutants of a kind from its file."""
+    path = Path(__file__).with_name(f"{kind}.txt")
+    return parse(path.read_text(encoding="utf-8"), kind, path.name)
 
 
-def trials(mutant: Mutant) -> list[Trial]:
-    """Everything that a right module in the mutant's place would be held to."""
-    module = mutant.load()
-    if mutant.kind == "loss":
-        subject = balance.losses(mutant.name, module)
-    elif mutant.kind == "router":
-        subject = routers.router(mutant.name, module.route)
-    else:
-        subject = table.implementation(Implementation(mutant.name, module.forward, module.SUPPORT))
-    return [
-        Trial(case.check.name, case.problem_id, case.run)
-        for case in cases([subject])
-        if case.skip is None and not case.check.drawn
-    ]
+def parse(text: str, kind: str, file: str = "text") -> list[Mutant]:
+    """Read the mutants that a text holds.
 
-
-def judge(mutant: Mutant, check: str) -> str | None:
-    """What a check finds first in a mutant; None if it passes.
-
-    The check that is meant to reject the mutant runs on the problems that are meant to show it only. A check
-    begins with a module that has not been called before.
+    Raises:
+        ValueError: a line is none of those described above, or two mutants have one name.
     """
-    on = mutant.on if check == mutant.killed_by else ""
-    for trial in trials(mutant):
-        if trial.check == check and on in trial.problem:
-            try:
-                trial.run()
-            except CheckFailed as failure:
-                return str(failure)
-            except Exception as error:  # a mutant may raise where a right module does not
-                return f"{type(error).__name__}: {error}"
-    return None
+    mutants: dict[str, Mutant] = {}
+    family = base = ""
+    current: Mutant | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            if not line or line.startswith("#"):
+                continue
+            if line.startswith("[") and line.endswith("]"):
+                family, base = _heading(line[1:-1], kind)
+                current = None
+            elif line[:2] in SIGNS:
+                if current is None or not (current.edit or line[0] != "+"):
+                    raise ValueError("an edit begins below the name of a mutant, with a line of the base")
+                current.edit.append(line)
+            else:
+                if not family:
+                    raise ValueError("the line '[family]' comes before its mutants")
+                current = _header(line, kind, family, base)
+                if current.name in mutants:
+                    raise ValueError(f"there are two mutants {current.name!r}")
+                mutants[current.name] = current
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}; it is {line!r}") from None
+    unchanged = [m.name for m in mutants.values() if not any(line[0] != " " for line in m.edit)]
+    if unchanged:
+        raise ValueError(f"{file}: {', '.join(unchanged)} must change a line")
+    return list(mutants.values())
 
 
-def verdicts(mutant: Mutant) -> dict[str, str | None]:
-    """What each check that applies to a mutant finds in it first; None for a check that it passes."""
-    names = dict.fromkeys(trial.check for trial in trials(mutant))
-    return {name: judge(mutant, name) for name in names}
+def _heading(text: str, kind: str) -> tuple[str, str]:
+    """Read the family and the base of a heading."""
+    family, _, base = (part.strip() for part in text.partition("|"))
+    base = base or KINDS[kind][0]
+    if base not in KINDS[kind]:
+        raise ValueError(f"a base of kind {kind!r} is one of {', '.join(KINDS[kind])}")
+    return family, f"{__package__}.{base}"
 
 
-KILLED, SURVIVED, OTHERWISE = "killed", "survived", "killed for another reason"
-
-
-def verdict(mutant: Mutant, finding: str | None) -> str:
-    """What ``finding``, of the check meant to reject it, makes of a mutant."""
-    if finding is None:
-        return SURVIVED
-    return KILLED if re.search(mutant.finding, finding) else OTHERWISE
-
-
-def require_killed(mutant: Mutant, finding: str | None) -> None:
-    """Raise AssertionError unless the check meant to reject a mutant does, for the reason stated."""
-    found = verdict(mutant, finding)
-    if found != KILLED:
-        meant = f"{mutant.killed_by!r}{' on ' + mutant.on if mutant.on else ''} must say {mutant.finding!r}"
-        raise AssertionError(f"mutant {mutant.name} {found}: {meant}, it says {finding!r}{mutant.edit}")
+def _header(line: str, kind: str, family: str, base: str) -> Mutant:
+    """Read a mutant, but for its edit, from the line that names it."""
+    if line.count(" | ") < 2:
+        raise ValueError("a mutant is 'name | check | finding', with '| on: ...' and '| source: ...' if any")
+    name, check, finding, *rest = line.split(" | ")
+    more: dict[str, str] = {}
+    for part in rest:
+        key, _, more[key] = part.partition(": ")
+        if key not in ("on", "source"):
+            raise ValueError(f"unknown field {key!r}; there are 'on' and 'source'")
+    return Mutant(name, kind, family, base, check, finding, more.get("on", ""), more.get("source", ""))

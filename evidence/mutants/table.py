@@ -1,36 +1,63 @@
-"""Which check rejects which mutant: the table, its summary, and the files that hold both."""
+"""Which check rejects which mutant: ``python -m evidence mutants``, results/mutants.csv and its page."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
+from importlib import import_module
 
 import pandas as pd
-import pytest
 
-from correctness.checks import balance, routers
-from correctness.checks.table import CHECKS as EXPERT_CHECKS
+from evidence import tables
 from evidence.mutants import MUTANTS
-from evidence.mutants.mutant import KILLED, Mutant, verdict
-from reporting import provenance
+from evidence.mutants.judge import KILLED, check_names, trials, verdict, verdicts
+from evidence.mutants.mutant import KINDS, Mutant
 from reporting.pages import markdown_table, write_atomically
 
-CSV = provenance.ROOT / "results" / "mutants.csv"
-SUMMARY = CSV.with_suffix(".md")
-KINDS = {"experts": "expert computations", "router": "routers", "loss": "losses and loads"}
-# The checks of each kind, in the order of the suite.
-CHECKS = {
-    kind: list(dict.fromkeys(check.name for check in checks if not check.drawn))
-    for kind, checks in (("experts", EXPERT_CHECKS), ("router", routers.CHECKS), ("loss", balance.CHECKS))
-}
-COLUMNS = [f"{kind}:{check}" for kind, names in CHECKS.items() for check in names]
+CSV = tables.RESULTS / "mutants.csv"
+PAGE = CSV.with_suffix(".md")
+NAMES = {"experts": "expert computations", "router": "routers", "loss": "losses and loads"}
+BY_NAME = {f"{mutant.kind} {mutant.name}": mutant for mutant in MUTANTS}
+
+
+def run() -> int:
+    """Judge every mutant by every check that applies to it; 1 if one survives. Half an hour on two CPUs."""
+    of = made_of()
+    frame = tables.write(CSV, tables.make(CSV, of, list(BY_NAME), work), of)
+    write_atomically(PAGE, page().encode())
+    for _, survivor in frame[frame["verdict"] != KILLED].iterrows():
+        print(f"{survivor['kind']} {survivor['mutant']}: {survivor['verdict']}: {survivor['finding']}")
+    print(f"{headline(frame)}\n{CSV}\n{PAGE}")
+    return int(any(frame["verdict"] != KILLED))
+
+
+def page() -> str:
+    """Write out the page of the committed table."""
+    return summary(tables.read(CSV))
+
+
+def made_of() -> dict[str, str]:
+    """List mutants with their bases, checks with their problems, and the files that decide what is right."""
+    bases = {m.base: tables.code_of(inspect.getsource(import_module(m.base))) for m in MUTANTS}
+    problems: dict[str, set[str]] = {}
+    for kind, base in {(m.kind, m.base) for m in MUTANTS}:
+        for trial in trials(kind, "base", import_module(base)):
+            problems.setdefault(f"check {kind}:{trial.check}", set()).add(trial.problem)
+    return (
+        {f"mutant {name}": tables.digest(m, bases[m.base]) for name, m in BY_NAME.items()}
+        | {check: tables.digest(sorted(found)) for check, found in problems.items()}
+        | tables.judges()
+    )
+
+
+def work(name: str) -> tables.Rows:
+    """Make the line of one mutant."""
+    mutant = BY_NAME[name]
+    return [row(mutant, verdicts(mutant))]
 
 
 def row(mutant: Mutant, verdicts: dict[str, str | None]) -> dict[str, str]:
-    """One line of the table, from what each check that applies to the mutant finds in it."""
+    """Make one line of the table, from what each check that applies to the mutant finds in it."""
     finding = verdicts[mutant.killed_by]
-    outcomes = {
-        f"{mutant.kind}:{check}": "passed" if found is None else "killed" for check, found in verdicts.items()
-    }
     return {
         "kind": mutant.kind,
         "family": mutant.family,
@@ -41,28 +68,18 @@ def row(mutant: Mutant, verdicts: dict[str, str | None]) -> dict[str, str]:
         "meant_on": mutant.on,
         "verdict": verdict(mutant, finding),
         "finding": "" if finding is None else finding.splitlines()[0],
-        **{column: outcomes.get(column, "") for column in COLUMNS},
+        **{f"{kind}:{check}": "" for kind in KINDS for check in check_names(kind)},
+        **{f"{mutant.kind}:{c}": "passed" if found is None else "killed" for c, found in verdicts.items()},
     }
 
 
-def table(rows: list[dict[str, str]]) -> pd.DataFrame:
-    """All rows, with where and with what they were made in the first columns."""
-    made = provenance.columns()
-    return pd.DataFrame([made | row for row in rows])
-
-
-def write(frame: pd.DataFrame) -> None:
-    """The table and its summary."""
-    write_atomically(CSV, frame.to_csv(index=False, lineterminator="\n").encode())
-    write_atomically(SUMMARY, summary(frame).encode())
-
-
-def read(path: Path = CSV) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+def check_columns(frame: pd.DataFrame) -> list[str]:
+    """List the columns that say what each check made of a mutant: those of the table's own commit."""
+    return [column for column in frame.columns if ":" in column]
 
 
 def by_family(frame: pd.DataFrame) -> pd.DataFrame:
-    """How many mutants of each family there are, and how many are killed for the reason stated."""
+    """Count the mutants of each family, and those that are killed for the reason stated."""
     counted = frame.assign(mutants=1, killed=(frame["verdict"] == KILLED).astype(int))
     return pd.DataFrame(
         counted.groupby(["kind", "family"], sort=False)[["mutants", "killed"]].sum()
@@ -70,38 +87,39 @@ def by_family(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_check(frame: pd.DataFrame) -> pd.DataFrame:
-    """For each check: the mutants it is meant for, those it kills, and those that no other check kills."""
-    kills = frame[COLUMNS] == "killed"
+    """Count for each check the mutants it is meant for, those it kills, and those that it alone kills."""
+    columns = check_columns(frame)
+    kills = frame[columns] == "killed"
     meant = (frame["kind"] + ":" + frame["meant_check"]).value_counts()
     counts = pd.DataFrame(
         {
-            "meant": meant.reindex(COLUMNS, fill_value=0),
+            "meant": meant.reindex(columns, fill_value=0),
             "kills": kills.sum(),
             "alone": kills[kills.sum(axis=1) == 1].sum(),
         }
     )
-    names = pd.DataFrame([column.split(":") for column in COLUMNS], columns=["kind", "check"], index=COLUMNS)
+    names = pd.DataFrame([column.split(":") for column in columns], columns=["kind", "check"], index=columns)
     return names.join(counts)
 
 
 def headline(frame: pd.DataFrame) -> str:
-    """The figure in one sentence."""
+    """Say the figure in one sentence."""
     counts = frame["kind"].value_counts()
-    kinds = ", ".join(f"{counts.get(kind, 0)} {name}" for kind, name in KINDS.items())
+    kinds = ", ".join(f"{counts.get(kind, 0)} {name}" for kind, name in NAMES.items())
     killed = frame["verdict"].tolist().count(KILLED)
     return f"{killed} of {len(frame)} mutants ({kinds}) are killed by the check meant for them"
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """The table as a page: figures, families, checks, and every mutant with the check that kills it."""
-    made = frame.iloc[0]
-    others = (frame[COLUMNS] == "killed").sum(axis=1) - (frame["verdict"] == KILLED).astype(int)
+    """Write a table out as a page: figures, families, checks, and every mutant with its check."""
+    others = (frame[check_columns(frame)] == "killed").sum(axis=1) - (frame["verdict"] == KILLED).astype(int)
     mutants = frame[["kind", "mutant", "meant_check"]].assign(others=others, source=frame["source"])
     return f"""# Mutants
 
-{headline(frame)}. Written by `pytest correctness --mutants` at commit {made["git_commit"][:12]} with torch
-{made["torch_version"]} on {made["device_name"]}. The whole table, mutant by check, with each finding:
-[{CSV.name}]({CSV.name}).
+{headline(frame)}.
+
+The table was {tables.made_at(frame)}, by
+`python -m evidence mutants`. All of it, mutant by check, with each finding: [{CSV.name}]({CSV.name}).
 
 A mutant is a right module changed in a line or two; `evidence/mutants/` holds the edits.
 
@@ -121,28 +139,3 @@ A mutant is a right module changed in a line or two; `evidence/mutants/` holds t
 
 {markdown_table(mutants)}
 """
-
-
-def report(terminal: pytest.TerminalReporter) -> None:
-    """The kill table, on the terminal and, if every mutant was judged, in the files of results/."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for told in (r for found in terminal.stats.values() for r in found if isinstance(r, pytest.TestReport)):
-        for name, value in told.user_properties:
-            if name == "mutant" and isinstance(value, dict):
-                rows[value["kind"], value["mutant"]] = value
-    judged = [rows[m.kind, m.name] for m in MUTANTS if (m.kind, m.name) in rows]
-    if not judged:
-        return
-    frame = table(judged)
-    terminal.section("mutants and the checks that kill them")
-    for found in judged:
-        kills = [column for column in COLUMNS if found[column] == "killed"]
-        others = f" and {len(kills) - 1} others" if len(kills) > 1 else ""
-        name = f"{found['kind']:7} {found['mutant']:52}"
-        terminal.write_line(f"{found['verdict']} {name} {found['meant_check']}{others}")
-    terminal.write_line(headline(frame))
-    if len(judged) == len(MUTANTS):
-        write(frame)
-        terminal.write_line(f"{CSV}\n{SUMMARY}")
-    else:
-        terminal.write_line(f"{len(judged)} of {len(MUTANTS)} mutants judged: results/ is left as it is")

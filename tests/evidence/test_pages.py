@@ -1,13 +1,16 @@
-"""Pages hold the figures of the tables beside them, and generated parts replace nothing else."""
+"""Pages are made from tables alone, of whatever commit, and generated parts replace nothing else."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 
-from evidence import error_budget, readme
-from evidence.lookalikes import LOOKALIKES
-from evidence.mutants import MUTANTS, table
-from evidence.mutants.mutant import KILLED
+from evidence import error_budget, freshness, overview, published, tables
+from evidence.__main__ import main
+from evidence.mutants import table
 from reporting.pages import with_block
 
 PAGE = "above\n<!-- begin: command -->\nold\n<!-- end -->\nbelow\n<!-- begin: other -->\nkept\n<!-- end -->\n"
@@ -25,23 +28,124 @@ def test_a_page_without_a_place_for_its_generated_part_is_refused(page: str) -> 
         with_block(page, "command", "new")
 
 
-def test_the_committed_kill_table_is_of_the_mutants_of_this_checkout() -> None:
-    frame = table.read()
-    assert list(zip(frame["kind"], frame["mutant"], frame["meant_check"], strict=True)) == [
-        (m.kind, m.name, m.killed_by) for m in MUTANTS
+MADE = {"git_commit": "0123456789abcdef" * 2 + "01234567", "torch_version": "2.13.0", "device_name": "a CPU"}
+AT = "made at commit 0123456789ab with torch 2.13.0 on a CPU"
+MUTANT = {
+    "kind": "experts",
+    "family": "f",
+    "source": "",
+    "meant_check": "a_check_of_then",
+    "verdict": "killed",
+}
+MUTANTS_OF_THEN = [
+    MADE | MUTANT | {"mutant": "m", "experts:a_check_of_then": "killed", "experts:values": "killed"},
+    MADE | MUTANT | {"mutant": "n", "experts:a_check_of_then": "killed", "experts:values": "passed"},
+    MADE | MUTANT | {"kind": "router", "mutant": "m", "experts:a_check_of_then": "", "experts:values": ""},
+]
+SUITE = {"suite": "a suite of then", "accepted": "0", "comparisons": "1", "rejected_by": ""}
+SUITES_OF_THEN = [
+    MADE | SUITE | {"kind": "right", "subject": "r", "concern": "", "verdict": "survived", "shown": "no"},
+    MADE | SUITE | {"kind": "zeros", "subject": "zeros", "concern": "", "verdict": "killed", "shown": "no"},
+    MADE
+    | SUITE
+    | {"kind": "mutant", "subject": "m", "concern": "forward", "verdict": "survived", "shown": "yes"},
+]
+BUDGETS_OF_THEN = [
+    MADE
+    | {"implementation": "a_lookalike_of_then", "dtype": "float32", "tensor": tensor, "seeds": "4"}
+    | {"comparisons": "10", "false_alarms": "0", "worst_fraction": "0.5", "problem": "p"}
+    for tensor in ("y", error_budget.EXACT)
+]
+
+
+@pytest.fixture
+def then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write tables of another commit into a folder: checks, suites and lookalikes have other names now."""
+    for module, rows in (
+        (table, MUTANTS_OF_THEN),
+        (published, SUITES_OF_THEN),
+        (error_budget, BUDGETS_OF_THEN),
+    ):
+        monkeypatch.setattr(module, "CSV", tmp_path / module.CSV.name)
+        tables.write(module.CSV, rows, {})
+    for module in freshness.PAGES:
+        monkeypatch.setattr(module, "PAGE", tmp_path / module.PAGE.name)
+    for module in (error_budget, overview):
+        module.PAGE.write_text(f"words\n<!-- begin: {error_budget.COMMAND} -->\n<!-- end -->\n", "utf-8")
+    return tmp_path
+
+
+def test_every_page_is_made_from_tables_of_another_commit_and_names_it(then: Path) -> None:
+    assert main(["pages"]) == 0
+    for name in ("mutants.md", "verification.md", "error-budget.md", "evidence.md"):
+        assert AT in (then / name).read_text("utf-8")
+
+
+def test_the_page_of_mutants_counts_the_checks_of_its_table(then: Path) -> None:
+    by_check = table.by_check(tables.read(table.CSV))
+    assert by_check.to_numpy().tolist() == [
+        ["experts", "a_check_of_then", 2, 2, 1],
+        ["experts", "values", 0, 1, 0],
     ]
-    assert set(frame["verdict"]) == {KILLED}
-    assert table.SUMMARY.read_text(encoding="utf-8") == table.summary(frame)
+    assert "3 of 3 mutants (2 expert computations, 1 routers, 0 losses and loads)" in table.page()
 
 
-def test_the_committed_table_of_error_budgets_is_of_the_lookalikes_of_this_checkout() -> None:
-    rows = error_budget.read()
-    assert list(dict.fromkeys(row["implementation"] for row in rows)) == [s.name for s in LOOKALIKES]
-    assert {row["false_alarms"] for row in rows} == {"0"}
-    page = error_budget.PAGE.read_text(encoding="utf-8")
-    assert error_budget.page_with(page, rows) == page
+def test_the_comparison_counts_what_both_tables_have(then: Path) -> None:
+    compared = published.results_table(
+        [*published.own_rows(tables.read(table.CSV), tables.read(published.CSV)), *SUITES_OF_THEN]
+    )
+    assert compared[["suite", "forward", "all"]].to_numpy().tolist() == [
+        ["this suite", "1 of 1", "1 of 1"],
+        ["a suite of then", "0 of 1", "0 of 1"],
+    ]
+    assert "| a suite of then | m |" in published.page()
 
 
-def test_the_readme_holds_the_figures_of_the_committed_tables() -> None:
-    page = readme.README.read_text(encoding="utf-8")
-    assert readme.page_with(page) == page
+def test_the_figures_of_the_budget_are_those_of_its_table(then: Path) -> None:
+    assert "1 right implementations that look different, on up to 4 seeds" in error_budget.page()
+    assert "| a_lookalike_of_then |  | 0.50 |  |  |" in error_budget.page()
+
+
+def test_what_is_stale_is_said_with_the_command_that_makes_it_anew(
+    then: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_of = {f"check experts:{i}": "x" for i in range(20)}
+    monkeypatch.setattr(
+        freshness, "TABLES", {"mutants": SimpleNamespace(CSV=table.CSV, made_of=lambda: made_of)}
+    )
+    main(["pages"])
+    capsys.readouterr()
+    assert main(["check"]) == 1
+    said = capsys.readouterr().out
+    assert f"mutants.csv, {AT}: stale\n  added: check experts:0, check experts:1," in said
+    assert "and 12 more\n  to make it anew: python -m evidence mutants\n" in said
+
+
+def test_what_is_fresh_is_said_with_its_commit(
+    then: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(freshness, "TABLES", {"mutants": SimpleNamespace(CSV=table.CSV, made_of=dict)})
+    main(["pages"])
+    capsys.readouterr()
+    assert main(["check"]) == 0
+    assert capsys.readouterr().out == f"mutants.csv, {AT}: fresh\n"
+    overview.PAGE.write_text(
+        overview.PAGE.read_text("utf-8").replace("3 of 3 mutants", "4 of 4 mutants"), "utf-8"
+    )
+    assert main(["check"]) == 1
+    assert "evidence.md does not say what its tables say" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [table, error_budget, published])
+def test_what_a_table_is_made_of_is_named_once_and_does_not_depend_on_the_process(module) -> None:
+    made_of = module.made_of()
+    assert made_of == module.made_of()
+    assert {name.partition(" ")[0] for name in made_of} <= {
+        "mutant",
+        "check",
+        "file",
+        "lookalike",
+        "problem",
+        "suite",
+    }
+    assert not any("0x" in value for value in pd.Series(made_of))

@@ -1,4 +1,4 @@
-"""The re-created rules accept and reject what the published ones do, and the committed page is up to date."""
+"""The re-created rules accept and reject what the published ones do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import torch
 
 from correctness.problems.problem import Problem
 from evidence import published
-from evidence.mutants import grouped
-from evidence.mutants.experts import EXPERTS
-from evidence.mutants.mutant import KILLED, SURVIVED
-from evidence.published import Addresses, Subject, inputs_of
+from evidence.published import EXPERTS, Addresses, Subject, inputs_of
 from evidence.published_suites import (
     KERNELBENCH,
     LIGER,
@@ -107,12 +104,12 @@ def test_inputs_have_the_published_scales(suite: Suite) -> None:
 
 
 def small(suite: Suite, **changes) -> Suite:
-    """A suite with its first comparison only, changed."""
+    """Keep the first comparison of a suite only, changed."""
     return replace(suite, comparisons=suite.comparisons[:1], **changes)
 
 
 def verdict(suite: Suite, name: str) -> Subject:
-    """What a suite makes of one mutant."""
+    """Apply a suite to one mutant."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published, "EXPERTS", [m for m in EXPERTS if m.name == name])
         return next(s for s in published.apply(suite) if s.name == name)
@@ -205,18 +202,4 @@ def test_what_a_subject_does_to_torch_is_undone() -> None:
 
 
 def test_the_code_that_mutants_are_made_of_is_a_right_subject() -> None:
-    assert published.RIGHT[0] == grouped.__name__
     assert {m.base for m in EXPERTS} <= set(published.RIGHT)
-
-
-def test_the_committed_table_is_of_the_suites_and_mutants_of_this_checkout() -> None:
-    frame = published.read()
-    assert list(frame["suite"].drop_duplicates()) == [s.name for s in SUITES]
-    for _, part in frame.groupby("suite"):
-        assert list(part["subject"][part["kind"] == "mutant"]) == [m.name for m in EXPERTS]
-    assert set(frame["verdict"]) == {KILLED, SURVIVED}
-
-
-def test_the_committed_page_is_made_from_the_committed_table() -> None:
-    committed = published.CSV.with_suffix(".md").read_text(encoding="utf-8")
-    assert committed == published.page(published.read())
