@@ -72,7 +72,7 @@ def low_precision_gradients(bench: Bench) -> None:
 
 
 def half_precision(bench: Bench) -> None:
-    """In float16 logits are still made in float32: the right experts, and y within its budget."""
+    """In float16 likewise."""
     low_precision(bench)
 
 

@@ -44,7 +44,7 @@ def dirty_memory(subject: Implementation, problem: Problem) -> None:
 
 
 def recycled_memory(subject: Implementation, problem: Problem) -> None:
-    """Results are right in blocks of their sizes that the allocator hands out again, full of NaN or of 7."""
+    """The same where the allocator hands out blocks of the results' sizes that were full of NaN, or of 7."""
     inputs = make_inputs(problem)
     shapes = [inputs.dy.shape, *(t.shape for t in inputs.tensors.values())]
     for filling in (torch.nan, 7.0):
