@@ -140,7 +140,7 @@ def verified(page: str, subject: str, folder: Path, *options: str) -> subprocess
         (
             "docs/writing-an-implementation.md",
             "--impl=kernel.py:prepare+prepared",
-            "values-small or prepared-",
+            "values-small or prepared- or without_gradients",
         ),
         ("docs/layers-and-routers.md", "--layer=layer.py:Layer", ""),
     ],
