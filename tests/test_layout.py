@@ -27,7 +27,8 @@ ROOMS = {
     "evidence": ("moe_impls", "reporting", "correctness"),
     **{room: ("moe_impls", "reporting", "correctness", *COSTS[:i]) for i, room in enumerate(COSTS) if i},
     "benchmarks": ("moe_impls", "reporting", "correctness"),
-    "tests": ("moe_impls", "reporting", "correctness", "evidence", "benchmarks"),
+    "docs": ("moe_impls", "correctness", "evidence"),
+    "tests": ("moe_impls", "reporting", "correctness", "evidence", "benchmarks", "docs"),
 }
 TOPS = {room.partition("/")[0] for room in ROOMS}
 # Distributions whose modules are not named like them.
@@ -35,6 +36,7 @@ MODULES = {
     "scikit-learn": {"sklearn"},
     "pytest-benchmark": {"pytest_benchmark", "cpuinfo"},
     "vl-convert-python": {"vl_convert"},
+    "markdown-it-py": {"markdown_it"},
 }
 
 
