@@ -7,13 +7,14 @@ are marked.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import ruptures
 
+from benchmarks.options import HISTORY
 from benchmarks.report.plots import png
 from benchmarks.sweep import record
 from benchmarks.sweep.record import RecordError
@@ -26,6 +27,21 @@ LEAST_RUNS = 6  # fewer have no step that could be told from chance
 PENALTY = 8.0  # for one more step, in units of log(runs) times the spread between neighbouring runs
 COLUMNS_OF_PLOT = 2
 PANEL = ("machine", "threads", "threads_wait", "cache", "mode", "dtype")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("add", "plot"))
+    parser.add_argument("csv", nargs="*", type=Path, metavar="CSV", help="of add: the files of sweeps")
+    parser.add_argument("--folder", type=Path, default=HISTORY, metavar="DIR")
+
+
+def run(options: argparse.Namespace) -> int:
+    if (options.what == "add") != bool(options.csv):
+        raise ValueError("history add needs the CSV of a sweep, history plot takes none")
+    sweeps = [csv for csv in options.csv if csv.resolve().parent != HISTORY]  # summaries are there already
+    added = [add(csv, options.folder) for csv in sweeps]
+    print(*(added if options.what == "add" else plot(options.folder)), sep="\n")
+    return 0
 
 
 def add(csv: Path, folder: Path) -> Path:
@@ -78,6 +94,8 @@ def steps(efficiency: np.ndarray) -> list[int]:
 
     Levels are of the logarithm; the penalty follows from how much neighbouring runs differ.
     """
+    import ruptures  # the one part of the suite that may be missing on a machine with a GPU
+
     if len(efficiency) < LEAST_RUNS:
         return []
     logs = np.log(efficiency)

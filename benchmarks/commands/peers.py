@@ -9,6 +9,7 @@ by its median.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ import pandas as pd
 import torch
 from rich.progress import track
 
+from benchmarks.options import RESULTS
 from benchmarks.report.plots import png
 from benchmarks.sweep import record
 from benchmarks.sweep.workload import taken, undeclared
@@ -110,6 +112,24 @@ class Cell:
     of_products: float
     of_reading: float
     times_ms: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Needs the packages of `pip install 'moe-impls[suite,peers]'`. Writes peers.csv, peers.md and their "
+        f"plots; what an interrupted run has measured is in {PART}, and the same command goes on from there."
+    )
+    parser.add_argument("--quick", action="store_true", help="a subset of every regime")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=(
+        "results/ unless given, over what it has of an earlier run"
+    ))  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    cells = measure_all(options.out, options.quick)
+    print(*write(options.out, cells, measure_growth(options.quick), options.quick), sep="\n")
+    return 0
 
 
 def compared() -> tuple[str, ...]:
