@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.report import markdown, page
+from benchmarks.report import page, tables
+from benchmarks.report.folder import write_report
 from benchmarks.sweep import plan, record
 from benchmarks.sweep.isolated import Child
 from benchmarks.sweep.plan import SIZES
@@ -328,10 +329,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if sweep.finished < planned:
         sweep.closing_lines.append(f"incomplete: {sweep.finished} of {planned} workloads were measured")
     with contextlib.suppress(record.RecordError, OSError):  # which the report tells
-        sweep.closing_lines += filter(None, [markdown.unsteady(markdown.table_of(record.read(sweep.csv)))])
+        sweep.closing_lines += filter(None, [tables.unsteady(tables.table_of(record.read(sweep.csv)))])
     sweep.closing_lines.append(f"CSV:    {_shown(sweep.csv)}")
     try:
-        sweep.closing_lines += [f"report: {_shown(path)}" for path in markdown.write(sweep.out)]
+        sweep.closing_lines += [f"report: {_shown(path)}" for path in write_report(sweep.out)]
         sweep.closing_lines += [] if page.is_available() else [page.MISSING]
     except (record.RecordError, OSError) as error:
         sweep.closing_lines.append(f"report: not written, {error}")

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.options import RESULTS, add_device
-from benchmarks.report import markdown
+from benchmarks.report.folder import write_report
 from benchmarks.sweep import plan, record
 from correctness.problems.problem import check_device
 from moe_impls.registry import ResolveError, is_installed, resolve
@@ -189,7 +189,7 @@ def do_steps(
         write_atomically(folder / STEPS, _json({name: asdict(d) for name, d in done.items()}))
         tell(f"{step.name}: {done[step.name].status} after {done[step.name].seconds:.0f} s")
     if any(folder.glob("*.csv")):
-        for path in markdown.write(folder):
+        for path in write_report(folder):
             tell(str(path))
     return not any(failed(step) and not step.may_fail for step in planned)
 

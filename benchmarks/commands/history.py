@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.options import HISTORY
-from benchmarks.report.plots import png
+from benchmarks.report.styles import GRID, png, styles_of
 from benchmarks.sweep import record
 from benchmarks.sweep.record import RecordError
 from benchmarks.timing import ratio
@@ -114,12 +114,13 @@ def plot(folder: Path) -> list[Path]:
     figure, grid = plt.subplots(
         rows, COLUMNS_OF_PLOT, figsize=(12, 1 + 3.2 * rows), squeeze=False, layout="constrained"
     )
-    lines = []
+    styles, lines = styles_of(table["implementation"].unique()), []
     for axes, (key, panel) in zip(grid.flat, panels, strict=False):
-        for number, (name, series) in enumerate(panel.groupby("implementation")):
+        for name, series in panel.groupby("implementation"):
             places = [runs.index(run) for run in series["run_id"]]
             values = series["efficiency"].to_numpy(dtype=float)
-            axes.plot(places, 100 * values, marker="osD^vPX*"[number % 8], label=str(name))
+            colour, marker = styles[str(name)]
+            axes.plot(places, 100 * values, color=colour, marker=marker, label=str(name))
             for step in steps(values):
                 axes.axvline(places[step], color="0.5", linestyle=":")
                 before, after = (ratio.geometric_mean(list(part)) for part in (values[:step], values[step:]))
@@ -131,7 +132,7 @@ def plot(folder: Path) -> list[Path]:
         axes.set_xticks(range(len(runs)), [run[:8] for run in runs], rotation=60, fontsize="small")
         axes.set_ylabel("efficiency, % of the limit")
         axes.set_yscale("log")
-        axes.grid(True, color="0.9")
+        axes.grid(True, **GRID)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     grid[0, 0].legend(fontsize="small", frameon=False)

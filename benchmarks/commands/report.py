@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.options import HISTORY, RESULTS
-from benchmarks.report import markdown, page
+from benchmarks.report import page
+from benchmarks.report.folder import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"{RESULTS} holds no CSV file; `pytest benchmarks` makes them")
     for folder in folders:
-        print(*markdown.write(folder), sep="\n")
+        print(*write_report(folder), sep="\n")
     if not page.is_available():
         print(page.MISSING, file=sys.stderr)
     return 0
