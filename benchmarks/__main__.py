@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str) -> argparse.ArgumentParser:
-    """The parser of all commands, with the options of the one that is asked for."""
+    """Make the parser of all commands, with the options of the one that is asked for."""
     made = _Parser(prog="python -m benchmarks", description="The sweep itself is `pytest benchmarks`.")
     commands = made.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for name, summary in COMMANDS.items():

@@ -62,14 +62,14 @@ def set_threads(threads: int | None) -> None:
 
 
 def sizes_of(options: argparse.Namespace) -> dict[str, list[int]]:
-    """The sizes that were given, by name."""
+    """Collect the sizes that were given, by name."""
     return {size: values for size in SIZES if (values := _several(getattr(options, size)))}
 
 
 def cells(
     options: argparse.Namespace, blocks: Sequence[Workloads], *, seed: int = 0
 ) -> list[tuple[Problem, str]]:
-    """Each problem and mode: of ``blocks``, or of the models instead, as the options of `add_workload` say.
+    """List each problem and mode: of ``blocks``, or of models instead, as the options of `add_workload` say.
 
     Raises:
         ValueError: something given is not valid; the message names the option and what is valid.
@@ -89,5 +89,5 @@ def cells(
 
 
 def _several(value: Any) -> list[Any]:
-    """What an option holds, repeatable or not, as a list."""
+    """Turn the value of an option, repeatable or not, into a list."""
     return value if isinstance(value, list) else [] if value is None else [value]

@@ -25,7 +25,7 @@ MODES = ("forward", "forward_backward")
 
 @dataclass(frozen=True)
 class Workloads:
-    """Every combination of the tuples is one problem; those with K > E do not exist and are left out."""
+    """A block of problems: every combination of the tuples, without those with K > E, which do not exist."""
 
     name: str = "sweep"
     T: tuple[int, ...] = (512,)
@@ -99,7 +99,7 @@ def chosen(
     sizes: Mapping[str, Sequence[int]],
     loads: Sequence[str],
 ) -> list[Workloads]:
-    """The blocks, or the layers of models instead, with the given sizes and loads in place of their own.
+    """Choose the blocks, or the layers of models instead, with the given sizes and loads in their place.
 
     Raises:
         ValueError: something given is not valid; the message names the option.
@@ -131,7 +131,7 @@ def chosen(
 
 
 def flops(problem: Problem, mode: str) -> int:
-    """Floating-point operations of the expert products of one call; a multiply-add counts two.
+    """Count the floating-point operations of the expert products of one call, two for a multiply-add.
 
     2·T·K·(F·D + O·H), and three times that with the backward: 6·T·K·D·H and 18 for gated experts with
     O = D, 4 and 12 for others. The router, activations and the combine are not counted.

@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Tell]:
-    """What is being done, on standard error: one line that changes on a terminal, a line each elsewhere."""
+    """Tell on standard error what is being done: in one line that changes on a terminal, else a line each."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
@@ -105,7 +105,7 @@ def progress() -> Iterator[Tell]:
 
 @dataclass(frozen=True)
 class Compared:
-    """Two on one workload: times, and how many times as long the second takes as the first."""
+    """Two implementations on one workload: times, and how many times as long the second takes."""
 
     problem: Problem
     mode: str
@@ -118,7 +118,7 @@ class Compared:
 
     @property
     def label(self) -> str:
-        """Sizes, load and mode in a few words."""
+        """Name, sizes, load and mode in one line."""
         sizes = " ".join(f"{size}={getattr(self.problem, size)}" for size in SIZES)
         return f"{self.problem.name} {sizes} {self.problem.load} {self.mode}"
 
@@ -136,7 +136,7 @@ class Compared:
 
 
 def default_cells() -> list[tuple[Problem, str]]:
-    """The default problem set in every mode."""
+    """List the default problems in every mode."""
     return [(problem, mode) for block in PROBLEMS for problem in block.problems() for mode in MODES]
 
 
@@ -147,7 +147,7 @@ def implementations(
     cells: Sequence[tuple[Problem, str]],
     tell: Tell,
 ) -> list[Compared]:
-    """Each of these problems and modes, all on one device, checked like any other and timed in turns."""
+    """Compare two on each problem and mode, all on one device: check, time in turns, check again."""
     begin, budget_s = time.monotonic(), 2 * seconds * len(cells)
     other = replace(second, name=f"{second.name} (again)") if second.name == first.name else second
     found = [Compared(problem, mode, first.name, other.name) for problem, mode in cells]
@@ -171,7 +171,7 @@ def implementations(
 def _visits(
     c: Compared, of: Sequence[Implementation], until: float, tell: Tell
 ) -> Callable[[], dict[str, measure.Call]]:
-    """What makes the calls of each visit, and none once it is later than ``until`` and there are enough."""
+    """Make a function that makes the calls of a visit, or none: when it is past ``until`` and they are enough."""
     done = 0
 
     def visit() -> dict[str, measure.Call]:
@@ -186,14 +186,14 @@ def _visits(
 
 
 def _if_still_right(compared: Compared, of: Sequence[Implementation]) -> Compared:
-    """A comparison whose times count, as the results are right after them, too."""
+    """Keep the times only if the results are right after them, too."""
     wrong = faults(compared.problem, compared.mode, of, timed=True)
     reason = "; ".join(f"{name}: {why}" for name, why in wrong.items())
     return replace(compared, first_ms=None, second_ms=None, ratio=None, reason=reason) if wrong else compared
 
 
 def calls(problem: Problem, mode: str, of: Sequence[Implementation]) -> dict[str, measure.Call]:
-    """The calls of these implementations on inputs made anew."""
+    """Make the calls of these implementations on new inputs."""
     inputs = make_inputs(problem)
     return {i.name: measure.call_of(i.ready(inputs.experts), problem, inputs, mode) for i in of}
 
@@ -223,11 +223,11 @@ def base_and_here(
         if mode == "forward_backward" and not implementation.support.gradients:
             continue
         tell(f"{implementation.name}, {number} of {len(cells)}: {made.label}")
-        yield again(made, base, seconds)
+        yield two_versions(made, base, seconds)
 
 
-def again(compared: Compared, base: Path, seconds: float) -> Compared:
-    """Measure one cell of two versions."""
+def two_versions(compared: Compared, base: Path, seconds: float) -> Compared:
+    """Time one cell of two versions, each in a process of its own."""
     c = compared
     timings = versions.measure_versions((base, ROOT), c.second, c.problem, c.mode, seconds=seconds)
     return _with_times(c, dict(zip((c.first, c.second), timings, strict=True)))
@@ -258,7 +258,7 @@ def write(options: argparse.Namespace, found: Sequence[Compared], title: str) ->
 
 
 def show(found: Sequence[Compared], title: str) -> None:
-    """The table on the terminal, 80 columns wide; differences that count are said in words."""
+    """Print the table, 80 columns wide, with differences that count in words."""
     table = Table(title=title, box=None, pad_edge=False)
     for name in ("T D H E K load", "mode", "ms", "ms", "ratio", "interval", "n", "verdict"):
         table.add_column(name, justify="left" if name in ("T D H E K load", "mode", "verdict") else "right")

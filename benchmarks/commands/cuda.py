@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def usable_peers(tell: Callable[[str], None]) -> list[str]:
-    """Those of PEERS whose package is installed; of one that cannot be imported, why is told."""
+    """Find those of PEERS whose package is installed; tell why one cannot be imported."""
     found = []
     for name in filter(is_installed, PEERS):
         try:
@@ -99,7 +99,7 @@ def usable_peers(tell: Callable[[str], None]) -> list[str]:
 
 
 def steps(device: str, smoke: bool, peers: Sequence[str] = ()) -> list[Step]:
-    """What is done, in this order."""
+    """List what is done, in this order."""
     subjects = [f"--impl={name}" for name in (*OURS, *peers)]
     verify = ["pytest", "correctness", f"--device={device}", "-q"]
 
@@ -141,7 +141,7 @@ def steps(device: str, smoke: bool, peers: Sequence[str] = ()) -> list[Step]:
 
 
 def environment(device: str) -> dict[str, object]:
-    """What the figures depend on and no row holds."""
+    """Describe what the figures depend on and no row holds."""
     found: dict[str, object] = {
         **provenance.columns(),
         "device": device,

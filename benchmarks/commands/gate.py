@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 def measure(
     base: Path, subjects: Sequence[Implementation], threshold: float, seconds: float, tell: Tell
 ) -> tuple[list[Compared], list[Compared]]:
-    """All cells of these implementations, and those that are slower here by more than ``threshold``.
+    """Measure all cells of these implementations; return them, and those slower by more than ``threshold``.
 
     What is slower is measured a second time, for twice as long; it counts if it is slower both times.
     """
@@ -57,7 +57,7 @@ def measure(
         for found in compare.base_and_here(base, subject, seconds, compare.default_cells(), tell):
             if is_slower(found):
                 tell(f"{found.label} is slower: once more")
-                found = compare.again(found, base, 2 * seconds)
+                found = compare.two_versions(found, base, 2 * seconds)
                 slower += [found] * is_slower(found)
             everything.append(found)
     return everything, slower

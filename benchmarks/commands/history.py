@@ -70,7 +70,7 @@ def add(csv: Path, folder: Path) -> Path:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """All summaries, the earliest first.
+    """Read all summaries, the earliest first.
 
     Raises:
         RecordError: there are none, or a file has other columns.
@@ -90,7 +90,7 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def steps(efficiency: np.ndarray) -> list[int]:
-    """The runs from which on a series lies at another level (PELT, Killick et al. 2012, arXiv:1101.1438).
+    """Find the runs that begin another level of a series (PELT, Killick et al. 2012, arXiv:1101.1438).
 
     Levels are of the logarithm; the penalty follows from how much neighbouring runs differ.
     """
@@ -106,7 +106,7 @@ def steps(efficiency: np.ndarray) -> list[int]:
 
 
 def plot(folder: Path) -> list[Path]:
-    """history.png, with each step marked, and history.md, which lists them."""
+    """Write history.png, with each step marked, and history.md, which lists them."""
     table = read(folder)
     runs = list(table["run_id"].drop_duplicates())
     panels = list(table.groupby([*PANEL]))

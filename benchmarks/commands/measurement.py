@@ -45,7 +45,7 @@ REPEATED = ("dense_mask", "sorted_dispatch", "index_add", "padded")
 REPEATED_S = 10.0  # of samples for each of them: enough for measure.MAX_ROUNDS
 AGREEMENT = 0.05
 Pair = Callable[[], dict[str, Call]]  # two calls, made anew
-LOAD = multiprocessing.get_context("spawn")
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ def problem(sizes: tuple[int, ...]) -> Problem:
 
 
 def twice(sizes: tuple[int, ...]) -> dict[str, Call]:
-    """Two equal calls, as `benchmarks compare` makes them."""
+    """Make two equal calls, as `benchmarks compare` does."""
     subject = resolve(SUBJECT)
     return calls(problem(sizes), "forward", [subject, replace(subject, name="again")])
 
 
-def compared(problems: Sequence[Pair]) -> list[ratio.Ratio]:
-    """Two calls of each problem as `benchmarks compare` measures them: a handful of problems in turns."""
+def compare_pairs(problems: Sequence[Pair]) -> list[ratio.Ratio]:
+    """Compare the two calls of each pair as `benchmarks compare` does: a handful of problems in turns."""
     found = []
     for start in track(range(0, len(problems), len(SIZES)), "comparisons"):
         for outcomes in measure.in_turns(problems[start : start + len(SIZES)], seconds=SECONDS):
@@ -93,8 +93,8 @@ def compared(problems: Sequence[Pair]) -> list[ratio.Ratio]:
     return found
 
 
-def later(first: Call, seconds: float) -> Call:
-    """The same call, and then a busy wait of known length."""
+def slowed(first: Call, seconds: float) -> Call:
+    """Make a call with a busy wait of known length at its end."""
 
     def both() -> None:
         first()
@@ -106,10 +106,12 @@ def later(first: Call, seconds: float) -> Call:
 
 
 def equal_calls(trials: int) -> Outcome:
-    """An implementation against itself: how often a difference is claimed."""
+    """Compare an implementation with itself: how often is a difference claimed?"""
 
     cycle = itertools.islice(itertools.cycle(SIZES), trials)
-    claims = sum(r.verdict != "same" for r in compared([functools.partial(twice, sizes) for sizes in cycle]))
+    claims = sum(
+        r.verdict != "same" for r in compare_pairs([functools.partial(twice, sizes) for sizes in cycle])
+    )
     return Outcome(
         "equal calls: a difference is claimed",
         trials,
@@ -121,14 +123,15 @@ def equal_calls(trials: int) -> Outcome:
 
 
 def planted_slowdown(size: float, least: float, trials: int) -> Outcome:
+    """Compare a call with itself and a busy wait: how often is it found slower?"""
     alone = twice(PLANTED)[SUBJECT]
     typical = statistics.median(measure.time_calls(alone, 1, "cpu") for _ in range(20))
 
     def pair() -> dict[str, Call]:
         first, second = twice(PLANTED).values()
-        return {"first": first, "second": later(second, size * typical)}
+        return {"first": first, "second": slowed(second, size * typical)}
 
-    found = compared([pair] * trials)
+    found = compare_pairs([pair] * trials)
     share = sum(r.verdict == "slower" for r in found) / trials
     most = max(r.rounds for r in found)
     return Outcome(
@@ -147,7 +150,7 @@ def _spin(parent: int) -> None:
 
 
 def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Outcome]:
-    """The ratios of all pairs of implementations, measured twice while another process keeps one CPU busy.
+    """Measure the ratios of all pairs of implementations twice while another process keeps one CPU busy.
 
     In two ways: in turns, as `benchmarks compare` does, and each problem in one go, as a sweep does.
     """
@@ -165,7 +168,7 @@ def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Outcome]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    load = LOAD.Process(target=_spin, args=(os.getpid(),), daemon=True)
+    load = SPAWN.Process(target=_spin, args=(os.getpid(),), daemon=True)
     load.start()
     try:
         measured = {
@@ -200,6 +203,7 @@ def _ratios(outcomes: Mapping[str, Timing | BaseException]) -> Iterator[float]:
 
 
 def overhead() -> Outcome:
+    """Time a call that does nothing."""
     timing = measure.all_timed(measure.interleave({"nothing": lambda: None}))["nothing"]
     microseconds = statistics.median(timing.samples_s) * 1e6
     return Outcome(
@@ -225,7 +229,7 @@ def all_outcomes(quick: bool) -> list[Outcome]:
 
 
 def write(folder: Path, found: list[Outcome], quick: bool) -> list[Path]:
-    """measurement.csv and measurement.md."""
+    """Write measurement.csv and measurement.md."""
     made = {**provenance.columns(), **record.threads(), "quick": quick}
     table = pd.DataFrame([made | asdict(outcome) for outcome in found])
     shown = pd.DataFrame(

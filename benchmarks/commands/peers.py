@@ -36,7 +36,7 @@ from reporting.pages import markdown_table, write_atomically
 
 
 def _layer(model: str, name: str = "", **smaller: int) -> Problem:
-    """A model's layer, without the output activation that no peer has; T is set by the regime."""
+    """Take a model's layer, without the output activation that no peer has; the regime sets T."""
     layer = next(MODELS[model].problems())
     smaller = {"O": smaller.get("D", layer.O), **smaller}
     return replace(layer, name=name or model, T=1, output_activation="none", **smaller)
@@ -81,7 +81,7 @@ PART = "peers.part.csv"  # what is measured so far
 
 @dataclass(frozen=True)
 class Cell:
-    """One call. ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
+    """One call, ours and theirs. ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
 
     auto_ratio: auto over the best of ours that takes the weights as they are. of_products: the time of dense
     products of the same FLOPs over that of ours. of_reading: the time of the traffic at the bandwidth that is
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def compared() -> tuple[str, ...]:
-    """The peers that run on a CPU and combine by sums; torchtitan's, if it is there."""
+    """Name the peers that run on a CPU and combine by sums; torchtitan's, if it is there."""
     asked_for = ("transformers", "einsum")
     return tuple(
         name
@@ -143,7 +143,7 @@ def compared() -> tuple[str, ...]:
 
 
 def subjects() -> tuple[list[Implementation], list[Implementation]]:
-    """Ours, without what compiles for each shape, and the peers.
+    """Find ours, without what compiles for each shape, and the peers.
 
     Raises:
         ResolveError: the package of a peer is missing; the message names the extra.
@@ -156,7 +156,7 @@ def subjects() -> tuple[list[Implementation], list[Implementation]]:
 def samples(
     problem: Problem, mode: str, inputs: Inputs, groups: Sequence[Sequence[Implementation]]
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds of each that takes the call and comes near the fastest of its group, by name, in common rounds.
+    """Time, in common rounds, each that takes the call and comes near the fastest of its group.
 
     One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out.
     """
@@ -183,7 +183,7 @@ def measure_cell(
     ours: Sequence[Implementation],
     peers: Sequence[Implementation],
 ) -> Cell | None:
-    """One cell; None if no peer takes the call."""
+    """Measure one cell; None if no peer takes the call."""
     p, mode = problem, regime.mode
     prepared = [i for i in ours if i.prepare is not None]
     as_they_are = [i for i in ours if i.prepare is None]
@@ -223,7 +223,7 @@ def _rounded(value: float) -> float:
 
 
 def planned(quick: bool) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
-    """Each layer and dtype with its most tokens, and the regimes and numbers of tokens it is measured at."""
+    """List each layer and dtype with its most tokens, and the regimes and numbers of tokens to measure."""
     for dtype in DTYPES:
         for layer in QUICK_LAYERS if quick else LAYERS:
             cells = [(r, T) for r in REGIMES for T in (r.quick if quick else r.tokens)]
@@ -231,7 +231,7 @@ def planned(quick: bool) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
 
 
 def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
-    """Every cell of every regime. Each is in ``folder`` when it is measured, and a run is continued there.
+    """Measure every cell of every regime. Each is in ``folder`` at once, and a run is continued there.
 
     Raises:
         ValueError: what was begun there is of another version, machine, set of peers or choice of cells.
@@ -285,7 +285,7 @@ class Growth:
 
 
 def measure_growth(quick: bool) -> list[Growth]:
-    """Times against E at a fixed T and K, and against K at a fixed E; the number of slots grows with K."""
+    """Time against E at a fixed T and K, and against K at a fixed E; the number of slots grows with K."""
     found = []
     names = ("sorted_dispatch", "recompute", "native", "auto")
     implementations = [i for i in map(resolve, names) if i.is_available()]
@@ -300,7 +300,7 @@ def measure_growth(quick: bool) -> list[Growth]:
 
 
 def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -> list[Path]:
-    """peers.csv, peers-growth.csv, their page and its plots, in the place of what was measured so far."""
+    """Write peers.csv, peers-growth.csv, their page and its plots; remove what was kept of the run so far."""
     made = _made(quick)
     growth = pd.DataFrame([made | asdict(point) for point in grown])
     share = report.quadratic_share(growth)

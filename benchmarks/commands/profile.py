@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def subject(options: argparse.Namespace) -> tuple[Implementation, Problem, RouterSpec]:
-    """What is profiled: an implementation, a problem and the router that is timed beside them."""
+    """Choose what is profiled: an implementation, a problem and the router that is timed beside them."""
     ((problem, _),) = cells(options, (Workloads(),))
     router = MODELS[options.model].router if options.model else None
     return resolve(options.impl), problem, router or RouterSpec(top_k=problem.K)

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def candidates() -> list[Implementation]:
-    """Those that auto may choose: not itself, what it would have to prepare, or to compile for long.
+    """Find those that auto may choose: not itself, what it would have to prepare, or to compile for long.
 
     Kernels for a GPU alone are compiled in seconds.
     """
@@ -70,7 +70,7 @@ def candidates() -> list[Implementation]:
 
 
 def layers(quick: bool, device: str = "cpu") -> list[tuple[Problem, list[tuple[int, str]]]]:
-    """What is measured: each layer with its most tokens, and the numbers of tokens and modes.
+    """List what is measured: each layer with its most tokens, and the numbers of tokens and modes.
 
     quick: every second number of tokens and every second layer.
     """
@@ -86,7 +86,7 @@ def layers(quick: bool, device: str = "cpu") -> list[tuple[Problem, list[tuple[i
 def measure_cell(
     problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
 ) -> auto.Cell:
-    """The implementations that take this call and come near the fastest, by the median of their times."""
+    """Time the implementations that take this call and come near the fastest, in order of their medians."""
     calls = {
         i.name: measure.call_of(i.forward, problem, inputs, mode)
         for i in implementations

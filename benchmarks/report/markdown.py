@@ -104,7 +104,7 @@ def text(table: pd.DataFrame, files: list[Path], plots: list[str]) -> str:
 
 
 def _incomplete(files: list[Path]) -> list[str]:
-    """A line for each sweep that did not measure all that it was to, or did not write all of it."""
+    """Write a line for each sweep that did not measure all that it was to, or did not write all of it."""
     states = {file: plan.progress(file) for file in files}
     cut = [f"The last line of {file.name} was not written to its end and is left out." for file in files
            if record.is_cut(file)]  # fmt: skip

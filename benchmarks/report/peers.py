@@ -82,7 +82,7 @@ def growth_figure(growth: pd.DataFrame) -> Figure:
 
 
 def quadratic_share(growth: pd.DataFrame) -> pd.DataFrame:
-    """Share of the quadratic term of a fitted parabola at the largest value."""
+    """Compute the share of the quadratic term of a fitted parabola at the largest value."""
     lines = []
     for (axis, mode, name), rows in growth.groupby(["axis", "mode", "implementation"], sort=False):
         square = np.polyfit(rows["value"], rows["median_ms"], 2, w=1 / rows["median_ms"])[0]

@@ -18,7 +18,7 @@ from reporting.pages import slug
 
 
 def axis_figures(table: pd.DataFrame, styles: dict) -> dict[str, Figure]:
-    """Time, and time relative to the fastest, against each of T, E and K that takes several values.
+    """Plot time, and time relative to the fastest, against each of T, E and K that takes several values.
 
     One panel for each value of a second axis, at the middle value of the third.
     """
@@ -77,7 +77,7 @@ def _axis_figure(rows: pd.DataFrame, axis: str, panels: str, title: str, styles:
 
 
 def efficiency_figures(table: pd.DataFrame, styles: dict) -> dict[str, Figure]:
-    """Efficiency against the mean number of rows that an expert gets, T·K/E: one panel for each mode."""
+    """Plot efficiency against the mean number of rows that an expert gets, T·K/E: one panel for each mode."""
     figures = {}
     ok = table[table["status"] == "ok"]
     for (device, device_name, dtype), rows in ok.groupby(["device", "device_name", "dtype"]):

@@ -34,7 +34,7 @@ LIMIT = {"color": "0.4", "linestyle": "--", "linewidth": 1}
 
 
 def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each implementation; 64 pairs before one comes again."""
+    """Give each implementation a colour and a marker; 64 pairs before one comes again."""
     rounds, markers = len(COLOURS), tuple(SHAPES)
     return {
         name: (COLOURS[i % rounds], markers[(i + i // rounds) % len(markers)])
@@ -43,7 +43,7 @@ def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def png(figure: Figure) -> bytes:
-    """PNG of a figure, which is closed; equal figures give equal bytes."""
+    """Turn a figure into a PNG and close it; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -27,7 +27,7 @@ UNSTEADY = 2.0  # the 80 % sample over the 20 % sample: 1.1 to 1.4 where nothing
 
 
 def table_of(rows: Iterable[record.Row]) -> pd.DataFrame:
-    """Table of rows, a column for each of `record.COLUMNS`."""
+    """Make the table of rows, a column for each of `record.COLUMNS`."""
     return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=list(record.COLUMNS))
 
 

@@ -42,7 +42,7 @@ def compare(
     confidence: float = CONFIDENCE,
     minimum_effect: float = MINIMUM_EFFECT,
 ) -> Ratio:
-    """The ratio second / first of samples of the same rounds, in the order taken.
+    """Estimate the ratio second / first from samples of the same rounds, in the order taken.
 
     A difference is claimed if the interval excludes 1 and the ratio is at least ``minimum_effect`` from it.
 
@@ -73,5 +73,5 @@ def compare(
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
-    """Mean of ratios that treats twice as fast and half as fast alike."""
+    """Compute the mean of ratios that treats twice as fast and half as fast alike."""
     return math.exp(statistics.fmean(map(math.log, ratios)))

@@ -178,7 +178,7 @@ OUTPUT = (
 
 
 def named(name: str) -> Problem:
-    """The first problem of that name among EXACT and SIZES."""
+    """Find the first problem of that name among EXACT and SIZES, in float32."""
     return next(p for p in (*EXACT, *SIZES) if p.name == name and p.dtype == torch.float32)
 
 
@@ -218,7 +218,7 @@ def is_representative(problem: Problem, support: Support) -> bool:
 
 
 def is_plain(problem: Problem, support: Support) -> bool:
-    """Whether such an implementation is tested on this problem without gradients, too."""
+    """Whether an implementation that compiles for each case runs it without gradients, too."""
     return _is_first(problem, support) and not _is_degenerate(problem)
 
 

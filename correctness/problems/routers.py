@@ -43,7 +43,7 @@ class RouterInputs(NamedTuple):
 
 
 def make_inputs(problem: RouterProblem) -> RouterInputs:
-    """The inputs of a problem, the same for the same problem."""
+    """Make the inputs of a problem; equal problems have equal inputs."""
     p, g = problem, torch.Generator().manual_seed(problem.seed)
     logits = (p.spread * torch.randn(p.T, p.E, generator=g, dtype=torch.float64)).to(p.dtype)
     bias = None if p.bias is None else p.bias + 0.2 * torch.randn(p.E, generator=g)
@@ -59,7 +59,7 @@ def _spec(
 
 
 def _of_models() -> Iterator[RouterProblem]:
-    """One problem for each router of a released model, named after the first that has it."""
+    """Make one problem for each router of a released model, named after the first that has it."""
     seen = set()
     for model in MODELS.values():
         router = (model.E, model.router, model.selection_bias)

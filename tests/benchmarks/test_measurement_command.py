@@ -14,7 +14,7 @@ from benchmarks.timing import measure
 
 
 def test_a_planted_slowdown_is_as_long_as_it_says() -> None:
-    slowed = measurement.later(lambda: time.sleep(0.001), 0.004)
+    slowed = measurement.slowed(lambda: time.sleep(0.001), 0.004)
     fastest = min(measure.time_calls(slowed, 1, "cpu") for _ in range(20))
     assert fastest == pytest.approx(0.005, rel=0.3)
 
