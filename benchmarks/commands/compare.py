@@ -171,7 +171,7 @@ def implementations(
 def _visits(
     c: Compared, of: Sequence[Implementation], until: float, tell: Tell
 ) -> Callable[[], dict[str, measure.Call]]:
-    """Make a function that makes the calls of a visit, or none: when it is past ``until`` and they are enough."""
+    """Make a function that makes the calls of a visit, or none when it is late and there are enough."""
     done = 0
 
     def visit() -> dict[str, measure.Call]:

@@ -81,11 +81,12 @@ PART = "peers.part.csv"  # what is measured so far
 
 @dataclass(frozen=True)
 class Cell:
-    """One call, ours and theirs. ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
+    """One call, by ours and by the peers.
 
-    auto_ratio: auto over the best of ours that takes the weights as they are. of_products: the time of dense
-    products of the same FLOPs over that of ours. of_reading: the time of the traffic at the bandwidth that is
-    measured beside it over that of ours.
+    ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
+    auto_ratio: auto over the best of ours that takes the weights as they are.
+    of_products: the time of dense products of the same FLOPs over that of ours.
+    of_reading: the time of the traffic, at the bandwidth measured beside it, over that of ours.
     """
 
     regime: str
