@@ -15,6 +15,7 @@ import torch
 
 from correctness.problems.loads import LOADS, load_named
 from correctness.problems.problem import Problem
+from moe_impls import models
 from moe_impls.interface import GATED_ACTIVATIONS, RouterSpec, check_choice
 
 # forward: inference, no gradients recorded. forward_backward: y, then the gradients of x, the gates and
@@ -24,7 +25,7 @@ MODES = ("forward", "forward_backward")
 
 @dataclass(frozen=True)
 class Workloads:
-    """Every combination of the tuples is one problem; those with K > E do not exist and are left out."""
+    """A block of problems: every combination of the tuples, without those with K > E, which do not exist."""
 
     name: str = "sweep"
     T: tuple[int, ...] = (512,)
@@ -39,7 +40,6 @@ class Workloads:
     bias: bool = False
     router: RouterSpec | None = None  # of a model; None is softmax over the logits, top K
     modes: tuple[str, ...] = MODES
-    source: str = ""
 
     def problems(self) -> Iterator[Problem]:
         for load, D, H, E, K, T in itertools.product(self.load, self.D, self.H, self.E, self.K, self.T):
@@ -51,68 +51,16 @@ class Workloads:
                 )  # fmt: skip
 
 
-HUB = "https://huggingface.co"
-
-
-def _model(
-    name: str, D: int, H: int, E: int, K: int, source: str, *, activation: str = "swiglu",
-    output_activation: str = "none", bias: bool = False, **router: Any,
-) -> Workloads:  # fmt: skip
-    """T is a small batch of tokens, so that full-size weights can be measured on a CPU; --T takes others."""
-    return Workloads(
-        name, T=(16,), D=(D,), H=(H,), E=(E,), K=(K,), activation=activation,
-        output_activation=output_activation, bias=bias, router=RouterSpec(top_k=K, **router),
-        source=source if "/" not in source or "://" in source else f"{HUB}/{source}",
-    )  # fmt: skip
-
-
-_SIGMOID: dict[str, Any] = {"score": "sigmoid", "renormalise": True}
-_CHOSEN: dict[str, Any] = {"score": "topk_softmax"}
-# The routed experts of released models and their routers, from the published configurations; shared experts
-# are a dense layer beside them. Left out: what has no place in the contract (gates on the experts' inputs in
-# Llama 4, sampled choices in Phi-3.5-MoE) or in a configuration (Grok-1's activation).
-_MODELS = (
-    _model("mixtral-8x7b", 4096, 14336, 8, 2, "mistralai/Mixtral-8x7B-v0.1", renormalise=True),
-    _model("mixtral-8x22b", 6144, 16384, 8, 2, "mistralai/Mixtral-8x22B-v0.1", renormalise=True),
-    _model("olmoe-1b-7b", 2048, 1024, 64, 8, "allenai/OLMoE-1B-7B-0924"),
-    _model("qwen1.5-moe-a2.7b", 2048, 1408, 60, 4, "Qwen/Qwen1.5-MoE-A2.7B"),
-    _model("qwen2-57b-a14b", 3584, 2560, 64, 8, "Qwen/Qwen2-57B-A14B"),
-    _model("qwen3-30b-a3b", 2048, 768, 128, 8, "Qwen/Qwen3-30B-A3B", renormalise=True),
-    _model("qwen3-235b-a22b", 4096, 1536, 128, 8, "Qwen/Qwen3-235B-A22B", renormalise=True),
-    _model("qwen3-next-80b-a3b", 2048, 512, 512, 10, "Qwen/Qwen3-Next-80B-A3B-Instruct", renormalise=True),
-    _model("deepseek-v2-lite", 2048, 1408, 64, 6, "deepseek-ai/DeepSeek-V2-Lite"),
-    _model(
-        "deepseek-v2", 5120, 1536, 160, 6, "deepseek-ai/DeepSeek-V2",
-        scale=16.0, groups=8, keep_groups=3, group_score="max",
-    ),
-    _model(
-        "deepseek-v3", 7168, 2048, 256, 8, "deepseek-ai/DeepSeek-V3",
-        **_SIGMOID, scale=2.5, groups=8, keep_groups=4, group_score="top2_sum",
-    ),
-    _model("kimi-k2", 7168, 2048, 384, 8, "moonshotai/Kimi-K2-Instruct", **_SIGMOID, scale=2.827),
-    _model("glm-4.5-air", 4096, 1408, 128, 8, "zai-org/GLM-4.5-Air", **_SIGMOID),
-    _model(
-        "gpt-oss-20b", 2880, 2880, 32, 4, "openai/gpt-oss-20b",
-        activation="swiglu_clamped", bias=True, **_CHOSEN,
-    ),
-    _model(
-        "gpt-oss-120b", 2880, 2880, 128, 4, "openai/gpt-oss-120b",
-        activation="swiglu_clamped", bias=True, **_CHOSEN,
-    ),
-    _model("granite-3.0-1b-a400m", 1024, 512, 32, 8, "ibm-granite/granite-3.0-1b-a400m-base", **_CHOSEN),
-    _model("granite-3.0-3b-a800m", 1536, 512, 40, 8, "ibm-granite/granite-3.0-3b-a800m-base", **_CHOSEN),
-    _model("dbrx", 6144, 10752, 16, 4, "databricks/dbrx-base", renormalise=True),
-    # The notebook fixes K, the ReLU experts with their ReLU output and the biases; the sizes are ours.
-    _model(
-        "notebook", 512, 1024, 16, 4, "sizes chosen here",
-        activation="relu", output_activation="relu", bias=True, **_CHOSEN,
-    ),
-    # The paper goes from 4 to 131072 experts; this is its largest flat layer.
-    _model(
-        "shazeer-2017", 512, 1024, 256, 4, "https://arxiv.org/abs/1701.06538", activation="relu", **_CHOSEN
-    ),
-)  # fmt: skip
-MODELS = {model.name: model for model in _MODELS}
+# The routed experts of released models. T is a small batch, so that a CPU can take weights of full size; --T
+# takes others.
+MODELS = {
+    model.name: Workloads(
+        model.name, T=(16,), D=(model.D,), H=(model.H,), E=(model.E,), K=(model.K,), bias=model.bias,
+        activation=model.activation, output_activation=model.output_activation, router=model.router,
+    )
+    for model in models.MODELS.values()
+    if not model.gap
+}  # fmt: skip
 
 # A full product of T, E and K; the same layer in its middle under every other load; real models.
 GRIDS: dict[str, tuple[Workloads, ...]] = {
@@ -147,23 +95,23 @@ SECONDS = {"smoke": 0.05, "default": 0.1, "latency": 0.5, "throughput": 0.5, "fu
 
 def chosen(
     blocks: Sequence[Workloads],
-    models: Sequence[str],
+    names: Sequence[str],
     sizes: Mapping[str, Sequence[int]],
     loads: Sequence[str],
 ) -> list[Workloads]:
-    """The blocks, or the layers of models instead, with the given sizes and loads in place of their own.
+    """Choose the blocks, or the layers of models instead, with the given sizes and loads in their place.
 
     Raises:
         ValueError: something given is not valid; the message names the option.
     """
-    for name in models:
+    for name in names:
         check_choice("--model", name, tuple(MODELS))
     given = {size: tuple(dict.fromkeys(values)) for size, values in sizes.items() if values}
     for size, values in given.items():
         if min(values) < 1:
             raise ValueError(f"--{size} is {min(values)}; it must be at least 1")
     fixed = [f"--{size}" for size in given if size != "T"]
-    if models and fixed:
+    if names and fixed:
         raise ValueError(
             f"{', '.join(fixed)} cannot be given with --model, whose layer is fixed; valid is --T"
         )
@@ -172,7 +120,7 @@ def chosen(
         load_named(load, "--load")
     if loads:
         changes["load"] = tuple(dict.fromkeys(loads))
-    found = [replace(block, **changes) for block in ([MODELS[name] for name in models] or blocks)]
+    found = [replace(block, **changes) for block in ([MODELS[name] for name in names] or blocks)]
     for problem in (problem for block in found for problem in block.problems()):
         load_named(problem.load)(replace(problem, T=1), torch.Generator())  # raises if it takes more experts
     if {"E", "K"} & set(given):
@@ -183,7 +131,7 @@ def chosen(
 
 
 def flops(problem: Problem, mode: str) -> int:
-    """Floating-point operations of the expert products of one call; a multiply-add counts two.
+    """Count the floating-point operations of the expert products of one call, two for a multiply-add.
 
     2·T·K·(F·D + O·H), and three times that with the backward: 6·T·K·D·H and 18 for gated experts with
     O = D, 4 and 12 for others. The router, activations and the combine are not counted.

@@ -1,10 +1,13 @@
-"""``python -m benchmarks compare`` and ``gate``: two implementations, or two versions of one."""
+"""``python -m benchmarks compare``: two implementations, or two versions of one, in rounds."""
 
 from __future__ import annotations
 
-import functools
+import argparse
+import contextlib
+import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import options as shared
 from benchmarks.sweep.plan import SIZES
 from benchmarks.sweep.workload import faults
 from benchmarks.timing import measure, ratio, versions
@@ -21,21 +25,87 @@ from benchmarks.workloads import MODES, Workloads
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem, unsupported
 from moe_impls.interface import Implementation, dtype_name
+from moe_impls.registry import resolve
 from reporting.pages import markdown_table, write_atomically
 from reporting.provenance import ROOT
 
-# Few tokens, a middle, and many on few experts: a comparison of two takes less than 20 s.
+# Few tokens, a middle, and many on few experts.
 PROBLEMS = (
     Workloads(T=(16,), D=(128,), H=(128,), E=(8,), K=(2,)),
     Workloads(T=(256,), D=(128,), H=(128,), E=(8,), K=(2,)),
     Workloads(T=(1024,), D=(64,), H=(64,), E=(8,), K=(2,), load=("zipf",)),
 )
 SECONDS = 1.0  # of samples for each of the two on each problem, if measure.MAX_ROUNDS do not end it sooner
+# However slow the machine makes each call, timing ends so many times the seconds after the start, if every
+# problem has been visited often enough for an interval.
+LONGEST = 2
+LEAST_VISITS = math.ceil(ratio.LEAST_ROUNDS / measure.VISIT_ROUNDS)
+Tell = Callable[[str], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("impl", nargs="*", metavar="NAME", help=(
+        "two names as for --impl elsewhere (default: index_add sorted_dispatch), or with --base one"
+    ))  # fmt: skip
+    shared.add_workload(parser.add_argument, repeatable=True)
+    add_timing(parser, base_required=False)
+
+
+def add_timing(parser: argparse.ArgumentParser, *, base_required: bool) -> None:
+    """Add the options that `compare` and `gate` share."""
+    parser.add_argument("--base", metavar="REF", required=base_required, help=(
+        "a commit, or a folder with another version of moe_impls"
+    ))  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=(
+        f"for the samples of each of the two on each problem (default: {SECONDS:g})"
+    ))  # fmt: skip
+    shared.add_threads(parser.add_argument)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+
+
+def settle(options: argparse.Namespace) -> None:
+    """Check what `add_timing` added, and set the threads."""
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds is {options.seconds}; it must be above 0")
+    shared.set_threads(options.threads)
+
+
+def run(options: argparse.Namespace) -> int:
+    settle(options)
+    names = options.impl or (["sorted_dispatch"] if options.base else ["index_add", "sorted_dispatch"])
+    wanted = 1 if options.base else 2
+    if len(names) != wanted:
+        raise ValueError(f"{len(names)} implementations are given; it must be {wanted}")
+    given = options.load or shared.sizes_of(options)
+    cells = shared.cells(options, (Workloads(),) if given else PROBLEMS)
+    first, *second = [resolve(name) for name in names]
+    with progress() as tell:
+        if options.base:
+            with versions.checked_out(options.base) as base:
+                found = list(base_and_here(base, first, options.seconds, cells, tell))
+            title = f"{names[0]} here, relative to {options.base}"
+        else:
+            found = implementations(first, second[0], options.seconds, cells, tell)
+            title = f"{second[0].name}, relative to {first.name}"
+    write(options, found, title)
+    return 0 if any(c.ratio for c in found) else 1
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Tell]:
+    """Tell on standard error what is being done: in one line that changes on a terminal, else a line each."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(f"{text} ...")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Two on one workload: times, and how many times as long the second takes as the first."""
+    """Two implementations on one workload: times, and how many times as long the second takes."""
 
     problem: Problem
     mode: str
@@ -45,6 +115,12 @@ class Compared:
     second_ms: float | None = None
     ratio: Ratio | None = None
     reason: str = ""  # why there is no ratio
+
+    @property
+    def label(self) -> str:
+        """Name, sizes, load and mode in one line."""
+        sizes = " ".join(f"{size}={getattr(self.problem, size)}" for size in SIZES)
+        return f"{self.problem.name} {sizes} {self.problem.load} {self.mode}"
 
     @property
     def columns(self) -> dict[str, object]:
@@ -60,34 +136,64 @@ class Compared:
 
 
 def default_cells() -> list[tuple[Problem, str]]:
-    """The default problem set in every mode."""
+    """List the default problems in every mode."""
     return [(problem, mode) for block in PROBLEMS for problem in block.problems() for mode in MODES]
 
 
 def implementations(
-    first: Implementation, second: Implementation, seconds: float, *, cells: Sequence[tuple[Problem, str]]
+    first: Implementation,
+    second: Implementation,
+    seconds: float,
+    cells: Sequence[tuple[Problem, str]],
+    tell: Tell,
 ) -> list[Compared]:
-    """Each of these problems and modes, all on one device, checked like any other and timed in turns."""
+    """Compare two on each problem and mode, all on one device: check, time in turns, check again."""
+    begin, budget_s = time.monotonic(), 2 * seconds * len(cells)
     other = replace(second, name=f"{second.name} (again)") if second.name == first.name else second
-    found: list[Compared] = []
-    for problem, mode in cells:
-        failed = [f"{name}: {why}" for name, why in faults(problem, mode, (first, other)).items()]
-        found.append(Compared(problem, mode, first.name, other.name, reason="; ".join(failed)))
+    found = [Compared(problem, mode, first.name, other.name) for problem, mode in cells]
+    tell(f"{first.name} and {other.name}: {len(cells)} calls, samples of {budget_s:g} s in all")
+    for i, c in enumerate(found):
+        tell(f"check {i + 1} of {len(found)}: {c.label}")
+        failed = [f"{name}: {why}" for name, why in faults(c.problem, c.mode, (first, other)).items()]
+        found[i] = replace(c, reason="; ".join(failed))
     right = [c for c in found if not c.reason]
-    problems = [functools.partial(calls, c.problem, c.mode, (first, other)) for c in right]
-    timed = iter(measure.in_turns(problems, seconds=seconds, device=cells[0][0].device))
-    return [c if c.reason else _if_still_right(_with_times(c, next(timed)), (first, other)) for c in found]
+    # The checks after the timing are twice those before it.
+    until = begin + LONGEST * budget_s - 2 * (time.monotonic() - begin)
+    visits = [_visits(c, (first, other), until, tell) for c in right]
+    timed = iter(measure.in_turns(visits, seconds=seconds, device=cells[0][0].device))
+    for i, c in enumerate(found):
+        if not c.reason:
+            tell(f"check after timing, {i + 1} of {len(found)}: {c.label}")
+            found[i] = _if_still_right(_with_times(c, next(timed)), (first, other))
+    return found
+
+
+def _visits(
+    c: Compared, of: Sequence[Implementation], until: float, tell: Tell
+) -> Callable[[], dict[str, measure.Call]]:
+    """Make a function that makes the calls of a visit, or none when it is late and there are enough."""
+    done = 0
+
+    def visit() -> dict[str, measure.Call]:
+        nonlocal done
+        done += 1
+        if done > LEAST_VISITS and time.monotonic() > until:
+            return {}
+        tell(f"timing, visit {done} of {measure.VISITS}: {c.label}")
+        return calls(c.problem, c.mode, of)
+
+    return visit
 
 
 def _if_still_right(compared: Compared, of: Sequence[Implementation]) -> Compared:
-    """A comparison whose times count, as the results are right after them, too."""
+    """Keep the times only if the results are right after them, too."""
     wrong = faults(compared.problem, compared.mode, of, timed=True)
     reason = "; ".join(f"{name}: {why}" for name, why in wrong.items())
     return replace(compared, first_ms=None, second_ms=None, ratio=None, reason=reason) if wrong else compared
 
 
 def calls(problem: Problem, mode: str, of: Sequence[Implementation]) -> dict[str, measure.Call]:
-    """The calls of these implementations on inputs made anew."""
+    """Make the calls of these implementations on new inputs."""
     inputs = make_inputs(problem)
     return {i.name: measure.call_of(i.ready(inputs.experts), problem, inputs, mode) for i in of}
 
@@ -102,21 +208,26 @@ def _with_times(compared: Compared, outcomes: Mapping[str, Timing | BaseExceptio
 
 
 def base_and_here(
-    base: Path, implementation: Implementation, seconds: float, *, cells: Sequence[tuple[Problem, str]]
+    base: Path,
+    implementation: Implementation,
+    seconds: float,
+    cells: Sequence[tuple[Problem, str]],
+    tell: Tell,
 ) -> Iterator[Compared]:
-    """The same for one implementation as it is in another version (first) and here (second)."""
-    for problem, mode in cells:
+    """Compare one implementation as it is in another version (first) and here (second), cell by cell."""
+    for number, (problem, mode) in enumerate(cells, 1):
         made = Compared(problem, mode, f"{implementation.name} at base", implementation.name)
         if reason := unsupported(implementation.support, problem):
             yield replace(made, reason=reason)
             continue
         if mode == "forward_backward" and not implementation.support.gradients:
             continue
-        yield again(made, base, seconds)
+        tell(f"{implementation.name}, {number} of {len(cells)}: {made.label}")
+        yield two_versions(made, base, seconds)
 
 
-def again(compared: Compared, base: Path, seconds: float) -> Compared:
-    """Measure one cell of two versions."""
+def two_versions(compared: Compared, base: Path, seconds: float) -> Compared:
+    """Time one cell of two versions, each in a process of its own."""
     c = compared
     timings = versions.measure_versions((base, ROOT), c.second, c.problem, c.mode, seconds=seconds)
     return _with_times(c, dict(zip((c.first, c.second), timings, strict=True)))
@@ -137,8 +248,17 @@ def write_markdown(path: Path, found: Sequence[Compared]) -> None:
     write_atomically(path, (markdown_table(shown.fillna("")) + "\n").encode())
 
 
+def write(options: argparse.Namespace, found: Sequence[Compared], title: str) -> None:
+    """Show the table, and write it into the files that the options of `add_timing` name."""
+    show(found, title)
+    for path, write_to in ((options.csv, write_csv), (options.markdown, write_markdown)):
+        if path is not None:
+            write_to(path, found)
+            print(path)
+
+
 def show(found: Sequence[Compared], title: str) -> None:
-    """The table on the terminal, 80 columns wide; differences that count are said in words."""
+    """Print the table, 80 columns wide, with differences that count in words."""
     table = Table(title=title, box=None, pad_edge=False)
     for name in ("T D H E K load", "mode", "ms", "ms", "ratio", "interval", "n", "verdict"):
         table.add_column(name, justify="left" if name in ("T D H E K load", "mode", "verdict") else "right")
@@ -158,24 +278,3 @@ def show(found: Sequence[Compared], title: str) -> None:
     console.print(table)
     for reason in dict.fromkeys(c.reason for c in found if c.ratio is None):
         console.print(reason, soft_wrap=True, markup=False, highlight=False)
-
-
-def gate(
-    base: Path, subjects: Sequence[Implementation], threshold: float, seconds: float
-) -> tuple[list[Compared], list[Compared]]:
-    """All cells of these implementations, and those that are slower here by more than ``threshold``.
-
-    What is slower is measured a second time, for twice as long; it counts if it is slower both times.
-    """
-
-    def is_slower(c: Compared) -> bool:
-        return c.ratio is not None and c.ratio.verdict == "slower" and c.ratio.ratio > 1 + threshold
-
-    everything, slower = [], []
-    for subject in subjects:
-        for found in base_and_here(base, subject, seconds, cells=default_cells()):
-            if is_slower(found):
-                found = again(found, base, 2 * seconds)
-                slower += [found] * is_slower(found)
-            everything.append(found)
-    return everything, slower

@@ -7,6 +7,7 @@ step whose time was up begins again, and what failed is tried again after all el
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -21,8 +22,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import markdown
+from benchmarks.options import RESULTS, add_device
+from benchmarks.report.folder import write_report
 from benchmarks.sweep import plan, record
+from correctness.problems.problem import check_device
 from moe_impls.registry import ResolveError, is_installed, resolve
 from reporting import provenance
 from reporting.pages import write_atomically
@@ -65,8 +68,27 @@ class Done:
     csv: str = ""  # of a sweep, in the folder
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=10, metavar="M", help="for all of it (default: 10)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=(
+        "results/<machine> unless given; one that was begun is continued"
+    ))  # fmt: skip
+    add_device(parser.add_argument, default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="a small part of it, to try the command itself")
+
+
+def run(options: argparse.Namespace) -> int:
+    check_device(options.device, "--device")
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes is {options.minutes}; it must be above 0")
+    if options.device == "cpu" and not options.smoke:
+        raise ValueError("--device is cpu; valid with --smoke only: `pytest benchmarks` measures on a CPU")
+    folder = options.out or RESULTS / record.environment(options.device, "cuda").machine
+    return 0 if do_steps(folder, options.device, options.minutes, smoke=options.smoke) else 1
+
+
 def usable_peers(tell: Callable[[str], None]) -> list[str]:
-    """Those of PEERS whose package is installed; of one that cannot be imported, why is told."""
+    """Find those of PEERS whose package is installed; tell why one cannot be imported."""
     found = []
     for name in filter(is_installed, PEERS):
         try:
@@ -77,7 +99,7 @@ def usable_peers(tell: Callable[[str], None]) -> list[str]:
 
 
 def steps(device: str, smoke: bool, peers: Sequence[str] = ()) -> list[Step]:
-    """What is done, in this order."""
+    """List what is done, in this order."""
     subjects = [f"--impl={name}" for name in (*OURS, *peers)]
     verify = ["pytest", "correctness", f"--device={device}", "-q"]
 
@@ -119,7 +141,7 @@ def steps(device: str, smoke: bool, peers: Sequence[str] = ()) -> list[Step]:
 
 
 def environment(device: str) -> dict[str, object]:
-    """What the figures depend on and no row holds."""
+    """Describe what the figures depend on and no row holds."""
     found: dict[str, object] = {
         **provenance.columns(),
         "device": device,
@@ -138,10 +160,10 @@ def environment(device: str) -> dict[str, object]:
     return found
 
 
-def run(
+def do_steps(
     folder: Path, device: str, minutes: float, *, smoke: bool, tell: Callable[[str], None] = print
 ) -> bool:
-    """All steps that fit, then the report. Whether none failed that may not.
+    """Do all steps that fit, then write the report; whether none failed that may not.
 
     Raises:
         RecordError: the folder's list of steps cannot be read.
@@ -167,7 +189,7 @@ def run(
         write_atomically(folder / STEPS, _json({name: asdict(d) for name, d in done.items()}))
         tell(f"{step.name}: {done[step.name].status} after {done[step.name].seconds:.0f} s")
     if any(folder.glob("*.csv")):
-        for path in markdown.write(folder):
+        for path in write_report(folder):
             tell(str(path))
     return not any(failed(step) and not step.may_fail for step in planned)
 

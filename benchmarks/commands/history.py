@@ -7,14 +7,15 @@ are marked.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import ruptures
 
-from benchmarks.report.plots import png
+from benchmarks.options import HISTORY
+from benchmarks.report.styles import GRID, png, styles_of
 from benchmarks.sweep import record
 from benchmarks.sweep.record import RecordError
 from benchmarks.timing import ratio
@@ -26,6 +27,21 @@ LEAST_RUNS = 6  # fewer have no step that could be told from chance
 PENALTY = 8.0  # for one more step, in units of log(runs) times the spread between neighbouring runs
 COLUMNS_OF_PLOT = 2
 PANEL = ("machine", "threads", "threads_wait", "cache", "mode", "dtype")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("add", "plot"))
+    parser.add_argument("csv", nargs="*", type=Path, metavar="CSV", help="of add: the files of sweeps")
+    parser.add_argument("--folder", type=Path, default=HISTORY, metavar="DIR")
+
+
+def run(options: argparse.Namespace) -> int:
+    if (options.what == "add") != bool(options.csv):
+        raise ValueError("history add needs the CSV of a sweep, history plot takes none")
+    sweeps = [csv for csv in options.csv if csv.resolve().parent != HISTORY]  # summaries are there already
+    added = [add(csv, options.folder) for csv in sweeps]
+    print(*(added if options.what == "add" else plot(options.folder)), sep="\n")
+    return 0
 
 
 def add(csv: Path, folder: Path) -> Path:
@@ -54,7 +70,7 @@ def add(csv: Path, folder: Path) -> Path:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """All summaries, the earliest first.
+    """Read all summaries, the earliest first.
 
     Raises:
         RecordError: there are none, or a file has other columns.
@@ -74,10 +90,12 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def steps(efficiency: np.ndarray) -> list[int]:
-    """The runs from which on a series lies at another level (PELT, Killick et al. 2012, arXiv:1101.1438).
+    """Find the runs that begin another level of a series (PELT, Killick et al. 2012, arXiv:1101.1438).
 
     Levels are of the logarithm; the penalty follows from how much neighbouring runs differ.
     """
+    import ruptures  # the one part of the suite that may be missing on a machine with a GPU
+
     if len(efficiency) < LEAST_RUNS:
         return []
     logs = np.log(efficiency)
@@ -88,7 +106,7 @@ def steps(efficiency: np.ndarray) -> list[int]:
 
 
 def plot(folder: Path) -> list[Path]:
-    """history.png, with each step marked, and history.md, which lists them."""
+    """Write history.png, with each step marked, and history.md, which lists them."""
     table = read(folder)
     runs = list(table["run_id"].drop_duplicates())
     panels = list(table.groupby([*PANEL]))
@@ -96,12 +114,13 @@ def plot(folder: Path) -> list[Path]:
     figure, grid = plt.subplots(
         rows, COLUMNS_OF_PLOT, figsize=(12, 1 + 3.2 * rows), squeeze=False, layout="constrained"
     )
-    lines = []
+    styles, lines = styles_of(table["implementation"].unique()), []
     for axes, (key, panel) in zip(grid.flat, panels, strict=False):
-        for number, (name, series) in enumerate(panel.groupby("implementation")):
+        for name, series in panel.groupby("implementation"):
             places = [runs.index(run) for run in series["run_id"]]
             values = series["efficiency"].to_numpy(dtype=float)
-            axes.plot(places, 100 * values, marker="osD^vPX*"[number % 8], label=str(name))
+            colour, marker = styles[str(name)]
+            axes.plot(places, 100 * values, color=colour, marker=marker, label=str(name))
             for step in steps(values):
                 axes.axvline(places[step], color="0.5", linestyle=":")
                 before, after = (ratio.geometric_mean(list(part)) for part in (values[:step], values[step:]))
@@ -113,7 +132,7 @@ def plot(folder: Path) -> list[Path]:
         axes.set_xticks(range(len(runs)), [run[:8] for run in runs], rotation=60, fontsize="small")
         axes.set_ylabel("efficiency, % of the limit")
         axes.set_yscale("log")
-        axes.grid(True, color="0.9")
+        axes.grid(True, **GRID)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     grid[0, 0].legend(fontsize="small", frameon=False)

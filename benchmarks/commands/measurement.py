@@ -1,11 +1,12 @@
 """``python -m benchmarks measurement``: what the measurement itself is worth, measured.
 
-Experiments, each with the figure that it must reach: equal calls are called equal; slowdowns of known size
+Outcomes, each with the figure that it must reach: equal calls are called equal; slowdowns of known size
 are found; ratios repeat under load; and the harness adds next to nothing to what it measures.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import multiprocessing
@@ -21,6 +22,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.commands.compare import SECONDS, calls
+from benchmarks.options import RESULTS
 from benchmarks.sweep import record
 from benchmarks.timing import measure, ratio
 from benchmarks.timing.measure import Call, Timing
@@ -43,12 +45,12 @@ REPEATED = ("dense_mask", "sorted_dispatch", "index_add", "padded")
 REPEATED_S = 10.0  # of samples for each of them: enough for measure.MAX_ROUNDS
 AGREEMENT = 0.05
 Pair = Callable[[], dict[str, Call]]  # two calls, made anew
-LOAD = multiprocessing.get_context("spawn")
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """What was done, how often, what share or value came out of it, and what is asked for."""
+class Outcome:
+    """Outcome of an experiment: how often it was done, what came out, and what is asked for."""
 
     experiment: str
     trials: int
@@ -58,19 +60,32 @@ class Figure:
     note: str
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="fewer trials: a minute")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=(
+        "folder of measurement.csv and measurement.md"
+    ))  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    found = all_outcomes(options.quick)
+    print(*write(options.out, found, options.quick), sep="\n")
+    return 0 if all(outcome.reached for outcome in found) else 1
+
+
 def problem(sizes: tuple[int, ...]) -> Problem:
     T, D, H, E, K = sizes
-    return Problem("figures", T, D, H, D, E, K)
+    return Problem("measurement", T, D, H, D, E, K)
 
 
 def twice(sizes: tuple[int, ...]) -> dict[str, Call]:
-    """Two equal calls, as `benchmarks compare` makes them."""
+    """Make two equal calls, as `benchmarks compare` does."""
     subject = resolve(SUBJECT)
     return calls(problem(sizes), "forward", [subject, replace(subject, name="again")])
 
 
-def compared(problems: Sequence[Pair]) -> list[ratio.Ratio]:
-    """Two calls of each problem as `benchmarks compare` measures them: a handful of problems in turns."""
+def compare_pairs(problems: Sequence[Pair]) -> list[ratio.Ratio]:
+    """Compare the two calls of each pair as `benchmarks compare` does: a handful of problems in turns."""
     found = []
     for start in track(range(0, len(problems), len(SIZES)), "comparisons"):
         for outcomes in measure.in_turns(problems[start : start + len(SIZES)], seconds=SECONDS):
@@ -78,8 +93,8 @@ def compared(problems: Sequence[Pair]) -> list[ratio.Ratio]:
     return found
 
 
-def later(first: Call, seconds: float) -> Call:
-    """The same call, and then a busy wait of known length."""
+def slowed(first: Call, seconds: float) -> Call:
+    """Make a call with a busy wait of known length at its end."""
 
     def both() -> None:
         first()
@@ -90,12 +105,14 @@ def later(first: Call, seconds: float) -> Call:
     return both
 
 
-def equal_calls(trials: int) -> Figure:
-    """An implementation against itself: how often a difference is claimed."""
+def equal_calls(trials: int) -> Outcome:
+    """Compare an implementation with itself: how often is a difference claimed?"""
 
     cycle = itertools.islice(itertools.cycle(SIZES), trials)
-    claims = sum(r.verdict != "same" for r in compared([functools.partial(twice, sizes) for sizes in cycle]))
-    return Figure(
+    claims = sum(
+        r.verdict != "same" for r in compare_pairs([functools.partial(twice, sizes) for sizes in cycle])
+    )
+    return Outcome(
         "equal calls: a difference is claimed",
         trials,
         claims / trials,
@@ -105,18 +122,19 @@ def equal_calls(trials: int) -> Figure:
     )
 
 
-def planted_slowdown(size: float, least: float, trials: int) -> Figure:
+def planted_slowdown(size: float, least: float, trials: int) -> Outcome:
+    """Compare a call with itself and a busy wait: how often is it found slower?"""
     alone = twice(PLANTED)[SUBJECT]
     typical = statistics.median(measure.time_calls(alone, 1, "cpu") for _ in range(20))
 
     def pair() -> dict[str, Call]:
         first, second = twice(PLANTED).values()
-        return {"first": first, "second": later(second, size * typical)}
+        return {"first": first, "second": slowed(second, size * typical)}
 
-    found = compared([pair] * trials)
+    found = compare_pairs([pair] * trials)
     share = sum(r.verdict == "slower" for r in found) / trials
     most = max(r.rounds for r in found)
-    return Figure(
+    return Outcome(
         f"slower by {size:.0%}: it is found",
         trials,
         share,
@@ -131,8 +149,8 @@ def _spin(parent: int) -> None:
         sum(range(1000))
 
 
-def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Figure]:
-    """The ratios of all pairs of implementations, measured twice while another process keeps one CPU busy.
+def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Outcome]:
+    """Measure the ratios of all pairs of implementations twice while another process keeps one CPU busy.
 
     In two ways: in turns, as `benchmarks compare` does, and each problem in one go, as a sweep does.
     """
@@ -150,7 +168,7 @@ def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Figure]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    load = LOAD.Process(target=_spin, args=(os.getpid(),), daemon=True)
+    load = SPAWN.Process(target=_spin, args=(os.getpid(),), daemon=True)
     load.start()
     try:
         measured = {
@@ -165,7 +183,7 @@ def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Figure]:
         agree = [abs(a / b - 1) <= AGREEMENT for a, b in zip(*ratios, strict=True)]
         share = sum(agree) / len(agree)
         found.append(
-            Figure(
+            Outcome(
                 f"ratios repeat within {AGREEMENT:.0%}, each problem measured {how}",
                 len(agree),
                 share,
@@ -184,10 +202,11 @@ def _ratios(outcomes: Mapping[str, Timing | BaseException]) -> Iterator[float]:
         yield ratio.compare(a.samples_s, b.samples_s).ratio
 
 
-def overhead() -> Figure:
+def overhead() -> Outcome:
+    """Time a call that does nothing."""
     timing = measure.all_timed(measure.interleave({"nothing": lambda: None}))["nothing"]
     microseconds = statistics.median(timing.samples_s) * 1e6
-    return Figure(
+    return Outcome(
         "measured time of a call that does nothing, µs",
         len(timing.samples_s),
         microseconds,
@@ -197,7 +216,7 @@ def overhead() -> Figure:
     )
 
 
-def all_figures(quick: bool) -> list[Figure]:
+def all_outcomes(quick: bool) -> list[Outcome]:
     trials = 20 if quick else 300
     sizes = [(T, D, D, E, K) for T in (16, 128, 512) for D in (64, 256) for E, K in ((8, 2), (32, 4))]
     return [
@@ -209,24 +228,24 @@ def all_figures(quick: bool) -> list[Figure]:
     ]
 
 
-def write(folder: Path, found: list[Figure], quick: bool) -> list[Path]:
-    """measurement.csv and measurement.md."""
+def write(folder: Path, found: list[Outcome], quick: bool) -> list[Path]:
+    """Write measurement.csv and measurement.md."""
     made = {**provenance.columns(), **record.threads(), "quick": quick}
-    table = pd.DataFrame([made | asdict(figure) for figure in found])
+    table = pd.DataFrame([made | asdict(outcome) for outcome in found])
     shown = pd.DataFrame(
         {
-            "experiment": [f.experiment for f in found],
-            "trials": [f.trials for f in found],
-            "result": [f"{f.value:.2g}" if "µs" in f.experiment else f"{f.value:.1%}" for f in found],
-            "asked for": [f.limit for f in found],
-            "reached": ["yes" if f.reached else "no" for f in found],
-            "how": [f.note for f in found],
+            "experiment": [o.experiment for o in found],
+            "trials": [o.trials for o in found],
+            "result": [f"{o.value:.2g}" if "µs" in o.experiment else f"{o.value:.1%}" for o in found],
+            "asked for": [o.limit for o in found],
+            "reached": ["yes" if o.reached else "no" for o in found],
+            "how": [o.note for o in found],
         }
     )
     page = f"""# What the measurement is worth
 
-Written by `python -m benchmarks figures{" --quick" * quick}` at commit {made["git_commit"][:12]} with torch
-{made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. A comparison is one of
+Written by `python -m benchmarks measurement{" --quick" * quick}` at commit {made["git_commit"][:12]} with
+torch {made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. A comparison is one of
 `benchmarks compare`: {SECONDS:g} s of samples for each of the two, at most {measure.MAX_ROUNDS} rounds, in
 {measure.VISITS} visits between which other problems are measured and after which the inputs are made anew; a
 difference is claimed if the {ratio.CONFIDENCE:.0%} interval of the ratio excludes 1 and the ratio is at least

@@ -9,18 +9,19 @@ by its median.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from rich.progress import track
 
-from benchmarks.report.plots import png
+from benchmarks.options import RESULTS
+from benchmarks.report import peers as report
+from benchmarks.report.styles import png
 from benchmarks.sweep import record
 from benchmarks.sweep.workload import taken, undeclared
 from benchmarks.timing import measure, memory, ratio, roofline
@@ -35,7 +36,7 @@ from reporting.pages import markdown_table, write_atomically
 
 
 def _layer(model: str, name: str = "", **smaller: int) -> Problem:
-    """A model's layer, without the output activation that no peer has; T is set by the regime."""
+    """Take a model's layer, without the output activation that no peer has; the regime sets T."""
     layer = next(MODELS[model].problems())
     smaller = {"O": smaller.get("D", layer.O), **smaller}
     return replace(layer, name=name or model, T=1, output_activation="none", **smaller)
@@ -80,11 +81,12 @@ PART = "peers.part.csv"  # what is measured so far
 
 @dataclass(frozen=True)
 class Cell:
-    """One call. ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
+    """One call, by ours and by the peers.
 
-    auto_ratio: auto over the best of ours that takes the weights as they are. of_products: the time of dense
-    products of the same FLOPs over that of ours. of_reading: the time of the traffic at the bandwidth that is
-    measured beside it over that of ours.
+    ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
+    auto_ratio: auto over the best of ours that takes the weights as they are.
+    of_products: the time of dense products of the same FLOPs over that of ours.
+    of_reading: the time of the traffic, at the bandwidth measured beside it, over that of ours.
     """
 
     regime: str
@@ -112,8 +114,26 @@ class Cell:
     times_ms: str
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Needs the packages of `pip install 'moe-impls[suite,peers]'`. Writes peers.csv, peers.md and their "
+        f"plots; what an interrupted run has measured is in {PART}, and the same command goes on from there."
+    )
+    parser.add_argument("--quick", action="store_true", help="a subset of every regime")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=(
+        "results/ unless given, over what it has of an earlier run"
+    ))  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    cells = measure_all(options.out, options.quick)
+    print(*write(options.out, cells, measure_growth(options.quick), options.quick), sep="\n")
+    return 0
+
+
 def compared() -> tuple[str, ...]:
-    """The peers that run on a CPU and combine by sums; torchtitan's, if it is there."""
+    """Name the peers that run on a CPU and combine by sums; torchtitan's, if it is there."""
     asked_for = ("transformers", "einsum")
     return tuple(
         name
@@ -124,7 +144,7 @@ def compared() -> tuple[str, ...]:
 
 
 def subjects() -> tuple[list[Implementation], list[Implementation]]:
-    """Ours, without what compiles for each shape, and the peers.
+    """Find ours, without what compiles for each shape, and the peers.
 
     Raises:
         ResolveError: the package of a peer is missing; the message names the extra.
@@ -137,7 +157,7 @@ def subjects() -> tuple[list[Implementation], list[Implementation]]:
 def samples(
     problem: Problem, mode: str, inputs: Inputs, groups: Sequence[Sequence[Implementation]]
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds of each that takes the call and comes near the fastest of its group, by name, in common rounds.
+    """Time, in common rounds, each that takes the call and comes near the fastest of its group.
 
     One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out.
     """
@@ -164,7 +184,7 @@ def measure_cell(
     ours: Sequence[Implementation],
     peers: Sequence[Implementation],
 ) -> Cell | None:
-    """One cell; None if no peer takes the call."""
+    """Measure one cell; None if no peer takes the call."""
     p, mode = problem, regime.mode
     prepared = [i for i in ours if i.prepare is not None]
     as_they_are = [i for i in ours if i.prepare is None]
@@ -204,7 +224,7 @@ def _rounded(value: float) -> float:
 
 
 def planned(quick: bool) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
-    """Each layer and dtype with its most tokens, and the regimes and numbers of tokens it is measured at."""
+    """List each layer and dtype with its most tokens, and the regimes and numbers of tokens to measure."""
     for dtype in DTYPES:
         for layer in QUICK_LAYERS if quick else LAYERS:
             cells = [(r, T) for r in REGIMES for T in (r.quick if quick else r.tokens)]
@@ -212,7 +232,7 @@ def planned(quick: bool) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
 
 
 def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
-    """Every cell of every regime. Each is in ``folder`` when it is measured, and a run is continued there.
+    """Measure every cell of every regime. Each is in ``folder`` at once, and a run is continued there.
 
     Raises:
         ValueError: what was begun there is of another version, machine, set of peers or choice of cells.
@@ -266,7 +286,7 @@ class Growth:
 
 
 def measure_growth(quick: bool) -> list[Growth]:
-    """Times against E at a fixed T and K, and against K at a fixed E; the number of slots grows with K."""
+    """Time against E at a fixed T and K, and against K at a fixed E; the number of slots grows with K."""
     found = []
     names = ("sorted_dispatch", "recompute", "native", "auto")
     implementations = [i for i in map(resolve, names) if i.is_available()]
@@ -280,89 +300,11 @@ def measure_growth(quick: bool) -> list[Growth]:
     return found
 
 
-def by_regime(cells: pd.DataFrame) -> pd.DataFrame:
-    """The figures of each regime and dtype."""
-    lines = []
-    for (regime, dtype), rows in cells.groupby(["regime", "dtype"], sort=False):
-        worst = rows.loc[rows["ratio"].idxmin()]
-        few = rows[rows["T"] <= 4]
-        lines.append(
-            {
-                "regime": regime,
-                "dtype": dtype,
-                "cells": len(rows),
-                "best peer / ours, geometric mean": f"{ratio.geometric_mean(rows['ratio'].tolist()):.2f}",
-                "least": f"{worst['ratio']:.2f}",
-                "where": f"{worst['layer']}, T={worst['T']}",
-                "slower than the peer": int((rows["verdict"] == "faster").sum()),
-                "of dense products, median": f"{rows['of_products'].median():.2f}",
-                "of reading at T <= 4, median": f"{few['of_reading'].median():.2f}" if len(few) else "",
-                "auto within 5 %": f"{(rows['auto_ratio'] <= 1.05).mean():.0%}",
-            }
-        )
-    return pd.DataFrame(lines)
-
-
-def figure(cells: pd.DataFrame) -> bytes:
-    """The best peer's time over ours, a dot for each cell: one panel for each regime."""
-    regimes = list(dict.fromkeys(cells["regime"]))
-    drawn, axes = plt.subplots(
-        1, len(regimes), figsize=(4.2 * len(regimes), 4), sharey=True, squeeze=False, layout="constrained"
-    )
-    styles = {"float32": ("#0072B2", "o"), "bfloat16": ("#D55E00", "s")}
-    for panel, regime in zip(axes[0], regimes, strict=True):
-        rows = cells[cells["regime"] == regime]
-        tokens = sorted(rows["T"].unique())
-        for side, (dtype, (colour, marker)) in zip((-0.12, 0.12), styles.items(), strict=True):
-            of_dtype = rows[rows["dtype"] == dtype]
-            x = [tokens.index(T) + side for T in of_dtype["T"]]
-            panel.scatter(x, of_dtype["ratio"], color=colour, marker=marker, alpha=0.75, label=dtype)
-        panel.axhline(1, color="0.4", linestyle="--", linewidth=1)
-        panel.set_xticks(range(len(tokens)), [str(T) for T in tokens])
-        panel.set_yscale("log", base=2)
-        panel.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        panel.set_xlabel("tokens T")
-        panel.set_title(regime)
-        panel.grid(True, axis="y", color="0.9")
-    axes[0, 0].set_ylabel("time of the best peer / time of ours")
-    axes[0, 0].legend(frameon=False)
-    return png(drawn)
-
-
-def growth_figure(growth: pd.DataFrame) -> bytes:
-    """Time against E and K on linear axes, where a quadratic term would bend the line."""
-    drawn, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
-    colours = ("#0072B2", "#E69F00", "#009E73", "#D55E00")
-    for row, mode in zip(axes, ("forward", "forward_backward"), strict=True):
-        for panel, axis in zip(row, GROWN, strict=True):
-            rows = growth[(growth["axis"] == axis) & (growth["mode"] == mode)]
-            for colour, (name, line) in zip(colours, rows.groupby("implementation"), strict=False):
-                panel.plot(line["value"], line["median_ms"], "o-", color=colour, label=name)
-            panel.set_xlabel({"E": "experts E", "K": "experts per token K"}[axis])
-            panel.set_ylabel("median time, ms")
-            panel.set_title(mode.replace("_", " + "))
-            panel.set_ylim(bottom=0)
-            panel.grid(True, color="0.9")
-            panel.legend(frameon=False, fontsize="small")
-    return png(drawn)
-
-
-def quadratic_share(growth: pd.DataFrame) -> pd.DataFrame:
-    """Of a parabola through the times, what the square adds at the largest value, as a share of the time."""
-    lines = []
-    for (axis, mode, name), rows in growth.groupby(["axis", "mode", "implementation"], sort=False):
-        square = np.polyfit(rows["value"], rows["median_ms"], 2, w=1 / rows["median_ms"])[0]
-        largest = rows.loc[rows["value"].idxmax()]
-        share = square * largest["value"] ** 2 / largest["median_ms"]
-        lines.append({"against": axis, "mode": mode, "implementation": name, "share": f"{share:.0%}"})
-    return pd.DataFrame(lines)
-
-
 def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -> list[Path]:
-    """peers.csv, peers-growth.csv, their page and its plots, in the place of what was measured so far."""
+    """Write peers.csv, peers-growth.csv, their page and its plots; remove what was kept of the run so far."""
     made = _made(quick)
     growth = pd.DataFrame([made | asdict(point) for point in grown])
-    share = quadratic_share(growth)
+    share = report.quadratic_share(growth)
     shown = ["layer", "dtype", "mode", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "auto_took",
              "auto_ratio", "of_products", "of_reading"]  # fmt: skip
     commit = str(made["git_commit"])[:12]
@@ -377,7 +319,7 @@ or comes after the {CANDIDATES} fastest, was not timed further. *auto_ratio*: `a
 that needs no `prepare`. *of_products*: the time of dense products of the same FLOPs over ours. *of_reading*:
 the time of the least traffic at the bandwidth measured beside it, over ours.
 
-{markdown_table(by_regime(cells))}
+{markdown_table(report.by_regime(cells))}
 
 ![The best peer's time over ours](peers.png)
 
@@ -398,8 +340,8 @@ What the square in a parabola adds at the largest value:
     contents = {
         "peers.csv": _csv(cells),
         "peers-growth.csv": _csv(growth),
-        "peers.png": figure(cells),
-        "peers-growth.png": growth_figure(growth),
+        "peers.png": png(report.ratios_figure(cells)),
+        "peers-growth.png": png(report.growth_figure(growth)),
         "peers.md": page.encode(),
     }
     for name, content in contents.items():

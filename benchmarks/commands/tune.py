@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from benchmarks.options import add_device
 from benchmarks.sweep.workload import undeclared
 from benchmarks.timing import measure
 from benchmarks.workloads import MODES, flops
 from correctness.problems.inputs import make_inputs
-from correctness.problems.problem import Inputs, Problem
+from correctness.problems.problem import Inputs, Problem, check_device
 from moe_impls import auto
 from moe_impls.interface import GATED_ACTIVATIONS, Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
@@ -37,8 +39,28 @@ SECONDS, ROUNDS = 0.15, 5
 MAX_FLOPS = {"cpu": 1.2e11, "cuda": 2e13}
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Ten minutes, or with --quick a third of that. The table is kept for this processor, its number of "
+        "threads and this version of torch, and is written once all is measured."
+    )
+    parser.add_argument("--quick", action="store_true", help="a third of the cells")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=(
+        "where auto looks, unless given: moe_impls/ in $XDG_CACHE_HOME or ~/.cache"
+    ))  # fmt: skip
+    add_device(parser.add_argument)
+
+
+def run(options: argparse.Namespace) -> int:
+    check_device(options.device, "--device")
+    path = options.out or auto.tuned_path(options.device.partition(":")[0])
+    tune(path, quick=options.quick, device=options.device)
+    print(path)
+    return 0
+
+
 def candidates() -> list[Implementation]:
-    """Those that auto may choose: not itself, what it would have to prepare, or to compile for long.
+    """Find those that auto may choose: not itself, what it would have to prepare, or to compile for long.
 
     Kernels for a GPU alone are compiled in seconds.
     """
@@ -48,7 +70,7 @@ def candidates() -> list[Implementation]:
 
 
 def layers(quick: bool, device: str = "cpu") -> list[tuple[Problem, list[tuple[int, str]]]]:
-    """What is measured: each layer with its most tokens, and the numbers of tokens and modes.
+    """List what is measured: each layer with its most tokens, and the numbers of tokens and modes.
 
     quick: every second number of tokens and every second layer.
     """
@@ -64,7 +86,7 @@ def layers(quick: bool, device: str = "cpu") -> list[tuple[Problem, list[tuple[i
 def measure_cell(
     problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
 ) -> auto.Cell:
-    """The implementations that take this call and come near the fastest, by the median of their times."""
+    """Time the implementations that take this call and come near the fastest, in order of their medians."""
     calls = {
         i.name: measure.call_of(i.forward, problem, inputs, mode)
         for i in implementations

@@ -2,9 +2,9 @@
 // The page of a report: filters, plots and the table, all from the JSON in the element `data`.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const FILTERS = ["setting", "dtype", "mode", "layer", "load"];
+const FILTERS = data.filters;
 const AXES = { T: { panels: "E", fixed: "K" }, E: { panels: "T", fixed: "K" }, K: { panels: "E", fixed: "T" } };
-const TITLES = { T: "tokens T", E: "experts E", K: "experts per token K" };
+const TITLES = data.titles;
 const QUANTITIES = {
   median_ms: { title: "median time, ms", low: "p20_ms", high: "p80_ms", limit: "limit_ms" },
   relative: { title: "time / time of the fastest" },
@@ -160,7 +160,7 @@ function heat() {
     const key = `${row.T} ${row.E}`;
     cells.set(key, [...(cells.get(key) ?? []), row]);
   }
-  const dark = new Set(["#0072B2", "#000000", "#009E73", "#D55E00", "#8C8C8C"]);
+  const dark = new Set(data.white_on);
   const colours = Object.fromEntries(data.styles.map((style) => [style.name, style.colour]));
   const best = [...cells.values()].map((rows) => {
     const [first, next] = rows.sort((a, b) => a.median_ms - b.median_ms);
@@ -237,7 +237,7 @@ function roof() {
 }
 
 function stages() {
-  const range = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C"];
+  const range = data.colours.filter((colour) => colour !== "#000000"); // unseen on a dark page
   const order = data.stage_names;
   return draw("stages", data.stages, {
     description: "Time of each stage of profiled calls",

@@ -1,4 +1,4 @@
-"""One HTML page of a report: filters, plots and every row, in a file that needs no network.
+"""The page of a report in HTML: filters, plots and every row, in a file that needs no network.
 
 Vega-Lite draws the plots in the browser; its library is part of the file. ``page.js`` chooses what they show.
 """
@@ -13,8 +13,12 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from benchmarks.report import styles
+from benchmarks.report.tables import CELL
+
+NAME = "report.html"
 FOLDER = Path(__file__).parent
-MISSING = "report.html is not made: it needs vl-convert-python, pip install '.[suite]'"
+MISSING = f"{NAME} is not made: it needs vl-convert-python, pip install 'moe-impls[suite]'"
 # The filters of the page, each a column of its rows, and what they are called.
 FILTERS = {
     "setting": "Device and run",
@@ -22,17 +26,6 @@ FILTERS = {
     "mode": "Mode",
     "layer": "Layer",
     "load": "Routing",
-}
-# The names that Vega has for the shapes of matplotlib's markers.
-SHAPES = {
-    "o": "circle",
-    "s": "square",
-    "D": "diamond",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "P": "cross",
-    "X": "triangle-left",
-    "*": "triangle-right",
 }
 _LEFT_OUT = ("samples_ms", "schema_version", "machine", "calls_per_sample", "seed")
 
@@ -46,9 +39,9 @@ def is_available() -> bool:
     return True
 
 
-def rows(table: pd.DataFrame, cell: Sequence[str]) -> list[dict]:
-    """What the page knows of each row: its columns but the samples, and what the page derives from them."""
-    fastest = table.groupby(list(cell))["median_ms"].transform("min")
+def rows(table: pd.DataFrame) -> list[dict]:
+    """Make what the page knows of each row: its columns but the samples, and what is derived from them."""
+    fastest = table.groupby(CELL)["median_ms"].transform("min")
     derived = table.assign(
         relative=table["median_ms"] / fastest,
         efficiency_percent=100 * table["efficiency"],
@@ -72,7 +65,7 @@ def _layer(r) -> str:
 
 
 def stages(folder: Path) -> list[dict]:
-    """The stages of every profile in a folder: call, pass, stage and milliseconds."""
+    """Read the stages of every profile in a folder: call, pass, stage and milliseconds."""
     found = []
     for file in sorted(folder.glob("*/stages.csv")):
         for row in pd.read_csv(file).to_dict(orient="records"):
@@ -85,8 +78,7 @@ def stages(folder: Path) -> list[dict]:
 
 def html(
     table: pd.DataFrame,
-    cell: Sequence[str],
-    styles: Mapping[str, tuple[str, str]],
+    of_implementations: Mapping[str, tuple[str, str]],
     *,
     title: str,
     summary: str,
@@ -94,24 +86,27 @@ def html(
     profiles: Path,
     stage_names: Sequence[str],
 ) -> str:
-    """The page.
+    """Make the page.
 
     Args:
         table: the rows to show, as of `record.Row`.
-        cell: the columns that rows of one workload and mode share.
-        styles: of each implementation its colour and matplotlib marker.
+        of_implementations: colour and matplotlib marker of each.
         files: the names of the files that the rows come from.
         profiles: a folder of profiles, that need not exist.
     """
     import vl_convert
 
     data = {
-        "rows": rows(table, cell),
+        "rows": rows(table),
+        "filters": list(FILTERS),
+        "titles": styles.AXES,
+        "colours": styles.COLOURS,
+        "white_on": styles.WHITE_ON,
         "stages": stages(profiles),
         "stage_names": list(stage_names),
         "styles": [
-            {"name": name, "colour": colour, "shape": SHAPES[marker]}
-            for name, (colour, marker) in styles.items()
+            {"name": name, "colour": colour, "shape": styles.SHAPES[marker]}
+            for name, (colour, marker) in of_implementations.items()
         ],
     }
     environment = jinja2.Environment(

@@ -7,124 +7,99 @@ row, and a new process measures the others.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import signal
+import tempfile
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from benchmarks.sweep.record import Environment, Row
-from benchmarks.sweep.workload import Settings, failed_row, measure_workload
+from benchmarks.sweep.record import Environment, Row, Status
+from benchmarks.sweep.workload import Settings, WorkloadRun
 from correctness.problems.problem import Problem
-from correctness.session.isolation import CHILDREN, ending
-from moe_impls.interface import Implementation
+from correctness.session.child import Child, Ended
 from moe_impls.registry import resolve
 
 GRACE_S = 5.0  # after the time limit, in which what Python can interrupt ends by itself
-POLL_S = 0.1
 NOBODY = -1
 
 
 class Task(NamedTuple):
-    """The arguments of ``measure_workload``, with implementations by name."""
+    """A workload to measure, with the names of its implementations."""
 
     problem: Problem
     mode: str
     names: list[str]
-    environment: Environment
     settings: Settings
+    environment: Environment
+    state: Path
 
 
-class Child:
+def _status(ended: Ended) -> Status:
+    if ended.status is None:
+        return "timeout"
+    return "out_of_memory" if ended.status == -signal.SIGKILL else "error"
+
+
+class Isolated:
     """Measures workloads in a process of its own, which is replaced when it ends."""
 
     def __init__(self) -> None:
-        self._process: Any = None
-        # Who is running, and until what time.
-        self._who = CHILDREN.Value("i", NOBODY, lock=False)
-        self._until = CHILDREN.Value("d", math.inf, lock=False)
+        self._child: Child | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="moe-sweep-")
+        self._path = Path(self._folder.name) / "state"
+        self._state = _shared(self._path, "w+")  # who is running, and until what time
 
-    def measure(
-        self,
-        problem: Problem,
-        mode: str,
-        implementations: Sequence[Implementation],
-        environment: Environment,
-        settings: Settings,
-    ) -> dict[str, Row]:
-        """What ``measure_workload`` returns; see there."""
+    def rows(self, run: WorkloadRun, environment: Environment) -> dict[str, Row]:
+        """The rows of a workload; see ``WorkloadRun.rows``."""
         rows: dict[str, Row] = {}
-        names = [implementation.name for implementation in implementations]
-        while left := [name for name in names if name not in rows]:
-            task = Task(problem, mode, left, environment, settings)
+        while left := [name for name in run.cells if name not in rows]:
+            task = Task(run.problem, run.mode, left, run.settings, environment, self._path)
+            self._state[:] = NOBODY, math.inf
+            self._child = self._child or Child.of_functions()
             try:
-                rows |= self._ask(task)
-            except _Ended as end:
-                failed = left if end.who == NOBODY else [left[end.who]]
-                for name in failed:
-                    rows[name] = failed_row(problem, mode, name, end.status, end.reason, environment)
-        return {name: rows[name] for name in names}
+                rows |= self._child.call(_measure, task, is_over=self._is_over)
+            except Ended as ended:
+                self._child, who = None, int(self._state[0])
+                for name in left if who == NOBODY else [left[who]]:
+                    cell = run.cells[name]
+                    cell.status, cell.reason = _status(ended), str(ended)
+                    rows[name] = run.row_of(cell, environment)
+        return {name: rows[name] for name in run.cells}
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
+        """End the process."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+        self._folder.cleanup()
 
-    def _ask(self, task: Task) -> dict[str, Row]:
-        if self._process is None:
-            self._connection, theirs = CHILDREN.Pipe()
-            self._process = CHILDREN.Process(
-                target=_serve, args=(theirs, self._who, self._until), daemon=True
-            )
-            self._process.start()
-            theirs.close()
-        self._who.value, self._until.value = NOBODY, math.inf
-        try:
-            self._connection.send(task)
-            while not self._connection.poll(POLL_S):
-                if time.monotonic() > self._until.value:
-                    who = self._who.value
-                    self.close()
-                    raise _Ended(who, "timeout", "ran on after its time limit; its process was killed")
-            return self._connection.recv()
-        except (EOFError, ConnectionError):
-            self._process.join()
-            status, self._process = self._process.exitcode, None
-            killed = status == -signal.SIGKILL
-            raise _Ended(self._who.value, "out_of_memory" if killed else "error", ending(status)) from None
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._state[1]
 
 
-class _Ended(Exception):
-    """The process ended; ``who`` was running."""
-
-    def __init__(self, who: int, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.who, self.status, self.reason = who, status, reason
+def _shared(path: Path, mode: str) -> np.ndarray:
+    """Two numbers that processes share: the index of who is running, and until what time it may."""
+    return np.memmap(path, dtype=np.float64, mode=mode, shape=2)  # type: ignore[call-overload]
 
 
-def _serve(connection: Connection, who: Any, until: Any) -> None:
-    """Measure what comes over the connection until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent, which then ends this process
-    resolved = functools.cache(resolve)
+_resolved = functools.cache(resolve)
+_state = functools.cache(_shared)
 
-    def running(name: str, seconds: float) -> None:
-        until.value = math.inf
-        who.value = task.names.index(name) if name else NOBODY
-        until.value = time.monotonic() + seconds + GRACE_S
 
-    with contextlib.suppress(EOFError):
-        while True:
-            task: Task = connection.recv()
-            torch.set_num_threads(task.environment.threads)
-            implementations = [resolved(name) for name in task.names]
-            connection.send(
-                measure_workload(
-                    task.problem, task.mode, implementations, task.environment, task.settings, running
-                )
-            )
+def _measure(task: Task) -> dict[str, Row]:
+    """Measure a workload here, in the child."""
+    state = _state(task.state, "r+")
+
+    def watch(name: str, seconds: float) -> None:
+        state[1] = math.inf
+        state[0] = task.names.index(name) if name else NOBODY
+        state[1] = time.monotonic() + seconds + GRACE_S
+
+    torch.set_num_threads(task.environment.threads)
+    implementations = [_resolved(name) for name in task.names]
+    return WorkloadRun(task.problem, task.mode, implementations, task.settings, watch).rows(task.environment)

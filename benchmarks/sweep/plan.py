@@ -1,34 +1,29 @@
-"""What a sweep is to measure, written beside its CSV before it begins, so that it can be continued.
+"""What a sweep is to measure: names of its workloads, and its plan, which ``journal`` keeps beside its CSV.
 
-``<name>.plan.json`` holds the options that were given and, for each workload by its id, the implementations.
+The plan holds the options that were given and, for each workload by its id, the implementations.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.sweep import record
-from benchmarks.sweep.record import RecordError, Row
+from benchmarks.sweep import journal, record
+from benchmarks.sweep.journal import RecordError
+from benchmarks.sweep.record import Row
 from correctness.problems.problem import Problem
 from moe_impls.interface import dtype_name
-from reporting.pages import write_atomically
 
 SIZES = ("T", "D", "H", "E", "K")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """options: of the command line that differ from their defaults. cells: implementations by workload."""
+    """options: those that differ from their defaults. cells: names of implementations by workload."""
 
-    options: dict[str, object]
+    options: dict[str, Any]
     cells: dict[str, list[str]]
-
-
-def path_of(csv: Path) -> Path:
-    return csv.with_suffix(".plan.json")
 
 
 def cell_id(p: Problem, mode: str) -> str:
@@ -37,7 +32,7 @@ def cell_id(p: Problem, mode: str) -> str:
 
 
 def cell_id_of(row: Row) -> str:
-    """The same, of a row."""
+    """The name of the workload that a row is of."""
     sizes = [getattr(row, size) for size in SIZES]
     return _id(row.workload, sizes, row.load, row.dtype, row.device, row.mode)
 
@@ -47,39 +42,30 @@ def _id(name: str, sizes: list[int], load: str, dtype: str, device: str, mode: s
     return "-".join([name, *named, *([] if load == "uniform" else [load]), dtype, device, mode])
 
 
-def write(csv: Path, options: Mapping[str, object], cells: Mapping[str, Sequence[str]]) -> None:
-    write_atomically(
-        path_of(csv), (json.dumps({"options": options, "cells": cells}, indent=1) + "\n").encode()
-    )
-
-
 def read(csv: Path) -> Plan:
-    """The plan of a sweep.
+    """Read the plan of a sweep.
 
     Raises:
         RecordError: there is none, or it is not readable.
     """
-    path = path_of(csv)
     try:
-        return Plan(**json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise RecordError(f"{csv} cannot be continued: its plan {path.name} {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise RecordError(f"{path} is no plan of a sweep: {error}") from error
+        return Plan(**journal.read_plan(csv))
+    except TypeError as error:
+        raise RecordError(f"{journal.plan_path(csv)} is no plan of a sweep: {error}") from error
 
 
-def done(csv: Path) -> dict[str, dict[str, Row]]:
-    """The rows that a file holds, by workload and implementation."""
-    rows: dict[str, dict[str, Row]] = {}
-    for row in record.read(csv):
-        rows.setdefault(cell_id_of(row), {})[row.implementation] = row
-    return rows
+def by_workload(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by workload and implementation."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(cell_id_of(row), {})[row.implementation] = row
+    return found
 
 
 def progress(csv: Path) -> tuple[int, int] | None:
     """How many of the planned rows a file holds, and how many were planned; None without a plan."""
-    if not path_of(csv).exists():
+    if not journal.plan_path(csv).exists():
         return None
-    rows = done(csv)
+    rows = by_workload(record.read(csv))
     planned = [(cell, name) for cell, names in read(csv).cells.items() for name in names]
     return sum(name in rows.get(cell, {}) for cell, name in planned), len(planned)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
 from rich.console import Console
@@ -19,7 +21,17 @@ from benchmarks.sweep.record import Row
 
 
 class SweepProgress:
-    """``begin`` and ``finish`` a workload; the estimate takes those left to last as long as those done."""
+    """Told when a workload begins and finishes; those left are taken to last as long as those done."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def on(cls, stream: TextIO, total: int, *, bar: bool = True) -> Iterator[SweepProgress]:
+        """Progress on a stream while the block runs; a bar on a terminal, if one is wanted."""
+        progress = cls(total, stream, bar=bar and stream.isatty())
+        try:
+            yield progress
+        finally:
+            progress.close()
 
     def __init__(self, total: int, stream: TextIO, *, bar: bool) -> None:
         self.total, self.done, self.started, self.stream = total, 0, time.monotonic(), stream

@@ -1,54 +1,77 @@
-"""One measured cell as a row of a CSV file: the columns, the environment, appending and reading.
+"""One measured cell as a row of a CSV file: the columns, and the environment that rows have in common.
 
-``results/README.md`` says what each column means.
+The docstring of each field says what the column means; ``python -m benchmarks.sweep.record`` writes them
+into ``results/README.md``. To add a column, add a field with a default of None here, and fill it in
+``workload.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import dataclasses
 import hashlib
-import io
-import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from filelock import FileLock, Timeout
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
+from benchmarks.sweep import journal
+from benchmarks.sweep.journal import RecordError as RecordError
+from benchmarks.sweep.journal import is_cut as is_cut
 from moe_impls.interface import Routing
-from reporting.pages import slug, write_atomically
-from reporting.provenance import device_name, git_commit
+from reporting.pages import slug, with_block, write_atomically
+from reporting.provenance import ROOT, device_name, git_commit
 
+# Of what the columns mean. It rises when a column changes its meaning or is removed, and files of another
+# version are refused then; a column that is added is empty in older files, which stay readable.
 SCHEMA_VERSION = 4
-STATUSES = ("ok", "incorrect", "unsupported", "out_of_memory", "error", "timeout")
+DOCUMENTED = ConfigDict(use_attribute_docstrings=True)
 
 
-class RecordError(ValueError):
-    """A CSV file that cannot be used; the message says which, where and why in one line."""
+def _check_version(version: int) -> int:
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"this version reads {SCHEMA_VERSION}")
+    return version
 
 
-@dataclass(frozen=True, kw_only=True)
+Status = Literal["ok", "incorrect", "unsupported", "out_of_memory", "error", "timeout"]
+Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Samples = Annotated[
+    tuple[Measure, ...], BeforeValidator(lambda value: value.split(";") if isinstance(value, str) else value)
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=DOCUMENTED)
 class Environment:
-    """What a run has in common: the first columns of each of its rows."""
+    """What a run has in common: the first columns of each of its rows. Units stand in brackets."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, AfterValidator(_check_version)] = SCHEMA_VERSION
+    """version of what these columns mean; adding one does not change it"""
     run_id: str
+    """UTC time at which the run began, and its grid or models"""
     git_commit: str
+    """commit of the checkout; `-dirty` if files differed from it, `unknown` outside of one"""
     machine: str
+    """the processor's name and, for a CPU, the number of CPUs"""
     device: str
+    """`cpu` or `cuda`"""
     device_name: str
+    """name of the CPU or GPU"""
     torch_version: str
+    """version of torch"""
     threads: int
-    threads_wait: str  # default | active | passive
-    cache: str  # warm | cold
+    """threads that torch computes with on the CPU"""
+    threads_wait: str
+    """what OpenMP's threads do between operations, by `OMP_WAIT_POLICY`: `default`, `active` or `passive`"""
+    cache: str
+    """`warm`: before each call the caches hold what the last call left there; `cold`: they were
+    overwritten"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=DOCUMENTED)
 class Row(Environment):
     """One cell: an implementation on a workload in one mode. The fields are the columns, in this order.
 
@@ -56,60 +79,145 @@ class Row(Environment):
     """
 
     time_utc: str
+    """[ISO 8601] when the row was made"""
     implementation: str
+    """its name, or the `package.module:function` or `path/file.py:function` that was asked for"""
     workload: str
+    """`sweep` for synthetic layers, otherwise the model"""
     T: int
+    """[tokens] in one call"""
     D: int
+    """[features] input of an expert (d_model)"""
     H: int
+    """[features] hidden layer of an expert"""
     O: int
+    """[features] output of an expert"""
     E: int
+    """[experts] in the layer"""
     K: int
+    """[experts] chosen for each token"""
     activation: str
+    """of the experts' hidden layer; swiglu and its kin are gated"""
     output_activation: str
+    """of the experts' output"""
     combine: str
+    """`sum` or `logsumexp` over a token's experts"""
     bias: bool
+    """whether experts have biases"""
     dtype: str
+    """of inputs, weights and results"""
     load: str
+    """how tokens spread over experts: a name that `correctness.problems.loads.load_named` takes"""
     seed: int
-    routing_checksum: str | None
+    """of inputs and routing"""
+    routing_checksum: str | None = None
+    """differs when an expert id or a gate does; empty if no inputs were made"""
     mode: str
-    status: str
+    """`forward` (no gradients recorded), or `forward_backward`: y, then the gradients of x, the gates and
+    every weight from a random dy"""
+    status: Status
+    """`ok`; `incorrect`, `error`, `out_of_memory`, `timeout`; `unsupported`: not declared by the
+    implementation"""
     reason: str
+    """why the status is not `ok`; of `auto`, the implementation that it took"""
     rounds: int | None = None
+    """[samples] how many times the implementations of the workload were timed in turn, at least 7"""
     calls_per_sample: int | None = None
-    median_ms: float | None = None
-    min_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    tokens_per_s: float | None = None
+    """[calls] that one sample spans, so that it is long enough for the clock"""
+    median_ms: Measure | None = None
+    """[ms a call] median of the samples"""
+    min_ms: Measure | None = None
+    """[ms a call] the shortest sample"""
+    p20_ms: Measure | None = None
+    """[ms a call] 20 % of the samples are shorter"""
+    p80_ms: Measure | None = None
+    """[ms a call] 80 % of the samples are shorter"""
+    tokens_per_s: Measure | None = None
+    """[1/s] T / median"""
     flops: int
-    tflop_per_s: float | None = None
-    gemm_square_tflop_per_s: float | None = None
-    gemm_experts_tflop_per_s: float | None = None
-    read_gb_per_s: float | None = None
-    copy_gb_per_s: float | None = None
+    """[operations] of the expert products: 2·T·K·(F·D + O·H), F = 2H if gated; three times that with the
+    backward. With O = D: 6·T·K·D·H and 18, not gated 4 and 12. Router, activation and combine are not
+    counted"""
+    tflop_per_s: Measure | None = None
+    """[10¹²/s] flops / median"""
+    gemm_square_tflop_per_s: Measure | None = None
+    """[10¹²/s] of a large square matrix product in this dtype, measured at most a minute before"""
+    gemm_experts_tflop_per_s: Measure | None = None
+    """[10¹²/s] of two dense matrix products (six with the backward) with the same FLOPs, T·K rows and
+    dtype on the weights of one expert; the fastest of their samples, taken after those of the
+    implementations"""
+    read_gb_per_s: Measure | None = None
+    """[10⁹ bytes/s] bandwidth of reading a buffer, likewise"""
+    copy_gb_per_s: Measure | None = None
+    """[10⁹ bytes/s] bandwidth of reading one half of a buffer and writing it to the other, of the bytes of
+    both"""
     gpu_clock_mhz: int | None = None
+    """[MHz] of a GPU's multiprocessors right after the timing, by nvidia-smi; empty of a CPU"""
     gpu_clock_limits: str | None = None
+    """what held that clock down: `none`, or `power_cap`, `thermal_slowdown` and others of NVML's clock
+    event reasons, joined by `+`"""
     touched_experts: int | None = None
+    """[experts] that received a token"""
     read_bytes: int | None = None
+    """[bytes] that a call has to read at the least: tokens, ids, gates and the weights of touched experts
+    once; with the backward dy, too"""
     written_bytes: int | None = None
-    compute_limit_ms: float | None = None
-    traffic_limit_ms: float | None = None
-    limit_ms: float | None = None
-    efficiency: float | None = None
-    compile_ms: float | None = None
+    """[bytes] that it has to write: y; with the backward the gradients of x, the gates and all experts,
+    too"""
+    compute_limit_ms: Measure | None = None
+    """[ms] flops / gemm_experts_tflop_per_s"""
+    traffic_limit_ms: Measure | None = None
+    """[ms] read_bytes / read_gb_per_s + written_bytes / copy_gb_per_s"""
+    limit_ms: Measure | None = None
+    """[ms] the larger of the two"""
+    efficiency: Measure | None = None
+    """limit / median: 1 is as fast as the machine allows; above 1.05 the limit's model is at fault, and
+    the report says so"""
+    compile_ms: Measure | None = None
+    """[ms] how much longer the first call was than the median: compilation and other first-time work. What
+    an earlier workload compiled is not compiled again, nor what the compiler finds in its cache on disk"""
     peak_memory_bytes: int | None = None
+    """[bytes] most that one call held at once above its inputs, results and gradients included, by the
+    record of torch's allocator"""
     saved_for_backward_bytes: int | None = None
-    worst_error_fraction: float | None = None
-    samples_ms: tuple[float, ...] | None = None
+    """[bytes] still held after the forward of a call with gradients, its result apart: what waits for the
+    backward. 0 in mode `forward`"""
+    worst_error_fraction: Measure | None = None
+    """largest error of y and of each gradient in both checks, as a fraction of what `correctness.judging`
+    allows"""
+    samples_ms: Samples | None = None
+    """[ms a call] every sample in the order taken, separated by `;`"""
+
+    @model_validator(mode="after")
+    def _check_timings(self) -> Row:
+        for name in TIMINGS if self.status == "ok" else MEASURED:
+            value = getattr(self, name)
+            if self.status == "ok" and value is None:
+                raise ValueError(f"{name} is empty in a row with status ok")
+            if self.status != "ok" and value is not None:
+                raise ValueError(f"{name} is {value} in a row with status {self.status}; it must be empty")
+        return self
 
 
-COLUMNS = {field.name: str(field.type) for field in dataclasses.fields(Row)}
-MAY_BE_EMPTY = ("routing_checksum", "gpu_clock_mhz", "gpu_clock_limits")
-# What only rows of right results have, and all of them.
-TIMINGS = tuple(
-    name for name, kind in COLUMNS.items() if kind.endswith("| None") and name not in MAY_BE_EMPTY
+_FIELDS = Row.__pydantic_fields__  # type: ignore[attr-defined]
+# What each column means; docstrings of inherited fields are known to their own class alone.
+COLUMNS: dict[str, str] = {
+    name: " ".join(str((Environment.__pydantic_fields__.get(name) or field).description).split())  # type: ignore
+    for name, field in _FIELDS.items()
+}
+# Every row of a right result has these.
+TIMINGS = ("rounds", "calls_per_sample", "median_ms", "min_ms", "p20_ms", "p80_ms", "samples_ms")
+# Only rows of right results have these; what a check found is there of wrong ones, too.
+MEASURED = tuple(
+    name
+    for name, field in _FIELDS.items()
+    if not field.is_required() and name not in ("schema_version", "routing_checksum", "worst_error_fraction")
 )
+
+
+def read(path: Path) -> list[Row]:
+    """Read the rows of a CSV file; see ``journal.read``."""
+    return journal.read(path, Row)
 
 
 def environment(device: str, grid: str, cache: str = "warm") -> Environment:
@@ -122,7 +230,7 @@ def environment(device: str, grid: str, cache: str = "warm") -> Environment:
         machine=slug(name) + cores,
         device=device,
         device_name=name,
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         threads=torch.get_num_threads(),
         threads_wait=threads_wait(),
         cache=cache,
@@ -130,12 +238,12 @@ def environment(device: str, grid: str, cache: str = "warm") -> Environment:
 
 
 def threads() -> dict[str, object]:
-    """How many threads torch computes with, and what they do while they wait: columns of other tables."""
+    """Columns of other tables: how many threads torch computes with, and what they do while they wait."""
     return {"threads": torch.get_num_threads(), "threads_wait": threads_wait()}
 
 
 def threads_wait() -> str:
-    """What OpenMP's threads do between operations: look for work in a loop (active) or sleep (passive).
+    """Tell what OpenMP's threads do between operations: look for work (active) or sleep (passive).
 
     By default they do the first for a while, then the second. Asleep, they make small operations several
     times slower.
@@ -151,147 +259,26 @@ def routing_checksum(routing: Routing) -> str:
 
 
 def now_utc() -> str:
+    """The time as rows have it."""
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def create(path: Path) -> None:
-    """A new file with the header only. Raises OSError if it cannot be written or exists."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+PAGE, COMMAND = ROOT / "results" / "README.md", "python -m benchmarks.sweep.record"
 
 
-def append(path: Path, row: Row) -> None:
-    """Add one row; when this returns it is on disk."""
-    with path.open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerow(_to_text(getattr(row, name)) for name in COLUMNS)
-        file.flush()
-        os.fsync(file.fileno())
+def dictionary() -> str:
+    """The table of columns, their units and meanings, in markdown."""
+    lines = ["| column | unit | meaning |", "|---|---|---|"]
+    for name, meaning in COLUMNS.items():
+        unit, text = re.fullmatch(r"(?:\[(.+?)\] )?(.+)", meaning).groups(default="")  # type: ignore[union-attr]
+        lines.append(f"| `{name}` | {unit} | {text} |".replace("|  |", "| |"))
+    return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other sweeps out of a file.
-
-    Raises:
-        RecordError: another process is writing to it.
-    """
-    lock = FileLock(f"{path}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RecordError(
-            f"{path} is being written to by another sweep (it holds {lock.lock_file})"
-        ) from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+def page() -> str:
+    """``results/README.md`` with the columns as they are now."""
+    return with_block(PAGE.read_text(encoding="utf-8"), COMMAND, dictionary())
 
 
-def repair(path: Path) -> bool:
-    """Cut off a last line that was not written to its end; whether there was one."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        write_atomically(path, whole)
-    return len(whole) < len(content)
-
-
-def _to_text(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, tuple):
-        return ";".join(map(repr, value))
-    if isinstance(value, str):
-        return " ".join(value.split())  # a row is a line
-    return repr(value)
-
-
-def is_cut(path: Path) -> bool:
-    """Whether the last line was not written to its end."""
-    return not path.read_bytes().endswith(b"\n")
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file; a last line that was not written to its end, by a sweep that was killed, is none.
-
-    Raises:
-        RecordError: no such file, missing or unknown columns, another schema version, a value that is not of
-            its column's type, or timings that do not fit the status; with the line where it is.
-    """
-    try:
-        text = path.read_bytes().decode()
-        reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-        header = next(reader, [])
-        lines = [(f"{path}, line {reader.line_num}", values) for values in reader]
-        _check_header(path, header, lines[0][1] if lines else [])
-        return [_parse(place, header, values) for place, values in lines]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecordError(f"{path} cannot be read: {error}") from error
-
-
-def _check_header(path: Path, header: list[str], first: list[str]) -> None:
-    version = dict(zip(header, first, strict=False)).get("schema_version", str(SCHEMA_VERSION))
-    if version != str(SCHEMA_VERSION):
-        raise RecordError(f"{path}, line 2: schema_version is {version}; this version reads {SCHEMA_VERSION}")
-    missing = [name for name in COLUMNS if name not in header]
-    unknown = [name for name in header if name not in COLUMNS]
-    if not header:
-        raise RecordError(f"{path} is empty, or was not written to the end of its first line")
-    if missing:
-        raise RecordError(f"{path} has no column {', '.join(missing)}")
-    if unknown or len(set(header)) < len(header):
-        raise RecordError(f"{path} has unknown or repeated columns: {', '.join(unknown or header)}")
-
-
-def _parse(place: str, header: list[str], texts: list[str]) -> Row:
-    if len(texts) != len(header):
-        raise RecordError(f"{place}: {len(texts)} values in {len(header)} columns")
-    values = {name: _from_text(place, name, text) for name, text in zip(header, texts, strict=True)}
-    row = Row(**values)  # type: ignore[arg-type]  # _from_text gives each column its type
-    if row.schema_version != SCHEMA_VERSION:
-        raise RecordError(
-            f"{place}: schema_version is {row.schema_version}; this version reads {SCHEMA_VERSION}"
-        )
-    if row.status not in STATUSES:
-        raise RecordError(f"{place}: status is {row.status!r}; valid are {', '.join(STATUSES)}")
-    for name in TIMINGS:
-        value = getattr(row, name)
-        if row.status == "ok" and value is None:
-            raise RecordError(f"{place}: {name} is empty in a row with status ok")
-        if row.status != "ok" and value is not None and name != "worst_error_fraction":
-            raise RecordError(
-                f"{place}: {name} is {value} in a row with status {row.status}; it must be empty"
-            )
-    return row
-
-
-def _from_text(place: str, name: str, text: str) -> object:
-    kind, _, optional = COLUMNS[name].partition(" | ")
-    if text == "" and optional:
-        return None
-    try:
-        if kind == "str":
-            return text
-        if kind == "int":
-            return int(text)
-        if kind == "bool":
-            return {"True": True, "False": False}[text]
-        numbers = _finite(text.split(";")) if kind.startswith("tuple") else _finite([text])
-        return numbers if kind.startswith("tuple") else numbers[0]
-    except (ValueError, KeyError) as error:
-        raise RecordError(
-            f"{place}: {name} is {text!r}; it must be {_KINDS.get(kind, 'a finite number >= 0')}"
-        ) from error
-
-
-_KINDS = {"int": "a whole number", "bool": "True or False"}
-
-
-def _finite(texts: Iterable[str]) -> tuple[float, ...]:
-    numbers = tuple(map(float, texts))
-    if not all(math.isfinite(n) and n >= 0 for n in numbers):
-        raise ValueError
-    return numbers
+if __name__ == "__main__":
+    write_atomically(PAGE, page().encode())

@@ -5,17 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from benchmarks.sweep.record import Environment, Row, now_utc, routing_checksum
+from benchmarks.sweep.record import Environment, Row, Status, now_utc, routing_checksum
 from benchmarks.timing import clocks, measure, memory, roofline
-from benchmarks.timing.measure import Call, CallTimeout, Running, Timing
+from benchmarks.timing.measure import Call, Timing, Watch
 from benchmarks.timing.roofline import Roofline
 from benchmarks.workloads import flops
 from correctness.judging import calling, compare
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CheckFailed, Timeout
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem, unsupported
 from moe_impls.interface import Implementation, dtype_name
@@ -33,26 +35,25 @@ class Settings:
 
 
 @dataclass
-class _Cell:
+class Cell:
     """What is known of one implementation on the workload so far; a status other than ok ends it."""
 
-    status: str = "ok"
+    implementation: Implementation
+    status: Status = "ok"
     reason: str = ""
     first_call_s: float = 0.0
-    peak_memory_bytes: int = 0
-    saved_for_backward_bytes: int = 0
     worst_error_fraction: float | None = None
-    gpu_clock: tuple[int, str] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)  # columns that only a right result has
 
     def fail(self, error: BaseException, when: str) -> None:
         self.status = status_of(error)
-        kind = "" if isinstance(error, CheckFailed | CallTimeout) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, CheckFailed | Timeout) else f"{type(error).__name__}: "
         self.reason = f"{when}: {kind}{' '.join(str(error).split())[:500]}"
 
 
-def status_of(error: BaseException) -> str:
+def status_of(error: BaseException) -> Status:
     """The status of a row whose measurement ended with this exception."""
-    if isinstance(error, CallTimeout):
+    if isinstance(error, Timeout):
         return "timeout"
     if isinstance(error, CheckFailed):
         return "incorrect"
@@ -61,59 +62,219 @@ def status_of(error: BaseException) -> str:
     return "error"
 
 
-def measure_workload(
-    problem: Problem,
-    mode: str,
-    implementations: Sequence[Implementation],
-    environment: Environment,
-    settings: Settings = Settings(),  # noqa: B008  # frozen
-    running: Running = measure.nobody_watches,
-) -> dict[str, Row]:
-    """One row for each implementation, by name, whatever happens to it.
+@dataclass
+class WorkloadRun:
+    """One workload in one mode, with the implementations that are measured side by side on it.
 
-    Each is checked against the oracle before it is timed and, with new contents in the same memory, after.
-
-    Args:
-        running: is told whose code will run next, and for how many seconds it may; "" is nobody's.
+    watch: is told whose code will run next, and for how many seconds it may; "" is nobody's.
     """
-    available = memory.available_memory_bytes(problem.device)
-    available = min(available, settings.memory_bytes or available)
-    cells = _admitted(problem, mode, implementations, available)
 
-    timings: dict[str, Timing] = {}
-    checksum = limits = None
-    if _live(cells):
-        try:
-            with memory.memory_limit(problem.device, available):
-                live = [i for i in implementations if cells[i.name].status == "ok"]
-                cold = environment.cache == "cold"
-                timings, limits, checksum = _check_and_time(
-                    problem, mode, live, cells, settings, cold, running
-                )
-        except Exception as error:  # making the inputs or the oracle's results failed, for all alike
-            for cell in _live(cells):
-                cell.fail(error, "before any measurement")
-    return {
-        name: _row(problem, mode, name, cell, timings.get(name), limits, checksum, environment)
-        for name, cell in cells.items()
-    }
+    problem: Problem
+    mode: str
+    implementations: Sequence[Implementation]
+    settings: Settings = Settings()
+    watch: Watch = measure.nobody_watches
+    cells: dict[str, Cell] = field(init=False)
+    checksum: str | None = field(init=False, default=None)  # of the routing, once there is one
+
+    def __post_init__(self) -> None:
+        self.cells = {implementation.name: Cell(implementation) for implementation in self.implementations}
+
+    def rows(self, environment: Environment) -> dict[str, Row]:
+        """Measure: one row for each implementation, by name, whatever happens to it.
+
+        Each is checked against the oracle before it is timed and, with new contents in the same memory,
+        after.
+        """
+        available = memory.available_memory_bytes(self.problem.device)
+        available = min(available, self.settings.memory_bytes or available)
+        self._admit(available)
+        if self._live():
+            try:
+                with memory.memory_limit(self.problem.device, available):
+                    self._check_and_time(cold=environment.cache == "cold")
+            except Exception as error:  # making the inputs or the oracle's results failed, for all alike
+                for cell in self._live():
+                    cell.fail(error, "before any measurement")
+        return {name: self.row_of(cell, environment) for name, cell in self.cells.items()}
+
+    def faults(self, *, timed: bool = False) -> dict[str, str]:
+        """Why implementations cannot be timed, by name: not declared, too little memory, or wrong.
+
+        timed: they have been; what is right only at first, or remembers results by address, is found, too.
+        """
+        self._admit(memory.available_memory_bytes(self.problem.device))
+        if self._live():
+            inputs = make_inputs(self.problem)
+            self._check(self.problem, inputs, "check after timing" if timed else "check")
+            if timed:
+                self._check_on_new_contents(inputs)
+        return {n: f"{cell.status}, {cell.reason}" for n, cell in self.cells.items() if cell.status != "ok"}
+
+    def row_of(self, cell: Cell, environment: Environment) -> Row:
+        """The row of a cell, measured or not."""
+        p = self.problem
+        return Row(
+            **asdict(environment),
+            time_utc=now_utc(),
+            implementation=cell.implementation.name,
+            workload=p.name,
+            T=p.T,
+            D=p.D,
+            H=p.H,
+            O=p.O,
+            E=p.E,
+            K=p.K,
+            activation=p.activation,
+            output_activation=p.output_activation,
+            combine=p.combine,
+            bias=p.bias,
+            dtype=dtype_name(p.dtype),
+            load=p.load,
+            seed=p.seed,
+            routing_checksum=self.checksum,
+            mode=self.mode,
+            status=cell.status,
+            reason=cell.reason,
+            flops=flops(p, self.mode),
+            worst_error_fraction=cell.worst_error_fraction,
+            **(cell.measured if cell.status == "ok" else {}),
+        )
+
+    @property
+    def _gradients(self) -> bool:
+        return self.mode == "forward_backward"
+
+    def _live(self) -> list[Cell]:
+        return [cell for cell in self.cells.values() if cell.status == "ok"]
+
+    def _limited(self, cell: Cell) -> AbstractContextManager[None]:
+        return measure.watched(cell.implementation.name, self.settings.call_timeout_s, self.watch)
+
+    def _admit(self, available_bytes: float) -> None:
+        """End the cells that cannot be attempted: not declared, or too little memory."""
+        for cell in self._live():
+            if reason := undeclared(cell.implementation, self.problem, self.mode):
+                cell.status, cell.reason = "unsupported", reason
+        needed_bytes = memory.needed_memory_bytes(self.problem, self.mode)
+        if needed_bytes > available_bytes:
+            needed, available = needed_bytes / 2**30, available_bytes / 2**30
+            reason = (
+                f"needs at least {needed:.1f} GiB of memory, {available:.1f} GiB are available; not attempted"
+            )
+            for cell in self._live():
+                cell.status, cell.reason = "out_of_memory", reason
+
+    def _check_and_time(self, *, cold: bool) -> None:
+        inputs = make_inputs(self.problem)
+        self.checksum = routing_checksum(inputs.routing)
+        self._check(self.problem, inputs, "check before timing")
+        if calls := self._calls(inputs):
+            self._time(calls, inputs, cold=cold)
+            self._check_on_new_contents(inputs)
+
+    def _check(self, problem: Problem, inputs: Inputs, when: str) -> None:
+        """Compare each implementation with the oracle; the first call of all is this one, and is timed."""
+        reference = compare.make_reference(problem, inputs, self._gradients)
+        for cell in self._live():
+            forward = cell.implementation.forward
+            try:
+                with self._limited(cell):
+                    begin = time.perf_counter()
+                    results = calling.run(forward, inputs, problem.combine, gradients=self._gradients)
+                    cell.first_call_s = cell.first_call_s or time.perf_counter() - begin
+                found = compare.fractions(results, reference)
+                worst = min(max(found.values()), 1e30)
+                cell.worst_error_fraction = max(cell.worst_error_fraction or 0.0, worst)
+                compare.require_within(results, reference)
+            except (Exception, Timeout) as error:
+                cell.fail(error, when)
+
+    def _check_on_new_contents(self, inputs: Inputs) -> None:
+        """Check with other contents at the same addresses, of which whatever was remembered is wrong."""
+        again = replace(self.problem, seed=self.problem.seed + 1)
+        inputs.overwrite(make_inputs(again))
+        self._check(again, inputs, "check on new inputs after timing")
+
+    def _calls(self, inputs: Inputs) -> dict[str, Call]:
+        """The calls to time, by name, of which the memory is known by now."""
+        calls: dict[str, Call] = {}
+        device = self.problem.device
+        for cell in self._live():
+            implementation = cell.implementation
+            try:
+                with self._limited(cell):
+                    if implementation.choose is not None:
+                        cell.reason = f"took {taken(implementation, self.problem, inputs, self.mode)}"
+                    forward = implementation.ready(inputs.experts)
+                    call = measure.call_of(forward, self.problem, inputs, self.mode)
+                    cell.measured["peak_memory_bytes"] = memory.peak_memory_bytes(call, device)
+                    saved = 0
+                    if self._gradients:
+                        graph = measure.graph_of(forward, self.problem, inputs)
+                        saved = memory.saved_for_backward_bytes(graph, device)
+                    cell.measured["saved_for_backward_bytes"] = saved
+                calls[implementation.name] = call
+            except (Exception, Timeout) as error:
+                cell.fail(error, "measuring memory")
+        return calls
+
+    def _time(self, calls: dict[str, Call], inputs: Inputs, *, cold: bool) -> None:
+        device, settings = self.problem.device, self.settings
+        flush = measure.flusher(device) if cold else None
+        outcomes = measure.interleave(
+            calls,
+            device=device,
+            seconds=settings.seconds,
+            min_rounds=settings.min_rounds,
+            max_rounds=settings.max_rounds,
+            call_timeout_s=settings.call_timeout_s,
+            before=dict.fromkeys(calls, flush) if flush else None,
+            watch=self.watch,
+        )
+        clock = clocks.gpu_clock(device)  # while the GPU is as warm as the timing made it
+        limits = roofline.measure_roofline(self.problem, self.mode, inputs.routing, flush)
+        for name, outcome in outcomes.items():
+            cell = self.cells[name]
+            if not isinstance(outcome, Timing):
+                cell.fail(outcome, "timing")
+                continue
+            cell.measured |= self._figures(outcome, limits, cell.first_call_s)
+            cell.measured["gpu_clock_mhz"], cell.measured["gpu_clock_limits"] = clock or (None, None)
+
+    def _figures(self, timing: Timing, limits: Roofline, first_call_s: float) -> dict[str, Any]:
+        """The columns that follow from the samples and from what the machine can do."""
+        samples_ms = tuple(round(s * 1e3, 6) for s in timing.samples_s)
+        median_ms = statistics.median(samples_ms)
+        p20_ms, p80_ms = (round(float(q), 6) for q in np.quantile(samples_ms, (0.2, 0.8)))
+        return {
+            **{
+                n: value if isinstance(value, int) else _rounded(value) for n, value in asdict(limits).items()
+            },
+            "rounds": len(samples_ms),
+            "calls_per_sample": timing.calls_per_sample,
+            "median_ms": median_ms,
+            "min_ms": min(samples_ms),
+            "p20_ms": p20_ms,
+            "p80_ms": p80_ms,
+            "tokens_per_s": _rounded(self.problem.T / median_ms * 1e3),
+            "tflop_per_s": _rounded(flops(self.problem, self.mode) / median_ms / 1e9),
+            "limit_ms": _rounded(limits.limit_ms),
+            "efficiency": _rounded(limits.limit_ms / median_ms),
+            "compile_ms": round(max(0.0, first_call_s * 1e3 - median_ms), 3),
+            "samples_ms": samples_ms,
+        }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def faults(
     problem: Problem, mode: str, implementations: Sequence[Implementation], *, timed: bool = False
 ) -> dict[str, str]:
-    """Why those that cannot be timed on the workload cannot: by declaration, for memory, or being wrong.
-
-    timed: they have been; what is right only at first, or remembers results by address, is found, too.
-    """
-    cells = _admitted(problem, mode, implementations, memory.available_memory_bytes(problem.device))
-    if live := [i for i in implementations if cells[i.name].status == "ok"]:
-        inputs = make_inputs(problem)
-        when = "check after timing" if timed else "check"
-        _check_all(problem, mode, inputs, live, cells, Settings(), when, measure.nobody_watches)
-        if timed:
-            _check_on_new_contents(problem, mode, inputs, cells, live, Settings(), measure.nobody_watches)
-    return {name: f"{cell.status}, {cell.reason}" for name, cell in cells.items() if cell.status != "ok"}
+    """Why implementations cannot be timed on a workload; see ``WorkloadRun.faults``."""
+    return WorkloadRun(problem, mode, implementations).faults(timed=timed)
 
 
 def undeclared(implementation: Implementation, problem: Problem, mode: str) -> str | None:
@@ -123,211 +284,8 @@ def undeclared(implementation: Implementation, problem: Problem, mode: str) -> s
     return unsupported(implementation.support, problem)
 
 
-def _admitted(
-    problem: Problem, mode: str, implementations: Sequence[Implementation], available_bytes: float
-) -> dict[str, _Cell]:
-    """A cell for each, with the reason where it cannot be attempted: not declared, or too little memory."""
-    cells = {}
-    for implementation in implementations:
-        reason = undeclared(implementation, problem, mode)
-        cells[implementation.name] = _Cell("unsupported", reason) if reason else _Cell()
-    needed = memory.needed_memory_bytes(problem, mode)
-    if needed > available_bytes:
-        for cell in _live(cells):
-            cell.status = "out_of_memory"
-            cell.reason = (
-                f"needs at least {needed / 2**30:.1f} GiB of memory, {available_bytes / 2**30:.1f} GiB are "
-                "available; not attempted"
-            )
-    return cells
-
-
-def _live(cells: dict[str, _Cell]) -> list[_Cell]:
-    return [cell for cell in cells.values() if cell.status == "ok"]
-
-
-def _check_and_time(
-    problem: Problem,
-    mode: str,
-    implementations: Sequence[Implementation],
-    cells: dict[str, _Cell],
-    settings: Settings,
-    cold: bool,
-    running: Running,
-) -> tuple[dict[str, Timing], Roofline | None, str]:
-    inputs = make_inputs(problem)
-    gradients = mode == "forward_backward"
-    checksum = routing_checksum(inputs.routing)
-    _check_all(problem, mode, inputs, implementations, cells, settings, "check before timing", running)
-
-    calls: dict[str, Call] = {}
-    for implementation in implementations:
-        name = implementation.name
-        if cells[name].status != "ok":
-            continue
-        try:
-            with measure.limited(name, settings.call_timeout_s, running):
-                if implementation.choose is not None:
-                    cells[name].reason = f"took {taken(implementation, problem, inputs, mode)}"
-                forward = implementation.ready(inputs.experts)
-                calls[name] = measure.call_of(forward, problem, inputs, mode)
-                cells[name].peak_memory_bytes = memory.peak_memory_bytes(calls[name], problem.device)
-                if gradients:
-                    graph = measure.graph_of(forward, problem, inputs)
-                    saved = memory.saved_for_backward_bytes(graph, problem.device)
-                    cells[name].saved_for_backward_bytes = saved
-        except (Exception, CallTimeout) as error:
-            cells[name].fail(error, "measuring memory")
-    candidates = {name: call for name, call in calls.items() if cells[name].status == "ok"}
-    if not candidates:
-        return {}, None, checksum
-
-    flush = measure.flusher(problem.device) if cold else None
-    outcomes = measure.interleave(
-        candidates,
-        device=problem.device,
-        seconds=settings.seconds,
-        min_rounds=settings.min_rounds,
-        max_rounds=settings.max_rounds,
-        call_timeout_s=settings.call_timeout_s,
-        before=dict.fromkeys(candidates, flush) if flush else None,
-        running=running,
-    )
-    gpu_clock = clocks.gpu_clock(problem.device)  # while the GPU is as warm as the timing made it
-    limits = roofline.measure_roofline(problem, mode, inputs.routing, flush)
-    timings = {}
-    for name, outcome in outcomes.items():
-        if isinstance(outcome, Timing):
-            timings[name] = outcome
-            cells[name].gpu_clock = gpu_clock
-        else:
-            cells[name].fail(outcome, "timing")
-
-    _check_on_new_contents(problem, mode, inputs, cells, implementations, settings, running)
-    return timings, limits, checksum
-
-
-def _check_on_new_contents(
-    problem: Problem,
-    mode: str,
-    inputs: Inputs,
-    cells: dict[str, _Cell],
-    implementations: Sequence[Implementation],
-    settings: Settings,
-    running: Running,
-) -> None:
-    """Check with other contents at the same addresses, of which whatever was remembered is wrong."""
-    again = replace(problem, seed=problem.seed + 1)
-    inputs.overwrite(make_inputs(again))
-    live = [i for i in implementations if cells[i.name].status == "ok"]
-    _check_all(again, mode, inputs, live, cells, settings, "check on new inputs after timing", running)
-
-
 def taken(implementation: Implementation, problem: Problem, inputs: Inputs, mode: str) -> str:
     """The name of the implementation that one which leaves the work to others takes for these inputs."""
     assert implementation.choose is not None
     _, x, routing, experts = measure.arguments(inputs, gradients=mode == "forward_backward")
     return implementation.choose(x, routing, experts, combine=problem.combine).name
-
-
-def _check_all(
-    problem: Problem,
-    mode: str,
-    inputs: Inputs,
-    implementations: Sequence[Implementation],
-    cells: dict[str, _Cell],
-    settings: Settings,
-    when: str,
-    running: Running,
-) -> None:
-    """Compare each implementation with the oracle; the first call of all is this one, and is timed."""
-    gradients = mode == "forward_backward"
-    reference = compare.make_reference(problem, inputs, gradients)
-    for implementation in implementations:
-        cell = cells[implementation.name]
-        try:
-            with measure.limited(implementation.name, settings.call_timeout_s, running):
-                begin = time.perf_counter()
-                results = calling.run(implementation.forward, inputs, problem.combine, gradients=gradients)
-                cell.first_call_s = cell.first_call_s or time.perf_counter() - begin
-            found = compare.fractions(results, reference)
-            cell.worst_error_fraction = max(cell.worst_error_fraction or 0.0, min(max(found.values()), 1e30))
-            compare.require_within(results, reference)
-        except (Exception, CallTimeout) as error:
-            cell.fail(error, when)
-
-
-def failed_row(
-    problem: Problem, mode: str, name: str, status: str, reason: str, environment: Environment
-) -> Row:
-    """The row of an implementation that could not be measured to the end."""
-    return _row(problem, mode, name, _Cell(status, reason), None, None, None, environment)
-
-
-def _row(
-    problem: Problem,
-    mode: str,
-    name: str,
-    cell: _Cell,
-    timing: Timing | None,
-    limits: Roofline | None,
-    checksum: str | None,
-    environment: Environment,
-) -> Row:
-    p = problem
-    row = Row(
-        **asdict(environment),
-        time_utc=now_utc(),
-        implementation=name,
-        workload=p.name,
-        T=p.T,
-        D=p.D,
-        H=p.H,
-        O=p.O,
-        E=p.E,
-        K=p.K,
-        activation=p.activation,
-        output_activation=p.output_activation,
-        combine=p.combine,
-        bias=p.bias,
-        dtype=dtype_name(p.dtype),
-        load=p.load,
-        seed=p.seed,
-        routing_checksum=checksum,
-        mode=mode,
-        status=cell.status,
-        reason=cell.reason,
-        flops=flops(p, mode),
-        worst_error_fraction=cell.worst_error_fraction,
-    )
-    if cell.status != "ok" or timing is None or limits is None:
-        return row
-    samples_ms = tuple(round(s * 1e3, 6) for s in timing.samples_s)
-    median_ms = statistics.median(samples_ms)
-    ingredients = {
-        name: value if isinstance(value, int) else float(f"{value:.6g}")
-        for name, value in asdict(limits).items()
-    }
-    limit_ms = float(f"{limits.limit_ms:.6g}")
-    gpu_clock_mhz, gpu_clock_limits = cell.gpu_clock or (None, None)
-    p20_ms, p80_ms = (float(q) for q in np.quantile(samples_ms, (0.2, 0.8)))
-    return replace(
-        row,
-        rounds=len(samples_ms),
-        calls_per_sample=timing.calls_per_sample,
-        median_ms=median_ms,
-        min_ms=min(samples_ms),
-        p20_ms=round(p20_ms, 6),
-        p80_ms=round(p80_ms, 6),
-        tokens_per_s=float(f"{p.T / median_ms * 1e3:.6g}"),
-        tflop_per_s=float(f"{row.flops / median_ms / 1e9:.6g}"),
-        **ingredients,
-        gpu_clock_mhz=gpu_clock_mhz,
-        gpu_clock_limits=gpu_clock_limits,
-        limit_ms=limit_ms,
-        efficiency=float(f"{limit_ms / median_ms:.6g}"),
-        compile_ms=round(max(0.0, cell.first_call_s * 1e3 - median_ms), 3),
-        peak_memory_bytes=cell.peak_memory_bytes,
-        saved_for_backward_bytes=cell.saved_for_backward_bytes,
-        samples_ms=samples_ms,
-    )

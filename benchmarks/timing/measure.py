@@ -23,11 +23,13 @@ from torch import Tensor
 from torch.profiler import profile
 
 from correctness.judging import calling
+from correctness.judging.finding import Timeout
 from correctness.problems.problem import Inputs, Problem
+from correctness.session.limits import WAITING, limited
 from moe_impls.interface import Experts, Forward, Routing
 
 Call = Callable[[], object]
-Running = Callable[[str, float], None]  # of a name and seconds: whose code runs next, for how long at most
+Watch = Callable[[str, float], None]  # of a name and seconds: whose code runs next, for how long at most
 
 MIN_ROUNDS = 7  # samples that a median and two quantiles are taken from, at the least
 MAX_ROUNDS = 101
@@ -39,11 +41,8 @@ CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 MIN_SAMPLE_S = {"cpu": 1e-4, "cuda": 1e-3}
 
 
-class CallTimeout(BaseException):
-    """A call took longer than it may. No ``Exception``, so that a measured function does not swallow it."""
-
-
 def is_out_of_memory(error: object) -> bool:
+    """Whether an exception says that memory ran out."""
     # The CPU's allocator has no exception class of its own.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
@@ -84,7 +83,7 @@ def time_calls(call: Call, calls: int, device: str, before: Call | None = None) 
 
 
 def nobody_watches(name: str, seconds: float) -> None:
-    pass
+    """Take no notice."""
 
 
 def interleave(
@@ -97,7 +96,7 @@ def interleave(
     call_timeout_s: float | None = None,
     before: Mapping[str, Call] | None = None,
     clock: Callable[[str, int], float] | None = None,
-    running: Running = nobody_watches,
+    watch: Watch = nobody_watches,
 ) -> dict[str, Timing | BaseException]:
     """Time all candidates in rounds; the order of every second round is shuffled, and reversed in the next.
 
@@ -109,10 +108,10 @@ def interleave(
         device: where they compute; chooses the clock.
         seconds: time to spend on each candidate on average; the numbers of rounds bound it.
         min_rounds, max_rounds: samples taken of each candidate, at least and at most.
-        call_timeout_s: what one call may take.
+        call_timeout_s: processor time that one call may take, see ``limits.limited``.
         before: by the name of a candidate, what is done before each of its calls and not timed.
         clock: of a name and a number of calls, the seconds a call, where it is not here that they are made.
-        running: is told before each sample whose it is and how many seconds it may take; "" is nobody's.
+        watch: called before each sample with its name and the most seconds; the name is "" between samples.
 
     Returns:
         For each name its timing, or the exception that its call raised; the others go on without it.
@@ -125,11 +124,11 @@ def interleave(
     def sample(name: str, calls: int) -> float:
         limit_s = None if call_timeout_s is None else call_timeout_s * calls
         try:
-            with limited(name, limit_s, running):
+            with watched(name, limit_s, watch):
                 if clock is not None:
                     return clock(name, calls)
                 return time_calls(candidates[name], calls, device, (before or {}).get(name))
-        except (Exception, CallTimeout) as error:
+        except (Exception, Timeout) as error:
             failures[name] = error
             return 0.0
 
@@ -240,11 +239,12 @@ def near_the_fastest(
     for name in sorted(calls, key=lambda name: name != first):
         try:
             took_s: list[float] = []
-            with time_limit(None if limit_s is None else TRIES[0] * limit_s + TRY_S):
+            most_s = None if limit_s is None else TRIES[0] * limit_s + TRY_S
+            with limited(most_s, None, wall_s=most_s):
                 while len(took_s) < TRIES[0] or (sum(took_s) < TRY_S and len(took_s) < TRIES[1]):
                     took_s.append(time_calls(calls[name], 1, device))
             tried_s[name] = min(took_s)
-        except CallTimeout:
+        except Timeout:
             continue
         except Exception as error:
             if not is_out_of_memory(error):
@@ -279,36 +279,8 @@ def last_level_cache_bytes() -> int:
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise CallTimeout in the block once ``seconds`` have passed, as soon as control is back in Python.
-
-    Works in the main thread only, where the interpreter handles signals; None sets no limit.
-    """
-    if seconds is None:
-        yield
-        return
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("a time limit can only be set in the main thread")
-
-    def stop(signum: int, frame: object) -> None:
-        raise CallTimeout(f"took longer than {seconds:g} s")
-
-    before, gradients = signal.signal(signal.SIGALRM, stop), torch.is_grad_enabled()
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except CallTimeout:
-        # It may have been raised where a `with torch.no_grad()` ends, before the mode was set back.
-        torch.set_grad_enabled(gradients)
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
 def recording(**options: Any) -> Iterator[profile]:
-    """torch's profiler on the block. Ctrl-C and time limits act within it or wait for the end of the record.
+    """Run torch's profiler on the block; Ctrl-C and time limits act within it or wait for the record's end.
 
     A record that is broken off while it starts or stops makes the process crash, at its exit at the latest.
     """
@@ -340,14 +312,18 @@ def recording(**options: Any) -> Iterator[profile]:
 
 
 @contextlib.contextmanager
-def limited(name: str, seconds: float | None, running: Running) -> Iterator[None]:
-    """In the block the code of ``name`` runs, no longer than it may, and ``running`` knows."""
-    running(name, math.inf if seconds is None else seconds)
+def watched(name: str, seconds: float | None, watch: Watch) -> Iterator[None]:
+    """Limit the code of ``name`` in the block to ``seconds``, and tell ``watch`` when it has to be over.
+
+    Raises:
+        Timeout: it takes longer; see ``limits.limited``.
+    """
+    watch(name, WAITING * seconds if seconds else math.inf)
     try:
-        with time_limit(seconds):
+        with limited(seconds, None, option="--cell-timeout"):
             yield
     finally:
-        running("", math.inf)
+        watch("", math.inf)
 
 
 def arguments(inputs: Inputs, *, gradients: bool) -> tuple[list[Tensor], Tensor, Routing, Experts]:

@@ -103,7 +103,7 @@ class _Ranges(TorchFunctionMode):
 
 @contextlib.contextmanager
 def stage_ranges(gemms_in_total: int) -> Iterator[_Ranges]:
-    """The ranges are set in the block, also around ``activate`` and ``combine_slots`` wherever imported."""
+    """Set the ranges in the block, also around ``activate`` and ``combine_slots`` wherever imported."""
     ranges = _Ranges(gemms_in_total)
 
     def within(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +205,7 @@ def profile_call(
 
 
 def device_use(events: Sequence[FunctionEvent]) -> pd.DataFrame:
-    """How a device was used by the calls of a record, as means of one call.
+    """Tell how a device was used by the calls of a record, as means of one call.
 
     launches: kernels, copies and fills. busy_ms: time in which any of them ran. gaps_ms: the rest of the time
     from the first to the last, in which the device waited for the host. host_waits: how often the host waited
@@ -233,7 +233,7 @@ def device_use(events: Sequence[FunctionEvent]) -> pd.DataFrame:
 
 
 def _operators(events: list[FunctionEvent], cuda: bool) -> tuple[pd.DataFrame, float]:
-    """Self and total times a call by (operator, stage, pass), and the time of the whole call."""
+    """Sum self and total times a call by (operator, stage, pass), and the time of the whole call."""
 
     def ranges_above(event: FunctionEvent) -> Iterator[FunctionEvent]:
         above = event.cpu_parent

@@ -1,8 +1,8 @@
 """Which of two is faster, and how sure that is: from samples that were taken in the same rounds.
 
 The ratio of two is the median of the ratios of each round: what slowed a round down slowed both. Its
-confidence interval lies between two of the sorted ratios, by the binomial distribution of how many of them
-are below the true median, and assumes nothing about the distribution of times (the sign test's interval).
+confidence interval is that of a median, between two of the sorted ratios, and assumes nothing about the
+distribution of times.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binom
+from scipy.stats import quantile_test
 
 CONFIDENCE = 0.99
 MINIMUM_EFFECT = 0.03
@@ -42,12 +42,13 @@ def compare(
     confidence: float = CONFIDENCE,
     minimum_effect: float = MINIMUM_EFFECT,
 ) -> Ratio:
-    """The ratio second / first of samples of the same rounds, in the order taken.
+    """Estimate the ratio second / first from samples of the same rounds, in the order taken.
 
     A difference is claimed if the interval excludes 1 and the ratio is at least ``minimum_effect`` from it.
 
     Raises:
-        ValueError: different numbers of samples or fewer than LEAST_ROUNDS, or a number out of its range.
+        ValueError: different numbers of samples, fewer than LEAST_ROUNDS or too few for the confidence, or a
+            number out of its range.
     """
     if len(first_s) != len(second_s) or len(first_s) < LEAST_ROUNDS:
         raise ValueError(
@@ -57,21 +58,20 @@ def compare(
         raise ValueError(f"confidence is {confidence}; it must be in [0.5, 1)")
     if not 0 <= minimum_effect < 1:
         raise ValueError(f"minimum_effect is {minimum_effect}; it must be in [0, 1)")
-    logs = sorted(math.log(b / a) for a, b in zip(first_s, second_s, strict=True))
-    rounds = len(logs)
-    # As many values on each side as leave no more than (1 - confidence) / 2 beyond.
-    outside = int(binom.ppf((1 - confidence) / 2, rounds, 0.5))
-    outside = outside if binom.cdf(outside, rounds, 0.5) <= (1 - confidence) / 2 else outside - 1
-    low, high = (math.exp(logs[i]) for i in (max(outside, 0), rounds - 1 - max(outside, 0)))
+    logs = [math.log(b / a) for a, b in zip(first_s, second_s, strict=True)]
+    interval = quantile_test(logs).confidence_interval(confidence)
+    low, high = math.exp(interval.low), math.exp(interval.high)
+    if math.isnan(low):
+        raise ValueError(f"confidence is {confidence}; {len(logs)} rounds are too few for it")
     ratio = math.exp(statistics.median(logs))
     verdict = "same"
     if low > 1 and ratio >= 1 + minimum_effect:
         verdict = "slower"
     elif high < 1 and ratio <= 1 / (1 + minimum_effect):
         verdict = "faster"
-    return Ratio(ratio, low, high, rounds, verdict)
+    return Ratio(ratio, low, high, len(logs), verdict)
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
-    """Of ratios, the mean that treats twice as fast and half as fast alike."""
+    """Compute the mean of ratios that treats twice as fast and half as fast alike."""
     return math.exp(statistics.fmean(map(math.log, ratios)))

@@ -17,6 +17,7 @@ from moe_impls.interface import (
     OUTPUT_ACTIVATIONS,
     Support,
 )
+from moe_impls.models import MODELS
 
 SMALL = Problem("small", T=37, D=12, H=10, O=7, E=5, K=2, gates="unnormalised")
 
@@ -148,11 +149,8 @@ _BEYOND = tuple(
 # The (E, K) of released models, for which kernels have branches of their own.
 _RELEASED = tuple(
     replace(_INTEGERS, name=f"integers_{E}_experts_{K}", T=70, E=E, K=K)
-    for E, K in (
-        (8, 2), (16, 1), (16, 4), (32, 4), (32, 8), (60, 4), (64, 6), (64, 8), (128, 1), (128, 4), (128, 8),
-        (160, 6), (160, 8), (256, 6), (256, 8), (384, 8), (512, 10),
-    )
-)  # fmt: skip
+    for E, K in dict.fromkeys((model.E, model.K) for model in MODELS.values())
+)
 # Sums along D and along H, of y and of dx, that a product in parts keeps in float32 only.
 _OPPOSED = tuple(
     replace(_INTEGERS, name=f"integers_opposed_{name}", T=20, opposed=True, dtype=d, **{name: 2_212})
@@ -182,7 +180,7 @@ OUTPUT = (
 
 
 def named(name: str) -> Problem:
-    """Find the first problem of that name among EXACT and SIZES."""
+    """Find the first problem of that name among EXACT and SIZES, in float32."""
     return next(p for p in (*EXACT, *SIZES) if p.name == name and p.dtype == torch.float32)
 
 
@@ -222,7 +220,7 @@ def is_representative(problem: Problem, support: Support) -> bool:
 
 
 def is_plain(problem: Problem, support: Support) -> bool:
-    """Tell whether such an implementation is tested on this problem without gradients, too."""
+    """Whether an implementation that compiles for each case runs it without gradients, too."""
     return _is_first(problem, support) and not _is_degenerate(problem)
 
 

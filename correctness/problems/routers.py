@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_impls.interface import DTYPES, RouterSpec, dtype_name
+from moe_impls.models import MODELS
 
 
 @dataclass(frozen=True)
@@ -62,23 +65,21 @@ def _spec(
     return RouterSpec(k, score, renormalise, scale, **groups)
 
 
+def _of_models() -> Iterator[RouterProblem]:
+    """Make one problem for each router of a released model, named after the first that has it."""
+    seen = set()
+    for model in MODELS.values():
+        router = (model.E, model.router, model.selection_bias)
+        if model.router is not None and router not in seen:
+            seen.add(router)
+            bias = 0.0 if model.selection_bias else None
+            yield RouterProblem(re.sub(r"\W", "_", model.name), model.E, model.router, bias)
+
+
 _TOP2: dict[str, Any] = {"group_score": "top2_sum"}
-# Routers of released models and of papers, then combinations that none of them has.
+# Routers of released models, then combinations that none of them has.
 PROBLEMS = (
-    RouterProblem("switch_base_8", 8, _spec(1)),
-    RouterProblem("mixtral_8x7b", 8, _spec(2, renormalise=True)),
-    RouterProblem("shazeer_2017", 16, _spec(4, "topk_softmax")),
-    RouterProblem("llama_4_scout", 16, _spec(1, "sigmoid")),
-    RouterProblem("gpt_oss_20b", 32, _spec(4, "topk_softmax")),
-    RouterProblem("qwen1_5_moe_a2_7b", 60, _spec(4)),
-    RouterProblem("olmoe_1b_7b", 64, _spec(8)),
-    RouterProblem("qwen3_30b_a3b", 128, _spec(8, renormalise=True)),
-    RouterProblem("deepseek_v2", 160, _spec(6, scale=16.0, groups=8, keep_groups=3)),
-    RouterProblem(
-        "deepseek_v3", 256, _spec(8, "sigmoid", True, 2.5, groups=8, keep_groups=4, **_TOP2), bias=0.0
-    ),
-    RouterProblem("kimi_k2", 384, _spec(8, "sigmoid", True, 2.827), bias=0.0),
-    RouterProblem("qwen3_next_80b_a3b", 512, _spec(10, renormalise=True)),
+    *_of_models(),
     RouterProblem("one_expert", 1, _spec(1)),
     RouterProblem("one_expert_of_three", 3, _spec(1, "topk_softmax")),
     RouterProblem("one_renormalised", 7, _spec(1, renormalise=True, scale=0.5)),
@@ -112,6 +113,5 @@ ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dty
 KINDS = tuple(
     problem
     for problem in PROBLEMS
-    if problem.name
-    in ("olmoe_1b_7b", "qwen3_30b_a3b", "shazeer_2017", "deepseek_v2", "deepseek_v3", "kimi_k2")
+    if problem.name in ("olmoe_1b_7b", "qwen3_30b_a3b", "notebook", "deepseek_v2", "deepseek_v3", "kimi_k2")
 )

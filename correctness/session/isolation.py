@@ -3,22 +3,22 @@
 pytest-xdist keeps one worker and replaces it when it dies. Here is what it does not know: which check was
 running, by what the process ended, and where; and that an import, too, may end a process. The worker writes
 what it is about to run into a file, its black box, and so does Python's fault handler with its last words.
+
+The worker is xdist's own process and not one of ``child``: xdist sends tests and reports between processes
+and starts another worker after a crash, which is most of what isolating a run of pytest takes.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,9 @@ import psutil
 import pytest
 
 from correctness.judging.blame import REPRODUCE, own_frames
+from correctness.session.child import DYING_S, Child, Ended, ending
 from correctness.session.limits import MAX_CRASHES
 from moe_impls.registry import ResolveError
-
-CHILDREN = multiprocessing.get_context("spawn")
-DYING_S = 5.0  # how long a process that has closed its connection may take to end
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -45,43 +43,23 @@ def use_a_worker(config: pytest.Config) -> None:
     config.option.maxworkerrestart = config.option.maxworkerrestart or MAX_CRASHES
 
 
-def ending(status: int | None) -> str:
-    """How a process with this exit status ended; a negative one is a signal."""
-    if status is None:
-        return "closed its connection"
-    if status >= 0:
-        return f"ended its process with exit status {status}"
-    name = signal.Signals(-status).name
-    why = ", as when memory runs out" if name == "SIGKILL" else ""
-    return f"ended its process by {name}{why}"
-
-
 def try_in_child(what: str, function: Callable[..., object], *arguments: object) -> None:
     """Call a function in a child process, to see whether that can be survived.
 
     Raises:
         ResolveError: as it does there, or because it ends the process; ``what`` says what was done.
     """
-    receiver, sender = CHILDREN.Pipe(duplex=False)
-    child = CHILDREN.Process(target=_report, args=(sender, function, *arguments))
-    child.start()
-    sender.close()
+    child = Child.of_functions()
     try:
-        refusal = receiver.recv()
-    except EOFError:
-        child.join()
-        refusal = f"{what} {ending(child.exitcode)}"
-    if refusal:
-        raise ResolveError(refusal)
+        child.call(_tried, function, *arguments)
+    except Ended as error:
+        raise ResolveError(f"{what} {error}") from None
+    finally:
+        child.end()
 
 
-def _report(sender: Connection, function: Callable[..., object], *arguments: object) -> None:
-    try:
-        function(*arguments)
-    except ResolveError as error:
-        sender.send(str(error))
-    else:
-        sender.send("")
+def _tried(function: Callable[..., object], *arguments: object) -> None:
+    function(*arguments)  # what it returns need not travel
 
 
 class BlackBox:
@@ -128,6 +106,7 @@ class Controller:
         report.duration = time.time() - running["start"]
         how = ending(_exit_status(running["pid"]))
         if last_words.startswith("Timeout"):
+            report.user_properties.append(("hung", True))
             how = "did not end in time, nor when it was interrupted"
         finding = f"{facts['name']} fails {facts['check']!r}: it {how}"
         report.longrepr = f"{finding}{_lines(last_words)}{REPRODUCE}{facts['code']}"

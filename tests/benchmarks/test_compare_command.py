@@ -67,6 +67,21 @@ def test_an_implementation_can_be_compared_with_itself(tmp_path: Path) -> None:
     assert all(0.5 < row["ratio"] < 2 for row in table)
 
 
+def test_what_is_being_done_is_told_from_the_first_check_on(capsys) -> None:
+    assert main(["compare", QUICK, "--mode=forward"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "index_add and sorted_dispatch: 1 calls, samples of 0.2 s in all"
+    assert told[1] == "check 1 of 1: sweep T=16 D=32 H=16 E=4 K=2 uniform forward"
+    assert told[2].startswith("timing, visit 1 of 10: ") and told[-1].startswith("check after timing, 1 of 1")
+
+
+def test_when_time_is_up_there_are_as_many_rounds_as_an_interval_needs(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "c.csv"
+    monkeypatch.setattr(compare, "LONGEST", 0)
+    assert main(["compare", "--seconds=0.0001", f"--csv={path}"]) == 0
+    assert list(pd.read_csv(path)["rounds"]) == [8, 8]
+
+
 def test_a_wrong_implementation_has_no_ratio_but_a_reason(tmp_path: Path) -> None:
     wrong, path = implementation(tmp_path, "wrong", WRONG), tmp_path / "c.csv"
     assert main(["compare", "sorted_dispatch", wrong, QUICK, f"--csv={path}"]) == 1

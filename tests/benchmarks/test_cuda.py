@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.__main__ import _parser, _to_profile, main
-from benchmarks.commands import cuda
+from benchmarks.__main__ import main, parser
+from benchmarks.commands import cuda, profile
 from benchmarks.commands.cuda import Step
 from benchmarks.sweep.record import RecordError
 from moe_impls.registry import ResolveError
@@ -29,7 +28,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
 @pytest.mark.parametrize("step", cuda.steps("cpu", False, ["einsum.capacity"]), ids=lambda step: step.name)
 def test_the_options_of_every_step_are_valid(step: Step, tmp_path: Path) -> None:
     if step.command[0] == "benchmarks":
-        implementation, *_ = _to_profile(_parser().parse_args(step.command[1:]))
+        implementation, *_ = profile.subject(parser("profile").parse_args(step.command[1:]))
         assert implementation.name in cuda.OURS
         return
     done = subprocess.run(
@@ -37,24 +36,6 @@ def test_the_options_of_every_step_are_valid(step: Step, tmp_path: Path) -> None
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
-def test_a_small_run_verifies_measures_profiles_and_reports(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    command = ["cuda", "--device", "cpu", "--smoke", "--minutes", "10", "--out", str(tmp_path)]
-    assert main(command) == 0
-    steps = json.loads((tmp_path / cuda.STEPS).read_text())
-    assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(
-        ("verify", "sweep", "profile"), "finished"
-    )
-    assert (tmp_path / steps["sweep"]["csv"]).is_file() and (tmp_path / "report.md").is_file()
-    assert list((tmp_path / "profiles").rglob("*.csv"))
-    assert json.loads((tmp_path / "environment.json").read_text())["device"] == "cpu"
-    assert " passed" in (tmp_path / "verify.log").read_text()
-    capfd.readouterr()
-    assert main(command) == 0  # what is done is not done again
-    assert "verify: finished before" in capfd.readouterr().out
 
 
 def test_a_step_whose_time_is_up_is_ended_and_done_again_and_one_that_fails_is_told(
@@ -67,13 +48,13 @@ def test_a_step_whose_time_is_up_is_ended_and_done_again_and_one_that_fails_is_t
     finding = Step("finding", ("timeit", "1 // 0"), 0.9, may_fail=True)
     monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [wrong, slow, finding])
     told: list[str] = []
-    assert not cuda.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    assert not cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
     first = [line.partition(" after")[0] for line in told]
     assert first == ["wrong: failed", "slow: stopped", "finding: failed"]
     told.clear()
     mended = replace(wrong, command=("timeit", "-n1", "-r1", "1"))
     monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [mended, slow, finding])
-    assert cuda.run(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    assert cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
     second = [line.partition(" after")[0] for line in told]
     assert second == ["slow: stopped", "wrong: finished", "finding: failed before"]
 
@@ -86,7 +67,7 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.Mo
     )
     step = Step("forks", ("timeit", "-n1", "-r1", script), 0.1)
     monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [step])
-    cuda.run(tmp_path, "cpu", 1.0, smoke=True, tell=lambda line: None)
+    cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True, tell=lambda line: None)
     pids = [int(pid) for pid in worker.read_text().split() if pid != "0"]
     assert pids and all(ends(pid, within_s=20) for pid in pids)
 
@@ -129,7 +110,7 @@ def test_a_peer_that_cannot_be_imported_is_left_out_and_told(monkeypatch: pytest
 def test_a_damaged_list_of_steps_is_told(tmp_path: Path) -> None:
     (tmp_path / cuda.STEPS).write_text("[1")
     with pytest.raises(RecordError, match="is no list of steps: .*; remove it to begin anew"):
-        cuda.run(tmp_path, "cpu", 1.0, smoke=True)
+        cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True)
 
 
 @pytest.mark.parametrize(

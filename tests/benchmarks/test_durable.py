@@ -7,20 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from benchmarks.sweep import plan, record
-from benchmarks.sweep.record import TIMINGS, RecordError
+from benchmarks.sweep import journal, plan, record
+from benchmarks.sweep.record import MEASURED, RecordError, Row
 from reporting.provenance import ROOT
 from tests.benchmarks.test_record import make_row, write
 
 TINY = ("--T=4", "--T=8", "--T=16", "--D=8", "--H=4", "--E=4", "--K=2", "--seconds=0.001",
         "--impl=dense_mask", "--impl=sorted_dispatch")  # fmt: skip
 CELLS = 3 * 2 * 2
-DIFFERS = {*TIMINGS, "run_id", "time_utc"} - {"flops", "touched_experts", "read_bytes", "written_bytes"}
+DIFFERS = {*MEASURED, "worst_error_fraction", "run_id", "time_utc"}
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -48,7 +49,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict],
     assert done.returncode == 0, output
     path = csv_in(folder)
     assert plan.progress(path) == (CELLS, CELLS)
-    return facts(path), path.stat().st_mtime - plan.path_of(path).stat().st_mtime
+    return facts(path), path.stat().st_mtime - journal.plan_path(path).stat().st_mtime
 
 
 @pytest.mark.timeout(0)
@@ -69,8 +70,6 @@ def test_a_sweep_that_is_killed_again_and_again_ends_like_one_that_is_not(
             now = record.read(files[0])
             assert now[: len(kept)] == kept
             kept, arguments = now, [f"--resume={files[0]}"]
-        elif plans := list(tmp_path.glob("*.plan.json")):  # before the file had its first line
-            plans[0].unlink()
     last = start(*arguments)
     output, _ = last.communicate(timeout=120)
     assert last.returncode == 0, output
@@ -86,9 +85,9 @@ def test_a_last_line_that_is_not_whole_is_no_row_and_is_cut_off(tmp_path: Path) 
     for end in (len(whole) - 1, len(whole) - 7, len(whole) - 150):  # of the last number, too
         path.write_bytes(whole[:end])
         assert record.read(path) == [make_row()]
-        assert record.repair(path)
+        assert journal.repair(path)
         assert path.read_bytes() == whole[: whole.index(b"\n", whole.index(b"\n") + 1) + 1]
-        assert not record.repair(path)
+        assert not journal.repair(path)
 
 
 def test_any_other_damage_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -99,13 +98,44 @@ def test_any_other_damage_is_refused_with_its_line(tmp_path: Path) -> None:
         record.read(path)
 
 
-def test_two_sweeps_do_not_write_into_one_file(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Step:
+    name: str
+    seconds: float
+    exit_status: int | None = None
+
+
+def test_a_journal_of_any_rows_is_continued_with_its_plan_and_no_other(tmp_path: Path) -> None:
+    path, first = tmp_path / "steps.journal", Step("verify", 1.5, 0)
+    with journal.opened(path, Step, {"commit": "a", "quick": False}) as begun:
+        begun.append(first)
+        assert journal.read(path, Step) == begun.rows == [first]
+    path.write_text(path.read_text() + "sweep,2.")
+    with journal.opened(path, Step, {"commit": "a", "quick": False}) as begun:
+        assert begun.was_torn and begun.rows == [first]
+        begun.append(Step("sweep", 2.5))
+    assert journal.read(path, Step) == [first, Step("sweep", 2.5, None)]
+    with (
+        pytest.raises(RecordError, match=r"was begun with commit a, this run is with b: delete it"),
+        journal.opened(path, Step, {"commit": "b", "quick": False}),
+    ):
+        pass
+    with (
+        pytest.raises(RecordError, match="has other columns than this version writes"),
+        journal.opened(path, Row, {"commit": "a", "quick": False}),
+    ):
+        pass
+    journal.discard(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv")
-    with record.locked(path):
-        with pytest.raises(RecordError, match="is being written to by another sweep"), record.locked(path):
+    with journal.locked(path):
+        with pytest.raises(RecordError, match="is being written to by another run"), journal.locked(path):
             pass
         assert FileLock(f"{path}.lock").lock_file
-    with record.locked(path):
+    with journal.locked(path):
         pass
     assert not list(tmp_path.glob("*.lock"))
 
@@ -127,8 +157,9 @@ def test_what_cannot_be_continued_is_refused(tmp_path: Path, arguments: list[str
 
 
 def test_a_sweep_of_another_commit_is_not_continued(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.csv", make_row(threads=1))
-    plan.write(path, {}, {})
+    path = tmp_path / "r.csv"
+    with journal.opened(path, Row, {"options": {}, "cells": {}}) as begun:
+        begun.append(make_row(threads=1))
     refused = start(f"--resume={path}")
     output, _ = refused.communicate(timeout=60)
     assert refused.returncode == 4 and "was measured with machine m, this is" in output

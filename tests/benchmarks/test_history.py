@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.__main__ import HISTORY, main
+from benchmarks.__main__ import main
 from benchmarks.commands import history
+from benchmarks.options import HISTORY
 from benchmarks.sweep.record import RecordError
 from tests.benchmarks.test_record import failed_row, make_row, write
 

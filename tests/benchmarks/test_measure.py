@@ -10,10 +10,12 @@ import torch
 from torch.profiler import profile
 
 from benchmarks.timing import measure, memory, roofline
-from benchmarks.timing.measure import CallTimeout, Timing
+from benchmarks.timing.measure import Timing
 from benchmarks.workloads import flops
+from correctness.judging.finding import Timeout
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
+from correctness.session.limits import limited
 from moe_impls import kept_memory
 from moe_impls.registry import resolve
 
@@ -83,7 +85,7 @@ def test_a_call_over_the_time_limit_is_stopped() -> None:
     outcomes = measure.interleave(
         {"endless": busy(60), "good": busy(0.001)}, seconds=0.01, call_timeout_s=0.2
     )
-    assert isinstance(outcomes["endless"], CallTimeout) and isinstance(outcomes["good"], Timing)
+    assert isinstance(outcomes["endless"], Timeout) and isinstance(outcomes["good"], Timing)
     assert time.monotonic() - begin < 10
 
 
@@ -192,7 +194,7 @@ def test_ctrl_c_while_a_record_starts_or_stops_waits_until_it_has_ended(where: s
 
 
 def test_a_time_limit_ends_a_call_while_it_is_recorded() -> None:
-    with pytest.raises(CallTimeout), measure.time_limit(0.2):
+    with pytest.raises(Timeout), limited(0.2, wall_s=0.2):
         memory.peak_memory_bytes(lambda: time.sleep(10), "cpu")
     assert memory.peak_memory_bytes(lambda: torch.zeros(8), "cpu") == 32
 
@@ -290,7 +292,7 @@ def test_a_call_that_is_ended_while_gradients_are_off_leaves_them_on() -> None:
         torch.set_grad_enabled(False)
         time.sleep(10)
 
-    with pytest.raises(measure.CallTimeout), measure.time_limit(0.05):
+    with pytest.raises(Timeout), limited(0.05, wall_s=0.05):
         off()
     assert torch.is_grad_enabled()
 

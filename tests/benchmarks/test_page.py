@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.report import markdown, page
+from benchmarks.report import page, styles, tables
+from benchmarks.report.folder import write_report
 from benchmarks.sweep import record
 from benchmarks.sweep.record import Row
 from tests.benchmarks.test_record import failed_row, make_row, write
@@ -64,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (profiled / "stages.csv").write_text(
         "stage,forward_ms,backward_ms,percent,operators\ndispatch,1.5,0,30,sort\nexpert_gemms,2,1.5,70,mm\n"
     )
-    markdown.write(place)
+    write_report(place)
     return place
 
 
@@ -88,7 +89,7 @@ def opened(browser: Any, folder: Path, request: pytest.FixtureRequest) -> Iterat
     tab.on("console", lambda message: found.append(f"{message.type}: {message.text}"))
     tab.on("pageerror", lambda error: found.append(str(error)))
     tab.on("request", lambda request: found.append(request.url) if request.url != url else None)
-    url = (folder / markdown.PAGE).as_uri()
+    url = (folder / page.NAME).as_uri()
     tab.goto(url)
     tab.evaluate("window.page.ready")
     yield tab
@@ -107,27 +108,27 @@ def plotted(tab: Any, plot: str) -> list[dict]:
 
 
 def test_the_page_is_one_small_file(folder: Path) -> None:
-    text = (folder / markdown.PAGE).read_text(encoding="utf-8")
+    text = (folder / page.NAME).read_text(encoding="utf-8")
     assert len(text.encode()) < MAX_BYTES
     assert '<script src="' not in text and "<link rel=stylesheet" not in text
     assert "<b>90 GiB" not in text  # what a CSV holds is text, never markup
 
 
 def test_every_row_is_in_the_page_with_the_numbers_of_the_csv(folder: Path) -> None:
-    newest = markdown.newest(markdown.table_of(record.read(folder / "run.csv")))
-    for kept, want in zip(page.rows(newest, markdown.CELL), rows(), strict=True):
+    newest = tables.newest(tables.table_of(record.read(folder / "run.csv")))
+    for kept, want in zip(page.rows(newest), rows(), strict=True):
         for name, value in dataclasses.asdict(want).items():
             assert name in page._LEFT_OUT or kept[name] == value
 
 
 def test_without_its_library_the_page_is_missed_in_one_line(folder, tmp_path, monkeypatch, capsys) -> None:
     write(tmp_path / "run.csv", *rows())
-    (tmp_path / markdown.PAGE).write_text("of an earlier report")
+    (tmp_path / page.NAME).write_text("of an earlier report")
     monkeypatch.setattr(page, "is_available", lambda: False)
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().err == f"{page.MISSING}\n"
-    assert not (tmp_path / markdown.PAGE).exists()
-    assert markdown.PAGE not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / page.NAME).exists()
+    assert page.NAME not in (tmp_path / "report.md").read_text()
 
 
 @in_a_browser
@@ -174,7 +175,7 @@ def test_lines_are_drawn_over_each_of_t_e_and_k(opened: Any) -> None:
     for axis, count in (("T", 3), ("E", 2), ("K", 2)):
         choose(opened, "axis", axis)
         assert len({r[axis] for r in plotted(opened, "lines")}) == count
-        assert opened.locator("#lines svg text", has_text=markdown.AXES[axis]).count() > 0
+        assert opened.locator("#lines svg text", has_text=styles.AXES[axis]).count() > 0
     for quantity in ("relative", "efficiency_percent", "tokens_per_s"):
         choose(opened, "quantity", quantity)
         title = opened.locator(f"#quantity option[value={quantity}]").inner_text()

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.commands import peers
+from benchmarks.report import peers as report
 from benchmarks.timing import measure
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
@@ -29,8 +30,8 @@ def growth(square: float) -> pd.DataFrame:
 
 
 def test_a_quadratic_term_shows_in_the_growth() -> None:
-    (linear,) = peers.quadratic_share(growth(0.0))["share"]
-    (bent,) = peers.quadratic_share(growth(1e-3))["share"]
+    (linear,) = report.quadratic_share(growth(0.0))["share"]
+    (bent,) = report.quadratic_share(growth(1e-3))["share"]
     assert linear.lstrip("-") == "0%"
     assert bent == f"{1e-3 * 256**2 / (1 + 25.6 + 65.536):.0%}"
 

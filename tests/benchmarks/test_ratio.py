@@ -23,6 +23,14 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says(rounds: int) -> 
     assert all(r.low <= r.ratio <= r.high and r.rounds == rounds for r in found)
 
 
+def test_the_interval_lies_between_the_sorted_ratios_that_the_binomial_distribution_names() -> None:
+    for rounds, outside in ((8, 0), (20, 3), (101, 37)):  # binom.cdf(outside, rounds, 0.5) <= 0.005
+        first, second = samples(rounds, 1.2, rounds)
+        ratios = sorted(b / a for a, b in zip(first, second, strict=True))
+        found = ratio.compare(first, second)
+        assert (found.low, found.high) == pytest.approx((ratios[outside], ratios[-1 - outside]))
+
+
 def test_equal_candidates_are_the_same() -> None:
     verdicts = [ratio.compare(*samples(51, 1.0, seed)).verdict for seed in range(300)]
     assert verdicts.count("same") >= 297
@@ -55,6 +63,7 @@ def test_one_slow_round_moves_nothing() -> None:
         ([1.0] * 7, [1.0] * 7, {}, "7 and 7 samples; both need as many, at least 8"),
         ([1.0] * 9, [1.0] * 8, {}, "9 and 8 samples"),
         ([1.0] * 9, [1.0] * 9, {"confidence": 1.0}, "confidence is 1.0"),
+        ([1.0] * 8, [1.0] * 8, {"confidence": 0.999}, "confidence is 0.999; 8 rounds are too few for it"),
         ([1.0] * 9, [1.0] * 9, {"minimum_effect": -0.1}, "minimum_effect is -0.1"),
     ],
 )

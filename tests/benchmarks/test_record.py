@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.sweep import record
-from benchmarks.sweep.record import COLUMNS, RecordError, Row
+from benchmarks.sweep import journal, plan, record
+from benchmarks.sweep.record import RecordError, Row
 from moe_impls.interface import Routing
 from reporting.pages import slug, write_atomically
 from reporting.provenance import ROOT
@@ -38,13 +38,13 @@ def make_row(**changes: object) -> Row:
 
 
 def failed_row(status: str = "error", reason: str = "broke", **changes: object) -> Row:
-    return make_row(**dict.fromkeys(record.TIMINGS), status=status, reason=reason, **changes)
+    return make_row(**{**dict.fromkeys(record.MEASURED), "status": status, "reason": reason, **changes})
 
 
 def write(path: Path, *rows: Row) -> Path:
-    record.create(path)
+    journal.create(path, Row)
     for row in rows:
-        record.append(path, row)
+        journal.append(path, row)
     return path
 
 
@@ -71,27 +71,28 @@ def test_a_reason_of_several_lines_stays_one_line_in_the_file(tmp_path: Path) ->
 def test_a_row_is_in_the_file_when_append_returns(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv")
     for count in (1, 2, 3):
-        record.append(path, make_row())
+        journal.append(path, make_row())
         assert len(record.read(path)) == count
 
 
 def test_an_existing_file_is_never_replaced(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", make_row())
     with pytest.raises(FileExistsError):
-        record.create(path)
+        journal.create(path, Row)
 
 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("T", "many", "line 2: T is 'many'; it must be a whole number"),
-        ("median_ms", "nan", "line 2: median_ms is 'nan'; it must be a finite number >= 0"),
+        ("T", "many", "line 2: T is 'many'; it must be a valid integer"),
+        ("median_ms", "nan", "line 2: median_ms is 'nan'; it must be a finite number"),
+        ("median_ms", "-1", "line 2: median_ms is '-1'; it must be greater than or equal to 0"),
         ("median_ms", "", "line 2: median_ms is empty in a row with status ok"),
         ("samples_ms", "1.0;x", "line 2: samples_ms is '1.0;x'"),
-        ("status", "fine", "line 2: status is 'fine'; valid are ok, incorrect"),
+        ("status", "fine", "line 2: status is 'fine'; it must be 'ok', 'incorrect'"),
         ("status", "error", "in a row with status error; it must be empty"),
-        ("schema_version", "99", "line 2: schema_version is 99"),
-        ("bias", "maybe", "line 2: bias is 'maybe'; it must be True or False"),
+        ("schema_version", "99", "line 2: schema_version is '99'; this version reads 4"),
+        ("bias", "maybe", "line 2: bias is 'maybe'; it must be a valid boolean"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_with_its_line(tmp_path, column, value, message) -> None:
@@ -100,15 +101,59 @@ def test_a_value_that_does_not_fit_is_refused_with_its_line(tmp_path, column, va
         record.read(path)
 
 
-def test_missing_and_unknown_columns_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.csv", make_row())
-    text = path.read_text()
-    path.write_text(text.replace("median_ms", "middle_ms"))
-    with pytest.raises(RecordError, match="has no column median_ms"):
+def with_columns(path: Path, **texts: str | None) -> Path:
+    """The file with these columns added, or without those that are None."""
+    table = list(csv.DictReader(path.open(newline="")))
+    left = [name for name in table[0] if texts.get(name, "") is not None]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, [*left, *(n for n in texts if n not in table[0])], extrasaction="ignore"
+        )
+        writer.writeheader()
+        writer.writerows([{**row, **texts} for row in table])
+    return path
+
+
+def test_a_missing_column_is_named_if_no_row_can_be_without(tmp_path: Path) -> None:
+    for name in ("run_id", "workload", "flops"):
+        path = with_columns(write(tmp_path / f"{name}.csv", make_row()), **{name: None})
+        with pytest.raises(RecordError, match=f"has no column {name}"):
+            record.read(path)
+    with pytest.raises(RecordError, match="line 2: median_ms is empty in a row with status ok"):
+        record.read(with_columns(write(tmp_path / "r.csv", make_row()), median_ms=None))
+
+
+def test_a_column_that_was_added_since_is_empty_in_an_older_file(tmp_path: Path) -> None:
+    path = with_columns(write(tmp_path / "r.csv", make_row()), gpu_clock_mhz=None, efficiency=None)
+    assert record.read(path) == [make_row(efficiency=None)]
+
+
+def test_a_column_of_a_newer_version_is_told_and_left_out(tmp_path: Path) -> None:
+    path = with_columns(write(tmp_path / "r.csv", make_row()), watts="250")
+    with pytest.warns(UserWarning, match=r"r.csv: unknown columns are left out: watts"):
+        assert record.read(path) == [make_row()]
+
+
+def test_a_repeated_column_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv")
+    path.write_text(path.read_text().replace("p20_ms", "p80_ms"))
+    with pytest.raises(RecordError, match="has repeated columns"):
         record.read(path)
-    path.write_text(text.replace("samples_ms", "samples_ms,extra"))
-    with pytest.raises(RecordError, match="unknown or repeated columns: extra"):
-        record.read(path)
+
+
+def test_a_row_that_is_not_right_has_no_timings() -> None:
+    with pytest.raises(ValueError, match="efficiency is 0.5 in a row with status timeout; it must be empty"):
+        failed_row("timeout", efficiency=0.5)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/*.plan.json")), ids=lambda path: path.stem)
+def test_the_measurements_of_this_repository_are_readable(path: Path) -> None:
+    done, planned = plan.progress(csv_of(path)) or (0, 1)
+    assert done == planned
+
+
+def csv_of(plan_path: Path) -> Path:
+    return plan_path.with_name(plan_path.name.replace(".plan.json", ".csv"))
 
 
 def test_a_last_line_that_was_not_written_to_its_end_is_no_row(tmp_path: Path) -> None:
@@ -165,13 +210,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_dictionary_of_columns_names_every_column() -> None:
-    text = (ROOT / "results" / "README.md").read_text()
-    assert [name for name in COLUMNS if f"| `{name}` |" not in text] == []
+def test_the_dictionary_of_columns_is_what_the_fields_say() -> None:
+    assert record.PAGE.read_text(encoding="utf-8") == record.page(), f"run {record.COMMAND}"
+    assert "| `T` | tokens | in one call |" in record.dictionary()
+    assert "None" not in record.COLUMNS.values()
 
 
 def test_a_file_of_an_earlier_schema_is_refused_by_its_version(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text("schema_version,run_id\n1,old\n")
-    with pytest.raises(RecordError, match=r"r.csv, line 2: schema_version is 1; this version reads 4"):
+    with pytest.raises(RecordError, match=r"r.csv, line 2: schema_version is '1'; this version reads 4"):
         record.read(path)

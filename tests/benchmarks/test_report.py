@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.report import markdown
+from benchmarks.report import tables
+from benchmarks.report.folder import write_report
+from benchmarks.report.styles import styles_of
 from benchmarks.sweep.record import RecordError, Row
 from reporting.provenance import ROOT
 from tests.benchmarks.test_record import failed_row, make_row, write
@@ -26,20 +28,20 @@ def grid(run_id: str = "run", time_utc: str = "2026-01-01T00:00:00Z", slow: floa
 
 
 def test_the_fastest_of_each_cell_is_named_with_how_much_slower_the_next_is() -> None:
-    best = markdown.winners(markdown.table_of(grid()))
+    best = tables.winners(tables.table_of(grid()))
     assert len(best) == 8 and set(best["fastest"]) == {"a"} and set(best["next"]) == {"b"}
     assert best["next_ratio"].tolist() == [3.0] * 8 and not any(best["tied"])
 
 
 def test_overlapping_ranges_are_a_tie() -> None:
-    assert all(markdown.winners(markdown.table_of(grid(slow=1.1)))["tied"])
+    assert all(tables.winners(tables.table_of(grid(slow=1.1)))["tied"])
 
 
 def test_a_cell_is_shown_from_its_newest_run_alone() -> None:
     newer = [
         row for row in grid("newer", "2026-02-01T00:00:00Z") if row.T == 16 and row.implementation == "b"
     ]
-    shown = markdown.newest(markdown.table_of(grid() + newer))
+    shown = tables.newest(tables.table_of(grid() + newer))
     assert set(shown[shown["T"] == 16]["run_id"]) == {"newer"}
     assert set(shown[shown["T"] == 16]["implementation"]) == {"b"}  # never beside another run's times
     assert set(shown[shown["T"] == 32]["run_id"]) == {"run"}
@@ -47,7 +49,7 @@ def test_a_cell_is_shown_from_its_newest_run_alone() -> None:
 
 def test_the_report_holds_plots_winners_environment_and_failures(tmp_path: Path) -> None:
     write(tmp_path / "r.csv", *grid(), failed_row("out_of_memory", "needs at least 90 GiB", T=64))
-    text = markdown.write(tmp_path)[0].read_text()
+    text = write_report(tmp_path)[0].read_text()
     images = {line.rpartition("(")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")}
     assert {i.split("-")[2] for i in images if i.startswith("time-against")} == {"T", "E", "K"}
     assert any(i.startswith("efficiency") for i in images)
@@ -56,43 +58,43 @@ def test_the_report_holds_plots_winners_environment_and_failures(tmp_path: Path)
 
 
 def test_times_that_are_far_apart_in_one_call_are_told(tmp_path: Path) -> None:
-    assert markdown.unsteady(markdown.table_of(grid())) == ""
+    assert tables.unsteady(tables.table_of(grid())) == ""
     rows = [make_row(K=1, p20_ms=1.0, p80_ms=2.1), make_row(K=2, p20_ms=1.0, p80_ms=1.9), failed_row(K=3)]
-    told = markdown.unsteady(markdown.table_of(rows))
+    told = tables.unsteady(tables.table_of(rows))
     assert told.startswith("Something else kept this machine busy: in 1 of 2 cells the 80 % sample ")
     write(tmp_path / "r.csv", *rows)
-    page, html = markdown.write(tmp_path)
+    page, html = write_report(tmp_path)
     assert f"**{told}**" in page.read_text() and told in html.read_text()
 
 
 def test_a_last_line_that_was_not_written_to_its_end_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", *grid())
-    assert "not written to its end" not in markdown.write(tmp_path)[0].read_text()
+    assert "not written to its end" not in write_report(tmp_path)[0].read_text()
     path.write_bytes(path.read_bytes()[:-5])
     assert "The last line of r.csv was not written to its end and is left out." in (
-        markdown.write(tmp_path)[0].read_text()
+        write_report(tmp_path)[0].read_text()
     )
 
 
 def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     write(tmp_path / "r.csv", *grid())
     (tmp_path / "time-against-T-old.png").write_bytes(b"old")
-    markdown.write(tmp_path)
+    write_report(tmp_path)
     assert not (tmp_path / "time-against-T-old.png").exists()
 
 
 def test_making_the_report_twice_gives_the_same_files(tmp_path: Path) -> None:
     write(tmp_path / "r.csv", *grid())
-    markdown.write(tmp_path)
+    write_report(tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    markdown.write(tmp_path)
+    write_report(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
 
 def refused(folder: Path, message: str, capsys: pytest.CaptureFixture) -> None:
     before = sorted(folder.iterdir()) if folder.is_dir() else []
     with pytest.raises(RecordError, match=message):
-        markdown.write(folder)
+        write_report(folder)
     assert main(["report", str(folder)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert (sorted(folder.iterdir()) if folder.is_dir() else []) == before
@@ -112,7 +114,7 @@ def test_a_file_without_a_column_is_refused_in_one_line(tmp_path, capsys) -> Non
 
 
 def test_colours_and_markers_tell_sixty_four_implementations_apart() -> None:
-    styles = markdown.styles_of(f"{i:02}" for i in range(64))
+    styles = styles_of(f"{i:02}" for i in range(64))
     assert len(set(styles.values())) == 64
     assert len({colour for colour, _ in list(styles.values())[:8]}) == 8
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
 import signal
 import statistics
@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.sweep import record
 from benchmarks.sweep.record import Row
-from moe_impls.registry import IMPLEMENTATIONS
+from benchmarks.sweep.request import Options, requested
+from benchmarks.sweep.run import measure_all
+from moe_impls.registry import IMPLEMENTATIONS, ResolveError
 from reporting.provenance import ROOT
-
-pytest_plugins = "pytester"
 
 TINY = ("--T=8", "--D=16", "--H=8", "--E=4", "--K=2", "--seconds=0.01")
 
@@ -129,7 +129,12 @@ def test_a_rows_figures_follow_from_its_samples(run) -> None:
         ),
         ("def forward(*a, **k): return right(*a, **k)[1:]", "incorrect", "shape"),
         ("def forward(*a, **k): return torch.empty(2**60)", "out_of_memory", "DefaultCPUAllocator"),
-        ("def forward(*a, **k): time.sleep(60)", "timeout", "longer than 5 s"),
+        (
+            "def forward(*a, **k): time.sleep(60)",
+            "timeout",
+            "longer than 3 s (--cell-timeout): it computed 0",
+        ),
+        ("def forward(*a, **k):\n    while True: pass", "timeout", "longer than 3 s (--cell-timeout)"),
         # Right as long as it computes; from the fourth call on it returns what it remembers.
         (
             "seen = []\n"
@@ -140,14 +145,14 @@ def test_a_rows_figures_follow_from_its_samples(run) -> None:
             "check on new inputs after timing: y is wrong",
         ),
     ],
-    ids=["raises", "wrong", "shape", "memory", "hangs", "remembers"],
+    ids=["raises", "wrong", "shape", "memory", "sleeps", "loops", "remembers"],
 )
 def test_a_fault_becomes_a_row_and_the_others_go_on(
     tmp_path: Path, body: str, status: str, reason: str
 ) -> None:
     name = implementation(tmp_path, body)
     out = tmp_path / "out"
-    limit = ["--cell-timeout=5"] if status == "timeout" else []  # the others may wait for a busy machine
+    limit = ["--cell-timeout=3"] if status == "timeout" else []
     done = sweep(out, *TINY, "--mode=forward", f"--impl={name}", "--impl=index_add", *limit)
     assert done.returncode == 1, done.stdout + done.stderr
     mine, other = rows_of(out)
@@ -184,7 +189,7 @@ def test_isolated_what_ends_the_process_becomes_a_row_and_the_others_go_on(
 ) -> None:
     name = implementation(tmp_path, body)
     out = tmp_path / "out"
-    limits = ["--isolate", "--cell-memory=1", *(["--cell-timeout=5"] if status == "timeout" else [])]
+    limits = ["--isolate", "--cell-memory=1", *(["--cell-timeout=3"] if status == "timeout" else [])]
     done = sweep(
         out, *TINY, "--mode=forward", "--impl=dense_mask", f"--impl={name}", "--impl=index_add", *limits
     )
@@ -253,45 +258,50 @@ def test_ctrl_c_leaves_the_rows_so_far_and_their_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "valid"),
+    ("options", "message"),
     [
-        ("--grid=huge", "smoke, default, latency, throughput, full"),
-        ("--impl=fastest", "dense_mask, sorted_dispatch, index_add, compiled"),
-        ("--impl=nowhere.py:forward", "does not exist"),
-        ("--model=gpt-9", "mixtral-8x7b, mixtral-8x22b"),
-        ("--device=tpu", "cpu, cuda"),
-        ("--dtype=int8", "float64, float32, bfloat16, float16"),
-        ("--load=heavy", "uniform, zipf"),
-        ("--mode=sideways", "forward, forward_backward"),
-        ("--K=64", "must not exceed E"),
-        ("--T=0", "at least 1"),
-        ("--seconds=-1", "above 0"),
-        ("--cell-memory=0", "above 0"),
+        (Options(grid="huge"), "smoke, default, latency, throughput, full"),
+        (Options(impl=["fastest"]), "dense_mask, sorted_dispatch, index_add, compiled"),
+        (Options(impl=["nowhere.py:forward"]), "does not exist"),
+        (Options(model=["gpt-9"]), "mixtral-8x7b, mixtral-8x22b"),
+        (Options(model=["notebook"], grid="smoke"), "--grid smoke cannot be given with --model"),
+        (Options(device="tpu"), "cpu, cuda"),
+        (Options(dtype="int8"), "float64, float32, bfloat16, float16"),
+        (Options(load=["heavy"]), "uniform, zipf"),
+        (Options(mode=["sideways"]), "forward, forward_backward"),
+        (Options(K=[64]), "must not exceed E"),
+        (Options(T=[0]), "at least 1"),
+        (Options(seconds=-1.0), "--seconds is -1.0; it must be above 0"),
+        (Options(cell_memory=0.0), "--cell-memory is 0.0; it must be above 0"),
+        (Options(threads=0), "--threads is 0; valid are 1"),
         pytest.param(
-            "--device=cuda",
+            Options(device="cuda"),
             "no CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here"),
         ),
     ],
 )
-def test_bad_options_are_usage_errors_in_one_line(pytester, option: str, valid: str, tmp_path: Path) -> None:
-    done = sweep_in_process(pytester, tmp_path / "out", option)
-    assert done.ret == pytest.ExitCode.USAGE_ERROR
-    (line,) = (line for line in done.errlines if line.strip())
-    assert line.startswith("ERROR: ") and valid in line
+def test_options_that_are_not_valid_are_refused_with_what_is(options: Options, message: str) -> None:
+    with pytest.raises((ValueError, ResolveError), match=re.escape(message)):
+        requested(options)
+
+
+def test_a_bad_option_is_a_usage_error_in_one_line(tmp_path: Path) -> None:
+    done = sweep(tmp_path / "out", "--K=64")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = (line for line in done.stderr.splitlines() if line.strip())
+    assert line.startswith("ERROR: --K is 64; it must not exceed E")
     assert not (tmp_path / "out").exists()
 
 
-def sweep_in_process(pytester: pytest.Pytester, out: Path, *options: str) -> pytest.RunResult:
-    os.chdir(ROOT)
-    return pytester.runpytest_inprocess(
-        str(ROOT / "benchmarks"),
-        f"--rootdir={ROOT}",
-        "-p",
-        "no:cacheprovider",
-        f"--out={out}",
-        *options,
-    )
+def test_a_sweep_needs_no_pytest_and_continues_what_it_has_begun(tmp_path: Path) -> None:
+    options = Options(impl=["index_add"], T=[4, 8], D=[16], H=[8], E=[4], K=[2], seconds=0.001)
+    request, stream = requested(options, out=tmp_path), io.StringIO()
+    rows = measure_all(request, stream)
+    assert rows == record.read(request.csv) and {row.status for row in rows} == {"ok"}
+    assert [row.T for row in rows] == [4, 4, 8, 8] and "[4/4]" in stream.getvalue()
+    again = requested(Options(), resume=request.csv)
+    assert again.options == options and measure_all(again, stream) == rows
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_cell(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -430,8 +429,7 @@ def test_isolated_subjects_that_crash_fail_their_test_and_the_others_go_on(
     )
 
 
-def test_an_import_that_ends_its_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "CHILDREN", multiprocessing.get_context("fork"))  # starts at once
+def test_an_import_that_ends_its_process_is_refused() -> None:
     with pytest.raises(ResolveError, match="importing x ended its process with exit status 7"):
         isolation.try_in_child("importing x", os._exit, 7)
 

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from benchmarks.commands import measurement
-from benchmarks.commands.measurement import Figure
+from benchmarks.commands.measurement import Outcome
 from benchmarks.timing import measure
 
 
 def test_a_planted_slowdown_is_as_long_as_it_says() -> None:
-    slowed = measurement.later(lambda: time.sleep(0.001), 0.004)
+    slowed = measurement.slowed(lambda: time.sleep(0.001), 0.004)
     fastest = min(measure.time_calls(slowed, 1, "cpu") for _ in range(20))
     assert fastest == pytest.approx(0.005, rel=0.3)
 
@@ -26,11 +26,14 @@ def test_a_call_that_does_nothing_takes_next_to_nothing() -> None:
 
 
 def test_the_page_says_what_was_reached_and_what_was_not(tmp_path: Path) -> None:
-    found = [Figure("a", 20, 0.05, "at most 1 %", False, "how"), Figure("b, µs", 3, 1.5, "below 5", True, "")]
+    found = [
+        Outcome("a", 20, 0.05, "at most 1 %", False, "how"),
+        Outcome("b, µs", 3, 1.5, "below 5", True, ""),
+    ]
     table, page = measurement.write(tmp_path, found, quick=True)
     assert list(pd.read_csv(table)["reached"]) == [False, True]
     text = page.read_text(encoding="utf-8")
     assert (
         "| a | 20 | 5.0% | at most 1 % | no | how |" in text and "| b, µs | 3 | 1.5 | below 5 | yes |" in text
     )
-    assert "`python -m benchmarks figures --quick`" in text
+    assert "`python -m benchmarks measurement --quick`" in text
