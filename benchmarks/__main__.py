@@ -25,9 +25,8 @@ from correctness.problems.problem import Problem, check_device
 from moe_impls import auto
 from moe_impls.interface import DEVICES, DTYPES, Implementation, RouterSpec, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
-from reporting.provenance import ROOT
+from reporting.provenance import RESULTS
 
-RESULTS = ROOT / "results"
 HISTORY = RESULTS / "history"
 
 

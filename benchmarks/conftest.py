@@ -26,7 +26,7 @@ from correctness.session import isolation
 from moe_impls.interface import DEVICES, DTYPES, Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 from reporting.pages import slug
-from reporting.provenance import ROOT
+from reporting.provenance import RESULTS
 
 
 @dataclass
@@ -169,7 +169,7 @@ def _sweep(config: pytest.Config) -> Sweep:
             call_timeout_s=option.cell_timeout,
             memory_bytes=None if option.cell_memory is None else option.cell_memory * 2**30,
         ),
-        csv.parent if csv else Path(option.out or ROOT / "results" / environment.machine),
+        csv.parent if csv else Path(option.out or RESULTS / environment.machine),
         Child() if option.isolate else None,
         csv,
     )
