@@ -47,7 +47,7 @@ __all__ = [
     "z_loss",
 ]
 
-# Imported when they are first asked for: importing torch takes seconds, and `moe-impls --help` needs none of it.
+# Imported when they are first asked for: torch takes seconds, and `moe-impls --help` does not need it.
 _MODULES = ("interface", "registry", "router", "losses", "dispatcher", "layer")
 
 

@@ -1,7 +1,8 @@
 """The command ``moe-impls``: what the suite does in a checkout, from any folder and for any file.
 
-``verify`` and ``bench`` are ``pytest correctness`` and ``pytest benchmarks`` with the subjects as arguments, and take
-all of pytest's options. Settings, plugins and conftest files of the folder that they are called in change neither.
+``verify`` and ``bench`` are ``pytest correctness`` and ``pytest benchmarks`` with subjects as arguments, and
+take all of pytest's options. Settings, plugins and conftest files of the folder where they are called have no
+effect.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from moe_impls import suite
 USAGE = """\
 usage: moe-impls COMMAND ...
 
-  verify [NAME ...] [OPTION ...]   check that implementations are right: --router, --layer, --device, --verdict FILE
-  bench [NAME ...] [OPTION ...]    measure them on a sweep of problems; results go into moe-impls-results/ or --out
+  verify [NAME ...] [OPTION ...]   check implementations, a --router or a --layer; --verdict writes the result
+  bench [NAME ...] [OPTION ...]    measure implementations on a sweep; results go into moe-impls-results/
   list                             implementations, peers, models and checks
 {measuring}
 
-NAME is a name of `moe-impls list`, path/file.py:function or package.module:function. verify and bench take the options
-of pytest, too; COMMAND --help lists all. Exit status: 0 all is right; 1 something is wrong; 4 or, of the commands that
-only measure, 2 the request itself, with one line that says why; 2 of verify and bench also when interrupted.
+NAME is a name of `moe-impls list`, path/file.py:function or package.module:function. verify and bench take
+the options of pytest, too; COMMAND --help lists all.
+
+Exit status of verify and bench, as pytest's: 0 all is right, 1 something is wrong, 2 interrupted, 4 the
+request is wrong, 5 no test was selected. Of the others: 0 done, 1 no result, 2 the request is wrong.
 """
 # Commands of `python -m benchmarks` that need no checkout.
 MEASURING = {
@@ -36,39 +39,39 @@ MEASURING = {
     "tune": "measure which implementation `auto` takes on this machine",
     "peers": "measure ours beside other libraries' experts",
 }
-# In place of what pytest loads by itself, which depends on what else is installed. By the names of their entry points.
+BY_PYTEST = {"verify": "correctness", "bench": "benchmarks"}
+COMMANDS = (*BY_PYTEST, "list", *MEASURING)
+# In place of what pytest loads by itself, which depends on what else is installed; names of entry points.
 PLUGINS = ("timeout", "xdist", "hypothesispytest", "benchmark")
 OF_ANOTHER_REPOSITORY = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
 
 
 def main() -> int:
-    """Run the command that the arguments name; the exit status is in USAGE."""
+    """Run the command that the arguments name; USAGE says what the exit status means."""
     command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if command in ("--help", "-h"):
-        lines = [f"  {name:<31}  {meaning}" for name, meaning in MEASURING.items()]
-        print(USAGE.format(measuring="\n".join(lines)), end="")
+        measuring = "\n".join(f"  {name:<31}  {meaning}" for name, meaning in MEASURING.items())
+        print(USAGE.format(measuring=measuring), end="")
         return 0
     sys.path.insert(0, str(suite.ROOT))
     sys.path.append(str(Path.cwd()))  # after all others, for package.module:function of this folder
     from reporting import provenance
 
-    if command == "--version":
-        print(provenance.which())
-        return 0
-    if command not in ("verify", "bench", "list", *MEASURING):
-        valid = ", ".join(("verify", "bench", "list", *MEASURING))
-        print(f"error: unknown command {command!r}; valid are {valid}", file=sys.stderr)
+    if command not in (*COMMANDS, "--version"):
+        print(f"error: unknown command {command!r}; valid are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    by_pytest = command in ("verify", "bench")
     print(provenance.which(), flush=True)
+    if command == "--version":
+        return 0
     if missing := suite.missing():
+        error, status = ("ERROR", 4) if command in BY_PYTEST else ("error", 2)
         needs = f"{command} needs {', '.join(missing)}: pip install 'moe-impls[suite]'"
-        print(f"ERROR: {needs}" if by_pytest else f"error: {needs}", file=sys.stderr)
-        return 4 if by_pytest else 2
+        print(f"{error}: {needs}", file=sys.stderr)
+        return status
     if command == "list":
         return _list()
-    if by_pytest:
-        return _pytest("correctness" if command == "verify" else "benchmarks", arguments)
+    if command in BY_PYTEST:
+        return _pytest(BY_PYTEST[command], arguments)
     runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)  # which reads these arguments, too
     return 0
 
@@ -83,7 +86,7 @@ def _pytest(package: str, arguments: Sequence[str]) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as its conftest.py says
     import pytest
 
-    tests = suite.ROOT / package
+    tests = str(suite.ROOT / package)
 
     class Subjects:
         """The plugin that takes pytest's positional arguments for names of implementations."""
@@ -91,21 +94,21 @@ def _pytest(package: str, arguments: Sequence[str]) -> int:
         @pytest.hookimpl(wrapper=True)
         def pytest_cmdline_parse(self):
             config = yield
-            names = [name for name in config.args if name != str(tests) and "::" not in name]
-            config.args = [name for name in config.args if name not in names]
+            names = [name for name in config.args if name != tests]
+            config.args = [tests]
             if names:
                 config.option.impl = [*names, *(config.option.impl or ())]
             return config
 
-    cache = Path.cwd() / ".pytest_cache" / "moe-impls"
+    cache = f"--override-ini=cache_dir={Path.cwd() / '.pytest_cache' / 'moe-impls'}"
     options = [
         f"-c{suite.ROOT / 'pyproject.toml'}", f"--rootdir={suite.ROOT}",
         # The suite's conftest.py as a plugin, so that its options are known before others' are looked for.
         "--noconftest", *(f"-p{name}" for name in (*PLUGINS, f"{package}.conftest")),
         "--assert=plain",  # writes no files beside those of the suite
-        *([f"--override-ini=cache_dir={cache}"] if os.access(Path.cwd(), os.W_OK) else ["-pno:cacheprovider"]),
+        cache if os.access(Path.cwd(), os.W_OK) else "-pno:cacheprovider",
     ]  # fmt: skip
-    return int(pytest.main([*options, str(tests), *arguments], plugins=[Subjects()]))
+    return int(pytest.main([*options, tests, *arguments], plugins=[Subjects()]))
 
 
 def _list() -> int:
@@ -118,19 +121,19 @@ def _list() -> int:
         print(f"\n{title}")
         print(*(f"  {name:<{width}}  {meaning}".rstrip() for name, meaning in lines.items()), sep="\n")
 
-    files = {name: name.removesuffix(registry.PREPARED) for name in registry.IMPLEMENTATIONS}
-    sources = {
-        name: Path(__file__).with_name(f"{file}.py").read_text("utf-8") for name, file in files.items()
-    }
-    show("implementations", {n: _first_line(ast.get_docstring(ast.parse(s))) for n, s in sources.items()})
+    show("implementations", {name: _docstring(name) for name in registry.IMPLEMENTATIONS})
     show("peers: experts of other libraries", {name: _peer(name) for name in registry.PEERS})
-    show(
-        "models: their layers are sizes for --model", {name: _sizes(model) for name, model in MODELS.items()}
-    )
+    show("models, for --model", {name: _sizes(model) for name, model in MODELS.items()})
     checks = {"an implementation": table.CHECKS, "a router": routers.CHECKS, "a layer": layers.CHECKS}
     for subject, its in checks.items():
         show(f"checks of {subject}", {check.name: _first_line(check.function.__doc__) for check in its})
     return 0
+
+
+def _docstring(implementation: str) -> str:
+    """What the file of an implementation says it does; not imported, since some need what is not here."""
+    file = Path(__file__).with_name(f"{implementation.partition('+')[0]}.py")
+    return _first_line(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))))
 
 
 def _first_line(docstring: str | None) -> str:
