@@ -41,8 +41,8 @@ MEASURING = {
 }
 BY_PYTEST = {"verify": "correctness", "bench": "benchmarks"}
 COMMANDS = (*BY_PYTEST, "list", *MEASURING)
-# In place of what pytest loads by itself, which depends on what else is installed; names of entry points.
-PLUGINS = ("timeout", "xdist", "hypothesispytest", "benchmark")
+# In place of what pytest loads by itself, which depends on what else is installed; entry points and modules.
+PLUGINS = ("timeout", "xdist", "hypothesispytest", "benchmark", "moe_impls.pytest_names")
 OF_ANOTHER_REPOSITORY = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
 
 
@@ -86,20 +86,6 @@ def _pytest(package: str, arguments: Sequence[str]) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as its conftest.py says
     import pytest
 
-    tests = str(suite.ROOT / package)
-
-    class Subjects:
-        """The plugin that takes pytest's positional arguments for names of implementations."""
-
-        @pytest.hookimpl(wrapper=True)
-        def pytest_cmdline_parse(self):
-            config = yield
-            names = [name for name in config.args if name != tests]
-            config.args = [tests]
-            if names:
-                config.option.impl = [*names, *(config.option.impl or ())]
-            return config
-
     cache = f"--override-ini=cache_dir={Path.cwd() / '.pytest_cache' / 'moe-impls'}"
     options = [
         f"-c{suite.ROOT / 'pyproject.toml'}", f"--rootdir={suite.ROOT}",
@@ -108,7 +94,7 @@ def _pytest(package: str, arguments: Sequence[str]) -> int:
         "--assert=plain",  # writes no files beside those of the suite
         cache if os.access(Path.cwd(), os.W_OK) else "-pno:cacheprovider",
     ]  # fmt: skip
-    return int(pytest.main([*options, tests, *arguments], plugins=[Subjects()]))
+    return int(pytest.main([*options, str(suite.ROOT / package), *arguments]))
 
 
 def _list() -> int:

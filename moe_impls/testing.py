@@ -3,7 +3,7 @@
     from moe_impls.testing import verify
 
     def test_my_kernel():
-        verify(my_kernel.forward)  # seconds; an AssertionError says what is wrong, where and how to see it again
+        verify(my_kernel.forward)  # some seconds; an AssertionError says what is wrong and where
 
 What a finding says after ``reproduce:`` is Python, too:
 ``from moe_impls.testing import *; x, routing, experts, dy = make_inputs(Problem(...))``.
@@ -63,6 +63,7 @@ def verify(
         AssertionError: something is wrong; the message says what, where, by how much and how to see it again.
         ValueError: the function cannot be called so, or declares nothing that can be checked on ``device``.
     """
+    __tracebackhide__ = True
     name = _name(forward)
     check_signature(name, forward, 3, ("combine",))
     subject = Implementation(name, forward, _support(forward, support))
@@ -84,6 +85,7 @@ def verify_router(route: Callable[..., Routing], *, thorough: bool = False) -> V
         AssertionError: something is wrong; the message says what, where and how to see it again.
         ValueError: the function cannot be called so.
     """
+    __tracebackhide__ = True
     name = _name(route)
     check_signature(name, route, 2, ("selection_bias",))
     with _suite():
@@ -112,6 +114,7 @@ def verify_layer(
         AssertionError: something is wrong; the message says what and where.
         ValueError: a function cannot be called so.
     """
+    __tracebackhide__ = True
     name = _name(make)
     check_signature(name, make, 0, ())
     check_signature(_name(read), read, 1, ())
@@ -136,6 +139,9 @@ def _suite() -> Iterator[None]:
 
 
 def _run(name: str, cases: Iterable[Any], run: Callable[[Any], dict[str, float] | None]) -> Verified:
+    from correctness.judging.finding import CheckFailed
+
+    __tracebackhide__ = True  # pytest then shows the line of the caller
     skipped: Counter[str] = Counter()
     checks: Counter[str] = Counter()
     worst: dict[str, float] = {}
@@ -143,7 +149,11 @@ def _run(name: str, cases: Iterable[Any], run: Callable[[Any], dict[str, float] 
         if reason := getattr(case, "skip", None):
             skipped[reason] += 1
             continue
-        for tensor, fraction in (run(case) or {}).items():
+        try:
+            fractions = run(case) or {}
+        except CheckFailed as failure:
+            raise failure.with_traceback(None) from None
+        for tensor, fraction in fractions.items():
             worst[tensor] = max(fraction, worst.get(tensor, 0.0))
         checks[case.check.name] += 1
     if not checks:

@@ -23,6 +23,7 @@ ROOMS = {
     # What runs the suite for others.
     "moe_impls/__main__": ("moe_impls", "reporting", "correctness", "benchmarks"),
     "moe_impls/testing": ("moe_impls", "correctness"),
+    "moe_impls/pytest_names": ("moe_impls",),
     "reporting": ("moe_impls/suite",),
     **{room: ("moe_impls", *JUDGES[:i]) for i, room in enumerate(JUDGES)},
     "correctness/oracle": ("moe_impls/interface",),  # shares no code with what it judges
@@ -39,6 +40,7 @@ MODULES = {
     "scikit-learn": {"sklearn"},
     "pytest-benchmark": {"pytest_benchmark", "cpuinfo"},
     "vl-convert-python": {"vl_convert"},
+    "pyyaml": {"yaml"},
 }
 
 
