@@ -72,7 +72,7 @@ def result(report: pytest.TestReport) -> Result | None:
     if "subject" not in properties or (report.when != "call" and report.passed):
         return None
     reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
-    finding = report.longreprtext if report.failed else ""
+    finding = str(report.longrepr) if report.failed else ""
     return Result(properties["subject"], report.outcome, properties.get("fractions", {}), reason, finding)
 
 
