@@ -15,9 +15,8 @@ from benchmarks.workloads import MODELS, MODES, Workloads, chosen
 from correctness.problems.loads import LOAD_NAMES
 from correctness.problems.problem import Problem, check_device
 from moe_impls.interface import DEVICES, DTYPES, check_choice, dtype_name
-from reporting.provenance import ROOT
+from reporting.provenance import RESULTS
 
-RESULTS = ROOT / "results"
 HISTORY = RESULTS / "history"
 MEANING = {
     "T": "tokens",

@@ -20,7 +20,7 @@ from correctness.judging.finding import CheckFailed, Timeout  # noqa: E402
 from correctness.judging.process_state import restored  # noqa: E402
 from correctness.judging.process_state import settings as process_settings  # noqa: E402
 from correctness.problems.problem import check_device  # noqa: E402
-from correctness.session import isolation, parallel, shrink, summary  # noqa: E402
+from correctness.session import isolation, parallel, shrink, summary, verdict  # noqa: E402
 from correctness.session.limits import Limits, time_limit  # noqa: E402
 from correctness.session.subjects import find_subjects  # noqa: E402
 
@@ -47,6 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run in a child process: a crash fails a test, not the run",
     )
+    group.addoption(
+        "--verdict", metavar="FILE.json", help="write there what was found, and as a page beside it (.md)"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
@@ -66,6 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
     isolated = config.getoption("isolate") and not is_worker
     # Of the compiler's own making, where a subject's file holds a torch.compile.
     warnings.filterwarnings("ignore", "`torch.jit.script_method`", DeprecationWarning)
+    if not is_worker:
+        verdict.begin(config)
     try:
         if isolated:
             names = ", ".join(name for names in wanted for name in names or ())
@@ -75,6 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
             check_device(config.option.device, "--device")
             config.stash[SUBJECTS] = find_subjects(*wanted, time_limit(config), config.option.device)
     except ValueError as error:
+        verdict.refuse(config, str(error))
         raise pytest.UsageError(str(error)) from error
     config.pluginmanager.register(limits)
     if not is_worker:

@@ -1,19 +1,25 @@
 """Sparsely-gated mixture-of-experts layers: one signature, many ways to compute it."""
 
-from moe_impls.dispatcher import SparseDispatcher, sort_by_expert
-from moe_impls.interface import (
-    Experts,
-    Implementation,
-    LayerWeights,
-    RouterSpec,
-    Routing,
-    Support,
-    check_inputs,
-)
-from moe_impls.layer import MoE, from_notebook_state_dict, to_notebook_state_dict
-from moe_impls.losses import auxiliary_loss, cv_squared, load_balancing_loss, z_loss
-from moe_impls.registry import IMPLEMENTATIONS, resolve
-from moe_impls.router import count_load, importance, noisy_top_k, route, smooth_load
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_impls.dispatcher import SparseDispatcher, sort_by_expert
+    from moe_impls.interface import (
+        Experts,
+        Implementation,
+        LayerWeights,
+        RouterSpec,
+        Routing,
+        Support,
+        check_inputs,
+    )
+    from moe_impls.layer import MoE, from_notebook_state_dict, to_notebook_state_dict
+    from moe_impls.losses import auxiliary_loss, cv_squared, load_balancing_loss, z_loss
+    from moe_impls.registry import IMPLEMENTATIONS, resolve
+    from moe_impls.router import count_load, importance, noisy_top_k, route, smooth_load
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -40,3 +46,20 @@ __all__ = [
     "to_notebook_state_dict",
     "z_loss",
 ]
+
+# Imported when they are first asked for: torch takes seconds, and `moe-impls --help` does not need it.
+_MODULES = ("interface", "registry", "router", "losses", "dispatcher", "layer")
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        for module in _MODULES:
+            found = vars(importlib.import_module(f"moe_impls.{module}"))
+            if name in found:
+                globals()[name] = found[name]
+                return found[name]
+    raise AttributeError(f"module 'moe_impls' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

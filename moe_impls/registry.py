@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_impls import suite
 from moe_impls.interface import Experts, Implementation, Prepared, Routing, Support
 
 PREPARED = "+prepared"
@@ -113,6 +114,11 @@ def is_installed(peer: str) -> bool:
     return package is None or importlib.util.find_spec(package) is not None
 
 
+def installed_by(library: str) -> str:
+    """What `pip install` takes to install the library of a peer."""
+    return INSTALLED_BY.get(library, "'moe-impls[peers]'")
+
+
 def _peer(name: str) -> Implementation:
     library, _, backend = name.partition(".")
     try:
@@ -121,8 +127,7 @@ def _peer(name: str) -> Implementation:
     except ResolveError as error:
         if not isinstance(missing := error.__cause__, ModuleNotFoundError):
             raise
-        package = INSTALLED_BY.get(library, "'moe-impls[peers]'")
-        raise ResolveError(f"{name} needs {missing.name}: pip install {package}") from missing
+        raise ResolveError(f"{name} needs {missing.name}: pip install {installed_by(library)}") from missing
     return Implementation(name, *module.BACKENDS[backend])
 
 
@@ -186,7 +191,7 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses and torch.compile look the module up while it loads
     sys.path.insert(0, str(path.parent))  # so that the file may import its neighbours
     try:
-        with asking(f"importing {path} failed", str(path)):
+        with suite.neighbours_of(path), asking(f"importing {path} failed", str(path)):
             spec.loader.exec_module(module)
     except ResolveError:
         sys.modules.pop(module_name, None)

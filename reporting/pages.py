@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
+if TYPE_CHECKING:  # it takes most of a second to import
+    import pandas as pd
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -27,7 +28,7 @@ def markdown_table(frame: pd.DataFrame) -> str:
     def cells(values: object) -> str:
         return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"  # type: ignore[attr-defined]
 
-    numeric = [bool(np.all([_is_number(v) for v in frame[c]])) for c in frame.columns]
+    numeric = [all(_is_number(v) for v in frame[c]) for c in frame.columns]
     rule = "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
     return "\n".join([cells(frame.columns), rule, *(cells(row) for row in frame.itertuples(index=False))])
 

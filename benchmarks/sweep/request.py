@@ -19,7 +19,7 @@ from correctness.session import isolation
 from moe_impls.interface import DTYPES, Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, resolve
 from reporting.pages import slug
-from reporting.provenance import ROOT
+from reporting.provenance import RESULTS
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def requested(options: Options, *, out: Path | None = None, resume: Path | None 
             call_timeout_s=options.cell_timeout,
             memory_bytes=None if options.cell_memory is None else options.cell_memory * 2**30,
         ),
-        csv=resume or (out or ROOT / "results" / environment.machine) / f"{environment.run_id}.csv",
+        csv=resume or (out or RESULTS / environment.machine) / f"{environment.run_id}.csv",
         resumes=resume is not None,
     )
 

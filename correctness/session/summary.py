@@ -55,6 +55,17 @@ class Result:
     outcome: str  # passed | failed | skipped
     fractions: dict[str, float]  # the worst error of each tensor, 1 is its budget
     reason: str  # of a skip
+    finding: str = ""  # of a failure
+
+
+def result(report: pytest.TestReport) -> Result | None:
+    """How the test of a report ended; None if it has no subject or has not ended."""
+    properties: dict[str, Any] = dict(report.user_properties)
+    if "subject" not in properties or (report.when != "call" and report.passed):
+        return None
+    reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+    finding = str(report.longrepr) if report.failed else ""
+    return Result(properties["subject"], report.outcome, properties.get("fractions", {}), reason, finding)
 
 
 class Summary:
@@ -64,17 +75,8 @@ class Summary:
         self.results: list[Result] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        properties: dict[str, Any] = dict(report.user_properties)
-        if "subject" in properties and (report.when == "call" or not report.passed):
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-            self.results.append(
-                Result(
-                    properties["subject"],
-                    report.outcome,
-                    properties.get("fractions", {}),
-                    reason.removeprefix("Skipped: "),
-                )
-            )
+        if ended := result(report):
+            self.results.append(ended)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(

@@ -1,0 +1,189 @@
+"""The suite inside tests of your own, in any repository; needs ``pip install 'moe-impls[suite]'``.
+
+    from moe_impls.testing import verify
+
+    def test_my_kernel():
+        verify(my_kernel.forward)  # some seconds; an AssertionError says what is wrong and where
+
+What a finding says after ``reproduce:`` is Python, too:
+``from moe_impls.testing import *; x, routing, experts, dy = make_inputs(Problem(...))``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from moe_impls import suite
+from moe_impls.interface import Forward, Implementation, LayerWeights, RouterSpec, Routing, Support
+from moe_impls.registry import check_signature
+
+if TYPE_CHECKING:
+    from correctness.problems.inputs import make_inputs
+    from correctness.problems.problem import Problem
+    from correctness.problems.routers import RouterProblem
+
+__all__ = ["Problem", "RouterProblem", "RouterSpec", "Verified", "make_inputs", "torch", "verify",
+           "verify_layer", "verify_router"]  # fmt: skip
+
+
+class Verified(NamedTuple):
+    """What was checked, and found right.
+
+    skipped: how many tests the declaration takes out, by reason. worst: the largest error of each tensor as a
+    fraction of its budget, at most 1.
+    """
+
+    name: str
+    checks: int
+    tests: int
+    skipped: dict[str, int]
+    worst: dict[str, float]
+
+
+def verify(
+    forward: Forward, *, support: Support | None = None, device: str = "cpu", thorough: bool = False
+) -> Verified:
+    """Check that ``forward(x, routing, experts, *, combine="sum")`` keeps the contract of `moe_impls`.
+
+    Each check runs on the first of its problems in each dtype. ``moe-impls verify`` also makes up problems,
+    limits the time of each test and survives crashes.
+
+    Args:
+        support: what the function can do; ``SUPPORT`` of its module unless given, else everything.
+        thorough: run each check on all of its problems, about ten times as long.
+
+    Raises:
+        AssertionError: something is wrong; the message says what, where, by how much and how to see it again.
+        ValueError: the function cannot be called so, or declares nothing that can be checked on ``device``.
+    """
+    __tracebackhide__ = True
+    name = _name(forward)
+    check_signature(name, forward, 3, ("combine",))
+    subject = Implementation(name, forward, _support(forward, support))
+    with _suite():
+        from correctness.checks.table import cases
+        from correctness.problems.problem import check_device
+
+        check_device(device)
+        chosen = cases([subject], device=device)
+        return _run(name, chosen if thorough else _first(chosen), lambda case: case.run())
+
+
+def verify_router(route: Callable[..., Routing], *, thorough: bool = False) -> Verified:
+    """Check that ``route(logits, spec, *, selection_bias=None)`` does what `moe_impls.router.route` promises.
+
+    thorough: as for `verify`.
+
+    Raises:
+        AssertionError: something is wrong; the message says what, where and how to see it again.
+        ValueError: the function cannot be called so.
+    """
+    __tracebackhide__ = True
+    name = _name(route)
+    check_signature(name, route, 2, ("selection_bias",))
+    with _suite():
+        from correctness.checks.routers import cases
+
+        chosen = cases()
+        return _run(name, chosen if thorough else _first(chosen), lambda case: case.run(route, name))
+
+
+def verify_layer(
+    make: Callable[[], torch.nn.Module],
+    read: Callable[[Any], LayerWeights],
+    *,
+    losses: Callable[[Any, torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]] | None = None,
+    support: Support | None = None,
+) -> Verified:
+    """Check a whole layer, from x to the gradient of every parameter.
+
+    Args:
+        make: returns a new layer, from [..., D] to [..., O].
+        read: returns the layer's parameters, or views and stacks of them, as `moe_impls.LayerWeights`.
+        losses: returns its balance losses for x and a mask, to have them checked, too.
+        support: as for `verify`, of the module of ``make``.
+
+    Raises:
+        AssertionError: something is wrong; the message says what and where.
+        ValueError: a function cannot be called so.
+    """
+    __tracebackhide__ = True
+    name = _name(make)
+    check_signature(name, make, 0, ())
+    check_signature(_name(read), read, 1, ())
+    with _suite():
+        from correctness.checks.layers import cases
+        from correctness.judging.layer_bench import LayerSubject
+
+        subject = LayerSubject(name, make, read, losses, _support(make, support))
+        return _run(name, cases([subject]), lambda case: case.run())
+
+
+@contextlib.contextmanager
+def _suite() -> Iterator[None]:
+    with suite.imported():
+        try:
+            from correctness.judging.process_state import restored, settings
+        except ModuleNotFoundError as error:
+            needs = f"moe_impls.testing needs {error.name}: pip install 'moe-impls[suite]'"
+            raise ModuleNotFoundError(needs, name=error.name) from error
+        with restored(settings(torch.float32)):
+            yield
+
+
+def _run(name: str, cases: Iterable[Any], run: Callable[[Any], dict[str, float] | None]) -> Verified:
+    from correctness.judging.finding import CheckFailed
+
+    __tracebackhide__ = True  # pytest then shows the line of the caller
+    skipped: Counter[str] = Counter()
+    checks: Counter[str] = Counter()
+    worst: dict[str, float] = {}
+    for case in cases:
+        if reason := getattr(case, "skip", None):
+            skipped[reason] += 1
+            continue
+        try:
+            fractions = run(case) or {}
+        except CheckFailed as failure:
+            raise failure.with_traceback(None) from None
+        for tensor, fraction in fractions.items():
+            worst[tensor] = max(fraction, worst.get(tensor, 0.0))
+        checks[case.check.name] += 1
+    if not checks:
+        raise ValueError(f"{name}: nothing that it declares in SUPPORT can be checked here")
+    return Verified(name, len(checks), checks.total(), dict(skipped), worst)
+
+
+def _first(cases: list[Any]) -> list[Any]:
+    """Of each check the first problem of each dtype that can be run."""
+    first: dict[object, Any] = {}
+    for case in cases:
+        key = case.check.function, case.problem.dtype
+        if key not in first or getattr(first[key], "skip", None):
+            first[key] = case
+    return list(first.values())
+
+
+def _name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', repr(function))}"
+
+
+def _support(function: Any, given: Support | None) -> Support:
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    return given or getattr(module, "SUPPORT", Support())
+
+
+def __getattr__(name: str) -> object:
+    """What lines after ``reproduce:`` are made of."""
+    places = {"Problem": "problem", "make_inputs": "inputs", "RouterProblem": "routers"}
+    if name not in places:
+        raise AttributeError(f"module 'moe_impls.testing' has no attribute {name!r}")
+    with suite.imported():
+        return getattr(importlib.import_module(f"correctness.problems.{places[name]}"), name)

@@ -1,0 +1,1 @@
+"""How results are written: pages, tables, and with what they were made."""
