@@ -6,11 +6,12 @@ import csv
 import functools
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from correctness.checks import balance, layers, routers, table
+from correctness.checks.case import Check
 from evidence.mutants import MUTANTS, Mutant
 
 if TYPE_CHECKING:
@@ -31,26 +32,26 @@ class Described(NamedTuple):
     finds: str  # a mistake that it is shown to find, with a public report of it
 
 
+# The kinds of subjects, with their heading and what their mutants are called.
+KINDS = (
+    (table.IMPLEMENTATION, "Implementations", "experts"),
+    (routers.ROUTER, "Routers", "router"),
+    (layers.LAYER, "Whole layers", "layer"),
+    (balance.LOSSES, "Loads and balance losses", "loss"),
+)
+
+
 def described_checks() -> dict[str, list[Described]]:
     """The checks of each kind of subject, in the order in which they run."""
-    experts = [(check.function, check.needs) for check in table.CHECKS]
-    of_routers = [(check.function, "") for check in routers.CHECKS]
-    of_layers = [(check.function, check.needs) for check in layers.CHECKS]
-    losses = [(check, "") for check, _ in balance.CHECKS.values()]
-    return {
-        "Implementations": _described(experts, "experts"),
-        "Routers": _described(of_routers, "router"),
-        "Whole layers": _described(of_layers, "layer"),
-        "Loads and balance losses": _described(losses, "loss"),
-    }
+    return {heading: _described(kind.checks, mutants) for kind, heading, mutants in KINDS}
 
 
-def _described(checks: Iterable[tuple[Callable[..., Any], str]], kind: str) -> list[Described]:
+def _described(checks: Iterable[Check], mutants: str) -> list[Described]:
     found = {}
-    for function, needs in checks:
-        name = function.__name__
-        paragraph = " ".join((function.__doc__ or "").strip().partition("\n\n")[0].split())
-        found.setdefault(name, Described(name, paragraph, needs, _example(kind, name)))
+    for check in checks:
+        paragraph = " ".join((check.function.__doc__ or "").strip().partition("\n\n")[0].split())
+        described = Described(check.name, paragraph, check.needs, _example(mutants, check.name))
+        found.setdefault(check.name, described)
     return list(found.values())
 
 

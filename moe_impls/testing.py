@@ -15,7 +15,7 @@ import contextlib
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from moe_impls.interface import Forward, Implementation, LayerWeights, RouterSpe
 from moe_impls.registry import check_signature
 
 if TYPE_CHECKING:
+    from correctness.checks.case import Case, Subject
     from correctness.problems.inputs import make_inputs
     from correctness.problems.problem import Problem
     from correctness.problems.routers import RouterProblem
@@ -68,12 +69,11 @@ def verify(
     check_signature(name, forward, 3, ("combine",))
     subject = Implementation(name, forward, _support(forward, support))
     with _suite():
-        from correctness.checks.table import cases
+        from correctness.checks.table import implementation
         from correctness.problems.problem import check_device
 
         check_device(device)
-        chosen = cases([subject], device=device)
-        return _run(name, chosen if thorough else _first(chosen), lambda case: case.run())
+        return _run(implementation(subject, device), thorough)
 
 
 def verify_router(route: Callable[..., Routing], *, thorough: bool = False) -> Verified:
@@ -89,10 +89,9 @@ def verify_router(route: Callable[..., Routing], *, thorough: bool = False) -> V
     name = _name(route)
     check_signature(name, route, 2, ("selection_bias",))
     with _suite():
-        from correctness.checks.routers import cases
+        from correctness.checks.routers import router
 
-        chosen = cases()
-        return _run(name, chosen if thorough else _first(chosen), lambda case: case.run(route, name))
+        return _run(router(name, route), thorough)
 
 
 def verify_layer(
@@ -119,11 +118,10 @@ def verify_layer(
     check_signature(name, make, 0, ())
     check_signature(_name(read), read, 1, ())
     with _suite():
-        from correctness.checks.layers import cases
-        from correctness.judging.layer_bench import LayerSubject
+        from correctness.checks.layers import layer
+        from correctness.judging.layer_bench import Layer
 
-        subject = LayerSubject(name, make, read, losses, _support(make, support))
-        return _run(name, cases([subject]), lambda case: case.run())
+        return _run(layer(name, Layer(make, read, losses, _support(make, support))), thorough=True)
 
 
 @contextlib.contextmanager
@@ -138,35 +136,37 @@ def _suite() -> Iterator[None]:
             yield
 
 
-def _run(name: str, cases: Iterable[Any], run: Callable[[Any], dict[str, float] | None]) -> Verified:
+def _run(subject: Subject, thorough: bool) -> Verified:
+    from correctness.checks.case import cases
     from correctness.judging.finding import CheckFailed
 
     __tracebackhide__ = True  # pytest then shows the line of the caller
     skipped: Counter[str] = Counter()
     checks: Counter[str] = Counter()
     worst: dict[str, float] = {}
-    for case in cases:
-        if reason := getattr(case, "skip", None):
-            skipped[reason] += 1
+    listed = cases([subject])
+    for case in listed if thorough else _first(listed):
+        if case.skip:
+            skipped[case.skip] += 1
             continue
         try:
-            fractions = run(case) or {}
+            fractions = case.run()
         except CheckFailed as failure:
             raise failure.with_traceback(None) from None
         for tensor, fraction in fractions.items():
             worst[tensor] = max(fraction, worst.get(tensor, 0.0))
         checks[case.check.name] += 1
     if not checks:
-        raise ValueError(f"{name}: nothing that it declares in SUPPORT can be checked here")
-    return Verified(name, len(checks), checks.total(), dict(skipped), worst)
+        raise ValueError(f"{subject.name}: nothing that it declares in SUPPORT can be checked here")
+    return Verified(subject.name, len(checks), checks.total(), dict(skipped), worst)
 
 
-def _first(cases: list[Any]) -> list[Any]:
-    """Of each check the first problem of each dtype that can be run."""
-    first: dict[object, Any] = {}
-    for case in cases:
-        key = case.check.function, case.problem.dtype
-        if key not in first or getattr(first[key], "skip", None):
+def _first(listed: list[Case]) -> list[Case]:
+    """The first problem of each dtype that can be run, for each check whose problems are listed."""
+    first: dict[object, Case] = {}
+    for case in listed:
+        key = case.check.function, getattr(case.problem, "dtype", None)
+        if not case.check.drawn and (key not in first or first[key].skip):
             first[key] = case
     return list(first.values())
 
