@@ -34,7 +34,7 @@ from reporting.provenance import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-LANGUAGES = {"python", "sh", "text"}
+LANGUAGES = {"python", "sh", "text", "yaml"}
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
