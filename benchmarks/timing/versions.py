@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from benchmarks.timing.measure import Call, Timing, all_timed, in_turns
 from correctness.judging import compare
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
+from correctness.session.child import Child, Ended
 from reporting.provenance import ROOT
 
 WHICH = ("base", "here")
@@ -76,33 +78,30 @@ class Version:
 
     def __init__(self, root: Path, name: str, inputs: Path) -> None:
         self.label = f"{name} of {root}"
-        self.process = subprocess.Popen(
-            [sys.executable, WORKER, root, name, inputs],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        self.child = Child([sys.executable, WORKER, root, name, inputs], asked=True)
 
-    def ask(self, command: str) -> str:
-        """The answer to a command; between answers the process stands still.
+    def ask(self, command: str, argument: object = None) -> Any:
+        """The answer to a command of ``worker.py``; between answers the process stands still.
 
         For some milliseconds after a call the threads of OpenMP turn in a loop to be ready for the next one,
         on the cores that the other version is timed on. Only Linux ends a process that stands still with the
         one that asked for it, so elsewhere it goes on.
+
+        Raises:
+            VersionError: it raises something, or its process ends.
         """
-        assert self.process.stdin and self.process.stdout and self.process.stderr
-        self.process.send_signal(signal.SIGCONT)
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(f"{command}\n")
-            self.process.stdin.flush()
-        if answer := self.process.stdout.readline().strip():
-            if sys.platform == "linux":
-                self.process.send_signal(signal.SIGSTOP)
-            return answer
-        last = self.process.stderr.read().strip().splitlines()[-1:]
-        raise VersionError(f"{self.label} failed: {''.join(last)}")
+        try:
+            self.child.process.send_signal(signal.SIGCONT)
+            answer = self.child.ask((command, argument))
+        except (Ended, RuntimeError) as error:
+            raise VersionError(f"{self.label} failed: {error}") from error
+        if sys.platform == "linux":
+            self.child.process.send_signal(signal.SIGSTOP)
+        return answer
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        """End the process."""
+        self.child.end()
 
 
 def write_inputs(path: Path, problem: Problem, inputs: Inputs, gradients: bool) -> None:
@@ -137,7 +136,7 @@ def measure_versions(
         versions = {which: Version(root, name, path) for which, root in zip(WHICH, roots, strict=True)}
         for version in versions.values():
             stack.callback(version.close)
-            version.ask(f"results {results}")
+            version.ask("results", results)
             compare.require(torch.load(results), reference)
 
         def anew() -> dict[str, Call]:
@@ -148,15 +147,15 @@ def measure_versions(
         (outcomes,) = in_turns(
             [anew],
             seconds=seconds,
-            clock=lambda which, calls: float(versions[which].ask(f"sample {calls}")),
+            clock=lambda which, calls: versions[which].ask("sample", calls),
         )
         again = replace(problem, seed=problem.seed + 1)  # of which whatever was remembered is wrong
         other = make_inputs(again)
         write_inputs(path, again, other, gradients)
         reference = compare.make_reference(again, other, gradients)
         for version in versions.values():
-            version.ask(f"overwrite {path}")
-            version.ask(f"results {results}")
+            version.ask("overwrite", path)
+            version.ask("results", results)
             compare.require(torch.load(results), reference)
     first, second = all_timed(outcomes).values()
     return first, second

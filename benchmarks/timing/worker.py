@@ -1,26 +1,23 @@
 """One of two versions of this project, measured by the other: a process that times what it is told to.
 
-    python worker.py ROOT NAME INPUTS
+    python worker.py ROOT NAME INPUTS DESCRIPTOR
 
-ROOT is a folder that holds the package ``moe_impls``, NAME an implementation of it, INPUTS a file of tensors.
-Only what every version has in common is used. Commands come line by line on standard input, and answers go
-to standard output: ``results FILE`` writes y and the gradients to a file; ``sample N`` answers the seconds a
-call of N calls; ``anew`` reads the tensors into other memory; ``overwrite FILE`` reads others into the same.
+ROOT is a folder that holds the package ``moe_impls``, NAME an implementation of it, INPUTS a file of tensors,
+DESCRIPTOR the number of a connection, see ``correctness/session/child.py``. Only what every version has in
+common is used. A message is a command and its argument: ``results FILE`` writes y and the gradients to a
+file; ``sample N`` answers the seconds a call of N calls; ``anew`` reads the tensors into other memory;
+``overwrite FILE`` reads others into the same.
 """
 
 from __future__ import annotations
 
-import ctypes
-import signal
 import sys
 import time
+from multiprocessing.connection import Connection
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
-
-def main(root: str, name: str, path: str) -> None:
-    if sys.platform == "linux":  # the process ends with its parent, even where it stands still just then
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def ready(root: str, name: str, path: str):
+    """A function of a command and its argument that does what it says."""
     sys.path.insert(0, root)
     import torch
 
@@ -56,27 +53,36 @@ def main(root: str, name: str, path: str) -> None:
         if leaves["x"].is_cuda:
             torch.cuda.synchronize(leaves["x"].device)
 
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # what else is printed is no answer
-    for line in sys.stdin:
-        command, _, argument = line.strip().partition(" ")
+    def answer(command, argument):
+        nonlocal leaves, call, overwrite
         if command == "results":
             torch.save(dict(zip(["y", *leaves], (t.detach() for t in call()), strict=False)), argument)
-            print("done", file=answers, flush=True)
         elif command == "anew":
             leaves, call, overwrite = read()
-            print("done", file=answers, flush=True)
         elif command == "overwrite":
             overwrite(torch.load(argument))
-            print("done", file=answers, flush=True)
         elif command == "sample":
             synchronise()
             begin = time.perf_counter()
-            for _ in range(int(argument)):
+            for _ in range(argument):
                 call()
             synchronise()
-            print((time.perf_counter() - begin) / int(argument), file=answers, flush=True)
+            return (time.perf_counter() - begin) / argument
+
+    return answer
+
+
+def serve(connection, *arguments):
+    """Answer what comes over the connection until it is closed or something fails."""
+    try:
+        answer = ready(*arguments)
+        while True:
+            connection.send((True, answer(*connection.recv())))
+    except EOFError:
+        pass
+    except Exception as error:  # in a class that the other side knows
+        connection.send((False, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(Connection(int(sys.argv[-1])), *sys.argv[1:-1])

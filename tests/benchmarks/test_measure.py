@@ -287,16 +287,6 @@ def test_flushing_writes_more_than_the_last_level_cache_holds(tmp_path, monkeypa
     assert isinstance(flushed, torch.Tensor) and flushed.nbytes == 60 * 2**20
 
 
-def test_a_call_that_is_ended_while_gradients_are_off_leaves_them_on() -> None:
-    def off() -> None:
-        torch.set_grad_enabled(False)
-        time.sleep(10)
-
-    with pytest.raises(Timeout), limited(0.05, wall_s=0.05):
-        off()
-    assert torch.is_grad_enabled()
-
-
 def test_calls_that_take_too_long_or_too_much_memory_are_not_near_the_fastest() -> None:
     def greedy() -> None:
         torch.empty(2**50)
