@@ -42,7 +42,7 @@ MEASURING = {
 BY_PYTEST = {"verify": "correctness", "bench": "benchmarks"}
 COMMANDS = (*BY_PYTEST, "list", *MEASURING)
 # In place of what pytest loads by itself, which depends on what else is installed; entry points and modules.
-PLUGINS = ("timeout", "xdist", "hypothesispytest", "benchmark", "moe_impls.pytest_names")
+PLUGINS = ("timeout", "xdist", "hypothesispytest", "moe_impls.pytest_names")
 OF_ANOTHER_REPOSITORY = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
 
 
@@ -86,13 +86,18 @@ def _pytest(package: str, arguments: Sequence[str]) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as its conftest.py says
     import pytest
 
-    cache = f"--override-ini=cache_dir={Path.cwd() / '.pytest_cache' / 'moe-impls'}"
+    own = [
+        f"-p{package}.conftest"
+    ]  # as a plugin, so that its options are known before others' are looked for
+    if package == "benchmarks":
+        own += ["-pbenchmark", "--benchmark-storage=file://./moe-impls-results/.benchmarks"]
+    if "no:cacheprovider" not in "".join(arguments):
+        cache = f"--override-ini=cache_dir={Path.cwd() / '.pytest_cache' / 'moe-impls'}"
+        own += [cache if os.access(Path.cwd(), os.W_OK) else "-pno:cacheprovider"]
     options = [
-        f"-c{suite.ROOT / 'pyproject.toml'}", f"--rootdir={suite.ROOT}",
-        # The suite's conftest.py as a plugin, so that its options are known before others' are looked for.
-        "--noconftest", *(f"-p{name}" for name in (*PLUGINS, f"{package}.conftest")),
+        f"-c{suite.ROOT / 'pyproject.toml'}", f"--rootdir={suite.ROOT}", "--noconftest",
         "--assert=plain",  # writes no files beside those of the suite
-        cache if os.access(Path.cwd(), os.W_OK) else "-pno:cacheprovider",
+        *(f"-p{name}" for name in PLUGINS), *own,
     ]  # fmt: skip
     return int(pytest.main([*options, str(suite.ROOT / package), *arguments]))
 

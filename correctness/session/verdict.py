@@ -122,13 +122,15 @@ class Verdict:
         self.end(f"internal error: {excinfo.exconly()}")
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if hasattr(self, "before"):
             signal.signal(signal.SIGTERM, self.before)
         reason = self.reason
         if reason == KILLED:
             left = len(set(self.planned) - self.ended)
             not_run = f"{left} tests were not run" if left else "" if self.planned else "no test was selected"
+            if exitstatus == pytest.ExitCode.USAGE_ERROR:
+                not_run = "pytest refused the request"
             reason = str(session.shouldfail or session.shouldstop or self.told or not_run)
         self.end(reason)
         if self.failure and not session.exitstatus:
