@@ -423,6 +423,7 @@ def larger_buffer(x: Tensor, routing: Routing, experts: Experts, *, combine: str
 
 
 PLAIN = Support(autocast=True)
+WRITTEN_OUT = replace(PLAIN, activations=grouped.ACTIVATIONS)  # activations one by one
 # Declared where the graph of the backward is of its own kind: it is slow to check.
 TWICE = replace(PLAIN, second_order=True)
 # An accumulating index_put adds in the order in which threads arrive.
@@ -436,10 +437,10 @@ LOOKALIKES = tuple(
         (smallest_gates_first, PLAIN),
         (split_products, PLAIN),
         (token_chunks, Support()),  # autocast would sum weights' gradients over the chunks in bfloat16
-        (unfused, PLAIN),
+        (unfused, WRITTEN_OUT),
         (float32_inside, PLAIN),
         (float64_inside, PLAIN),
-        (other_formulas, PLAIN),
+        (other_formulas, WRITTEN_OUT),
         (gate_on_hidden, PLAIN),
         (gathered_weights, TWICE),
         (sparse_matrices, replace(TWICE, autocast=False)),  # or the combine, a product, sums in bfloat16
@@ -447,7 +448,7 @@ LOOKALIKES = tuple(
         (accumulated_slots, ANY_ORDER),
         (checkpointed, TWICE),
         (recomputed, PLAIN),
-        (handwritten_backward, PLAIN),
+        (handwritten_backward, WRITTEN_OUT),
         (tokens_as_columns, TWICE),
         (larger_buffer, TWICE),
     )

@@ -34,6 +34,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SUPPORT = Support(
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    activations=("relu", "gelu", "silu", "swiglu", "geglu", "reglu", "swiglu_clamped"),
     fullgraph=True,
     no_host_sync=True,
     compiles_per_case=True,

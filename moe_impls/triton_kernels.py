@@ -75,7 +75,8 @@ def _activated(gate, up, ACTIVATION: tl.constexpr):
         return gate * _normal_cdf(gate) * up
     elif ACTIVATION == "reglu":
         return _relu(gate) * up
-    else:  # swiglu_clamped
+    else:
+        tl.static_assert(ACTIVATION == "swiglu_clamped")
         g, u = _clamped(gate, up)
         return g * _sigmoid(1.702 * g) * (u + 1.0)
 
@@ -95,7 +96,8 @@ def _slopes(gate, up, ACTIVATION: tl.constexpr):
         return _gelu_slope(gate) * up, gate * _normal_cdf(gate)
     elif ACTIVATION == "reglu":
         return tl.where(gate > 0, up, 0.0), _relu(gate)
-    else:  # swiglu_clamped
+    else:
+        tl.static_assert(ACTIVATION == "swiglu_clamped")
         g, u = _clamped(gate, up)
         s = _sigmoid(1.702 * g)
         by_gate = tl.where(gate > 7.0, 0.0, (u + 1.0) * s * (1.0 + 1.702 * g * (1.0 - s)))

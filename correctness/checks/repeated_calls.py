@@ -20,7 +20,7 @@ from correctness.judging.finding import CheckFailed, what
 from correctness.judging.process_state import require_unchanged, restored, settings
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem, fit, resize
-from moe_impls.interface import Implementation
+from moe_impls.interface import GATED_ACTIVATIONS, Implementation
 
 REPEATS = 50
 THREADS, ROUNDS = 3, 3
@@ -158,8 +158,10 @@ def options_change(subject: Implementation, problem: Problem) -> None:
 
         require_right_calls(replace(subject, forward=by_default), problem, inputs)
     experts, support = inputs.experts, subject.support
-    alike = {"swiglu": "geglu", "geglu": "swiglu", "silu": "gelu", "gelu": "silu"}.get(problem.activation)
-    if alike in support.activations:
+    gated = problem.activation in GATED_ACTIVATIONS
+    others = (a for a in support.activations if a != problem.activation)
+    alike = next((a for a in others if (a in GATED_ACTIVATIONS) == gated), None)
+    if alike:
         other = inputs._replace(experts=replace(experts, activation=alike))
         require_right_calls(subject, replace(problem, activation=alike), other)
     if "logsumexp" in support.combines:

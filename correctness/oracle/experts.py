@@ -13,21 +13,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_impls.interface import Experts, check_choice
 
-# For each activation the function of its gate, and whether it is gated. What is not here has no equation.
-_GATES = {
-    "relu": ("relu", False),
-    "gelu": ("gelu", False),
-    "silu": ("silu", False),
-    "swiglu": ("silu", True),
-    "geglu": ("gelu", True),
-    "reglu": ("relu", True),
-    "swiglu_clamped": ("swiglu_clamped", True),
+
+class Form(NamedTuple):
+    """What is known of an activation.
+
+    function: of its gate. gated: whether that is multiplied by a value.
+    gate_kinks, value_kinks: where its derivative by the gate or the value jumps.
+    saturates: whether for large gates it is relu (or reglu) to the last bit, so that exact problems exist.
+    """
+
+    function: str
+    gated: bool = False
+    gate_kinks: tuple[float, ...] = ()
+    value_kinks: tuple[float, ...] = ()
+    saturates: bool = True
+
+
+# What is not here has no equation.
+FORMS = {
+    "relu": Form("relu", gate_kinks=(0,)),
+    "gelu": Form("gelu"),
+    "silu": Form("silu"),
+    "swiglu": Form("silu", gated=True),
+    "geglu": Form("gelu", gated=True),
+    "reglu": Form("relu", gated=True, gate_kinks=(0,)),
+    "swiglu_clamped": Form(
+        "swiglu_clamped", gated=True, gate_kinks=(7,), value_kinks=(-7, 7), saturates=False
+    ),
 }
 
 
@@ -37,13 +56,13 @@ def act(h: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: it has no equation here.
     """
-    check_choice("activation", name, tuple(_GATES))
+    check_choice("activation", name, tuple(FORMS))
     if name == "swiglu_clamped":  # gpt-oss: limit 7, alpha 1.702
         gate, value = h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
         gate = torch.minimum(gate, torch.full_like(gate, 7))
         value = torch.maximum(torch.minimum(value, torch.full_like(value, 7)), torch.full_like(value, -7))
         return gate * torch.sigmoid(1.702 * gate) * (value + 1)
-    function, gated = _GATES[name]
+    function, gated, *_ = FORMS[name]
     gate = h[:, : h.shape[1] // 2] if gated else h
     if function == "relu":
         result = gate * (gate > 0)
@@ -103,7 +122,7 @@ def _step_squares(gate: Tensor, name: str) -> Tensor:
 
     t is erf(gate / √2) for gelu and tanh(gate / 2) for silu. Where the gate is negative the terms cancel.
     """
-    function = _GATES[name][0]
+    function = FORMS[name].function
     if function == "relu":
         return torch.zeros_like(gate)
     if function == "gelu":
@@ -118,7 +137,7 @@ def _gate_and_factor(h: Tensor, name: str) -> tuple[Tensor, Tensor]:
     if name == "swiglu_clamped":
         gate, value = h.chunk(2, dim=1)
         return gate.clamp(max=7), value.clamp(-7, 7) + 1
-    if _GATES[name][1]:
+    if FORMS[name].gated:
         gate, value = h.chunk(2, dim=1)
         return gate, value
     return h, torch.ones_like(h)
@@ -178,7 +197,7 @@ def evaluate(
     Raises:
         ValueError: an activation, output activation or combine has no equation here.
     """
-    check_choice("activation", experts.activation, tuple(_GATES))
+    check_choice("activation", experts.activation, tuple(FORMS))
     check_choice("output_activation", experts.output_activation, ("none", "relu"))
     check_choice("combine", combine, ("sum", "logsumexp"))
 

@@ -200,7 +200,12 @@ REPRESENTATIVE = (
     ("geglu", "none", "logsumexp", False, torch.bfloat16),
     ("silu", "relu", "sum", False, torch.float32),
     ("reglu", "none", "sum", False, torch.bfloat16),
-    ("swiglu_clamped", "none", "sum", True, torch.float32),
+)
+# And every other activation.
+REPRESENTATIVE += tuple(
+    (activation, "none", "sum", True, torch.float32)
+    for activation in ACTIVATIONS
+    if activation not in {options[0] for options in REPRESENTATIVE}
 )
 
 

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from correctness.oracle.experts import hidden_and_output
+from correctness.oracle.experts import FORMS, hidden_and_output
 from correctness.problems.exact import _exact_numbers
 from correctness.problems.gates import GATES
 from correctness.problems.loads import load_named
@@ -79,13 +79,9 @@ def near_kink(p: Problem, inputs: Inputs, tokens: Tensor) -> Tensor:
     for expert in ids.unique().tolist():
         rows = (ids == expert).any(dim=1).nonzero().squeeze(1)
         h, f = hidden_and_output(inputs.x[tokens[rows]].double(), inputs.experts, expert)
-        distances = []
-        if p.activation == "relu":
-            distances.append(h.abs())
-        elif p.activation == "reglu":
-            distances.append(h[:, : p.H].abs())
-        elif p.activation == "swiglu_clamped":
-            distances += [(h[:, : p.H] - 7).abs(), (h[:, p.H :].abs() - 7).abs()]
+        form = FORMS[p.activation]
+        distances = [(h[:, : p.H] - kink).abs() for kink in form.gate_kinks]
+        distances += [(h[:, p.H :] - kink).abs() for kink in form.value_kinks]
         if p.output_activation == "relu":
             distances.append(f.abs())
         near[rows] |= (torch.cat(distances, dim=1) < p.kink_margin).any(dim=1)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from correctness.oracle.experts import FORMS
 from moe_impls.interface import (
     DEVICES,
     GATED_ACTIVATIONS,
@@ -29,10 +30,10 @@ from moe_impls.interface import (
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Derivatives with a jump. Where rounding differs, a unit near the jump takes the other side: the inputs keep
 # away from it (see `Problem.avoids_kinks`).
-KINKED_ACTIVATIONS = ("relu", "reglu", "swiglu_clamped")
+KINKED_ACTIVATIONS = tuple(name for name, form in FORMS.items() if form.gate_kinks or form.value_kinks)
 # What exact problems can be made for, and the size of gate at which a smooth activation is relu to the last
 # bit, derivative included: exp(-size / 2) underflows in the dtype that the activation is computed in.
-EXACT_ACTIVATIONS = ("relu", "reglu", "silu", "gelu", "swiglu", "geglu")
+EXACT_ACTIVATIONS = tuple(name for name, form in FORMS.items() if form.saturates)
 SATURATION = dict.fromkeys((torch.float32, *LOW_PRECISION), 256.0) | {torch.float64: 2048.0}
 KINK_MARGIN = 1e-4  # relative to the unit scale of hidden and output values
 LOW_KINK_MARGIN = 8  # the same in low precision, in units of its eps

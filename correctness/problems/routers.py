@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_impls.interface import DTYPES, RouterSpec, dtype_name
+from moe_impls.interface import DTYPES, SCORES, RouterSpec, dtype_name
 from moe_impls.models import MODELS
 
 
@@ -105,6 +105,13 @@ PROBLEMS = (
     RouterProblem("most_groups", 54, _spec(7, groups=9, keep_groups=6)),
     RouterProblem("many_groups", 96, _spec(6, "sigmoid", True, 2.5, groups=24, keep_groups=6), bias=0.0),
 )
+# And every other score in each of its forms.
+_NEW = [score for score in SCORES if score not in {problem.spec.score for problem in PROBLEMS}]
+PROBLEMS += tuple(
+    RouterProblem(f"{score}{'_renormalised' * renormalise}", 24, _spec(4, score, renormalise), bias)
+    for score in _NEW
+    for renormalise, bias in ((False, None), (True, 0.0))
+)
 EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
 ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
 
@@ -114,4 +121,5 @@ KINDS = tuple(
     problem
     for problem in PROBLEMS
     if problem.name in ("olmoe_1b_7b", "qwen3_30b_a3b", "notebook", "deepseek_v2", "deepseek_v3", "kimi_k2")
+    or problem.spec.score in _NEW
 )

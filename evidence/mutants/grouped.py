@@ -14,7 +14,9 @@ from torch import Tensor
 
 from moe_impls.interface import Experts, Routing, Support, check_choice
 
-SUPPORT = Support(autocast=True)
+# Those that are written out here.
+ACTIVATIONS = ("relu", "gelu", "silu", "swiglu", "geglu", "reglu", "swiglu_clamped")
+SUPPORT = Support(activations=ACTIVATIONS, autocast=True)
 TILE = 32  # rows of one expert that are computed at once
 
 

@@ -64,7 +64,8 @@ def _forward(
     return function(_module(experts), x, routing.expert_ids, routing.gates)
 
 
-_BATCHED = Support(combines=("sum",), output_activations=("none",), same_width=True)
+_ACTIVATIONS = (*_FUNCTIONS, *_GATES, "swiglu_clamped")
+_BATCHED = Support(activations=_ACTIVATIONS, combines=("sum",), output_activations=("none",), same_width=True)
 _LOOP = replace(_BATCHED, activations=tuple(_GATES), biases=(False,))
 # The product takes rows of multiples of 16 bytes and no float64.
 _GROUPED = replace(_BATCHED, dtypes=(torch.float32, torch.bfloat16, torch.float16), multiple_of=8)

@@ -30,7 +30,10 @@ def test_the_choice_of_most_tokens_is_clear(problem: RouterProblem, dtype: torch
 def _right_by_sorting(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
     """Sorts all experts, masks groups with -inf, and divides by the sum: as most models' code does."""
     z = logits.float()
-    scores = {"softmax": lambda: z.softmax(1), "sigmoid": z.sigmoid, "topk_softmax": lambda: z}[spec.score]()
+    known = {"softmax": lambda: z.softmax(1), "sigmoid": z.sigmoid, "topk_softmax": lambda: z}
+    if spec.score not in known:
+        return route(logits, spec, selection_bias=selection_bias)
+    scores = known[spec.score]()
     rank = (scores if selection_bias is None else scores + selection_bias).detach()
     if spec.groups > 1:
         by_group = rank.unflatten(1, (spec.groups, -1))
