@@ -8,30 +8,29 @@ step whose time was up begins again, and what failed is tried again after all el
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.options import RESULTS, add_device
 from benchmarks.report.folder import write_report
-from benchmarks.sweep import plan, record
+from benchmarks.sweep import journal, plan, record
 from correctness.problems.problem import check_device
+from correctness.session.child import Child
 from moe_impls.registry import ResolveError, is_installed, resolve
 from reporting import provenance
 from reporting.pages import write_atomically
 from reporting.provenance import ROOT
 
-STEPS = "steps.json"
+STEPS = "steps.journal"
 OURS = ("triton_fused", "grouped_mm", "sorted_dispatch", "padded")
 PEERS = (
     "transformers.grouped_mm",
@@ -58,10 +57,11 @@ class Step:
         return self.command[:2] == ("pytest", "benchmarks")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Done:
     """How a step ended: finished, failed (its command said so) or stopped (its time was up)."""
 
+    step: str
     status: str
     seconds: float
     exit_status: int | None = None
@@ -166,45 +166,33 @@ def do_steps(
     """Do all steps that fit, then write the report; whether none failed that may not.
 
     Raises:
-        RecordError: the folder's list of steps cannot be read.
+        RecordError: the folder's list of steps cannot be read, or is of another device.
     """
-    end = time.monotonic() + 60 * minutes
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "environment.json", _json(environment(device)))
-    done = _read(folder / STEPS)
+    end, found = time.monotonic() + 60 * minutes, environment(device)
     planned = steps(device, smoke, [] if smoke else usable_peers(tell))
+    with journal.opened(folder / STEPS, Done, {n: found[n] for n in ("device", "device_name")}) as begun:
+        write_atomically(folder / "environment.json", (json.dumps(found, indent=1) + "\n").encode())
+        done = {row.step: row for row in begun.rows}  # of a step that was done again the last
 
-    def failed(step: Step) -> bool:
-        return step.name in done and done[step.name].status == "failed"
+        def failed(step: Step) -> bool:
+            return step.name in done and done[step.name].status == "failed"
 
-    for step in sorted(planned, key=failed):
-        if step.name in done and (done[step.name].status == "finished" or (failed(step) and step.may_fail)):
-            tell(f"{step.name}: {done[step.name].status} before")
-            continue
-        seconds = min(end - time.monotonic() - REPORT_S, step.share * 60 * minutes)
-        if seconds < LEAST_S:
-            tell(f"{step.name}: no time is left for it")
-            continue
-        done[step.name] = _run(step, folder, seconds, done.get(step.name))
-        write_atomically(folder / STEPS, _json({name: asdict(d) for name, d in done.items()}))
-        tell(f"{step.name}: {done[step.name].status} after {done[step.name].seconds:.0f} s")
+        for step in sorted(planned, key=failed):
+            before = done.get(step.name)
+            if before and (before.status == "finished" or (failed(step) and step.may_fail)):
+                tell(f"{step.name}: {before.status} before")
+                continue
+            seconds = min(end - time.monotonic() - REPORT_S, step.share * 60 * minutes)
+            if seconds < LEAST_S:
+                tell(f"{step.name}: no time is left for it")
+                continue
+            done[step.name] = now = _run(step, folder, seconds, before)
+            begun.append(now)
+            tell(f"{step.name}: {now.status} after {now.seconds:.0f} s")
     if any(folder.glob("*.csv")):
         for path in write_report(folder):
             tell(str(path))
     return not any(failed(step) and not step.may_fail for step in planned)
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _read(path: Path) -> dict[str, Done]:
-    try:
-        return {name: Done(**d) for name, d in json.loads(path.read_text(encoding="utf-8")).items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise record.RecordError(f"{path} is no list of steps: {error}; remove it to begin anew") from error
 
 
 def _can_go_on(csv: Path) -> bool:
@@ -222,22 +210,15 @@ def _run(step: Step, folder: Path, seconds: float, before: Done | None) -> Done:
         command.append(f"--out={folder}")
     elif step.command[0] == "benchmarks":
         command.append(f"--out={folder / 'profiles'}")
-    known = set(folder.glob("*.csv"))
-    begin, status, exit_status = time.monotonic(), "finished", None
+    known, begin = set(folder.glob("*.csv")), time.monotonic()
     with (folder / f"{step.name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"NO_COLOR": "1"},
-            start_new_session=True,
-        )  # fmt: skip
+        environment = os.environ | {"NO_COLOR": "1"}
+        child = Child(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            exit_status = process.wait(timeout=seconds)
-            status = "finished" if exit_status == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status = "stopped"
+            exit_status = child.wait(seconds)
         finally:  # of its workers, too, none may compute beside the next step
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            child.end()
+    status = {None: "stopped", 0: "finished"}.get(exit_status, "failed")
     made = [path.name for path in folder.glob("*.csv") if path not in known]
     csv = made[0] if made else before.csv if before else ""
-    return Done(status, round(time.monotonic() - begin, 1), exit_status, csv)
+    return Done(step.name, status, round(time.monotonic() - begin, 1), exit_status, csv)

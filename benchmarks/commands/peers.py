@@ -22,7 +22,7 @@ from rich.progress import track
 from benchmarks.options import RESULTS
 from benchmarks.report import peers as report
 from benchmarks.report.styles import png
-from benchmarks.sweep import record
+from benchmarks.sweep import journal, record
 from benchmarks.sweep.workload import taken, undeclared
 from benchmarks.timing import measure, memory, ratio, roofline
 from benchmarks.timing.measure import Call
@@ -235,39 +235,25 @@ def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
     """Measure every cell of every regime. Each is in ``folder`` at once, and a run is continued there.
 
     Raises:
-        ValueError: what was begun there is of another version, machine, set of peers or choice of cells.
+        RecordError: what was begun there is of another version, machine, set of peers or choice of cells.
     """
     ours, peers = subjects()
-    part, made = folder / PART, _made(quick)
-    rows = _begun(part, made) if part.exists() else []
-    done = {(row["regime"], row["layer"], row["dtype"], row["T"]) for row in rows}
-    for whole, cells in track(list(planned(quick)), "layers"):
-        dtype = dtype_name(whole.dtype)
-        left = [(regime, T) for regime, T in cells if (regime.name, whole.name, dtype, T) not in done]
-        inputs = make_inputs(whole) if left else None
-        for regime, T in left:
-            assert inputs is not None
-            cell = measure_cell(regime, replace(whole, T=T), inputs.first(T), ours, peers)
-            rows += [made | asdict(cell)] if cell else []
-            write_atomically(part, _csv(pd.DataFrame(rows)))
-    return pd.DataFrame(rows)
+    made = _made(quick)
+    with journal.opened(folder / PART, Cell, made) as begun:
+        done = {(cell.regime, cell.layer, cell.dtype, cell.T) for cell in begun.rows}
+        for whole, cells in track(list(planned(quick)), "layers"):
+            dtype = dtype_name(whole.dtype)
+            left = [(regime, T) for regime, T in cells if (regime.name, whole.name, dtype, T) not in done]
+            inputs = make_inputs(whole) if left else None
+            for regime, T in left:
+                assert inputs is not None
+                if cell := measure_cell(regime, replace(whole, T=T), inputs.first(T), ours, peers):
+                    begun.append(cell)
+        return pd.DataFrame([made | asdict(cell) for cell in begun.rows])
 
 
 def _made(quick: bool) -> dict[str, object]:
     return {**provenance.columns(), **record.threads(), "peers": " ".join(compared()), "quick": quick}
-
-
-def _begun(part: Path, made: dict[str, object]) -> list[dict[str, object]]:
-    """The rows of a run that was interrupted."""
-    rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(part).to_dict("records")]
-    for row in rows:
-        other = [name for name, value in made.items() if row.get(name) != value]
-        if other:
-            raise ValueError(
-                f"{part} was begun with {other[0]} {row.get(other[0])}, this run is with {made[other[0]]}: "
-                "delete it to begin anew"
-            )
-    return rows
 
 
 def _csv(table: pd.DataFrame) -> bytes:
@@ -346,5 +332,5 @@ What the square in a parabola adds at the largest value:
     }
     for name, content in contents.items():
         write_atomically(folder / name, content)
-    (folder / PART).unlink(missing_ok=True)
+    journal.discard(folder / PART)
     return [folder / name for name in contents]

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.commands import cuda
+from benchmarks.sweep import journal
 from reporting.provenance import ROOT
 from tests.benchmarks.test_record import make_row, write
 
@@ -94,11 +95,10 @@ def test_the_command_for_a_gpu_verifies_measures_profiles_and_reports_where_pack
     command = ("cuda", "--device", "cpu", "--smoke", "--minutes", "10", "--out", str(tmp_path / "out"))
     passes(without_packages, "benchmarks", *command)
     out = tmp_path / "out"
-    steps = json.loads((out / cuda.STEPS).read_text())
-    assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(
-        ("verify", "sweep", "profile"), "finished"
-    )
-    assert (out / steps["sweep"]["csv"]).is_file() and list((out / "profiles").rglob("*.csv"))
+    done = {row.step: row for row in journal.read(out / cuda.STEPS, cuda.Done)}
+    assert list(done) == ["verify", "sweep", "profile"]
+    assert {row.status for row in done.values()} == {"finished"}
+    assert (out / done["sweep"].csv).is_file() and list((out / "profiles").rglob("*.csv"))
     assert (out / "report.md").is_file() and list(out.glob("*.png")) and not (out / "report.html").exists()
     assert json.loads((out / "environment.json").read_text())["device"] == "cpu"
     assert " passed" in (out / "verify.log").read_text()

@@ -17,6 +17,7 @@ import torch
 from benchmarks.__main__ import main, parser
 from benchmarks.commands import cuda, profile
 from benchmarks.commands.cuda import Step
+from benchmarks.sweep import journal
 from benchmarks.sweep.record import RecordError
 from moe_impls.registry import ResolveError
 from reporting import provenance
@@ -107,9 +108,16 @@ def test_a_peer_that_cannot_be_imported_is_left_out_and_told(monkeypatch: pytest
     assert told == ["left out: liger.fused_moe does not take this version of its library: ImportError: gone"]
 
 
+def test_a_folder_that_was_begun_on_another_device_is_refused(tmp_path: Path) -> None:
+    with journal.opened(tmp_path / cuda.STEPS, cuda.Done, {"device": "cpu", "device_name": "another"}):
+        pass
+    with pytest.raises(RecordError, match="was begun with device_name another, this run is with"):
+        cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True)
+
+
 def test_a_damaged_list_of_steps_is_told(tmp_path: Path) -> None:
     (tmp_path / cuda.STEPS).write_text("[1")
-    with pytest.raises(RecordError, match="is no list of steps: .*; remove it to begin anew"):
+    with pytest.raises(RecordError, match=f"{cuda.STEPS} cannot be continued: its plan"):
         cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True)
 
 

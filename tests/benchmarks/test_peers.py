@@ -12,6 +12,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.commands import peers
 from benchmarks.report import peers as report
+from benchmarks.sweep import journal
 from benchmarks.timing import measure
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
@@ -93,23 +94,26 @@ def test_an_interrupted_run_is_continued(tiny, without_libraries, tmp_path: Path
     monkeypatch.setattr(peers, "measure_cell", interrupted)
     assert main(["peers", "--quick", "--out", str(tmp_path)]) == 130
     begun = pd.read_csv(tmp_path / peers.PART)
-    assert [file.name for file in tmp_path.iterdir()] == [peers.PART] and len(begun) == 2
+    kept = [peers.PART, journal.plan_path(tmp_path / peers.PART).name]
+    assert sorted(file.name for file in tmp_path.iterdir()) == kept and len(begun) == 2
     assert main(["peers", "--quick", "--out", str(tmp_path)]) == 0
     cells = pd.read_csv(tmp_path / "peers.csv")
     assert [pair for pair in measured if pair != "interrupt"] == list(
         zip(cells["regime"], cells["T"], strict=True)
     )
-    assert begun.equals(cells.head(2)) and not (tmp_path / peers.PART).exists()
+    assert begun.equals(cells.head(2)[begun.columns])
+    assert not any((tmp_path / name).exists() for name in kept)
 
 
 def test_what_was_begun_by_another_version_is_not_continued(
     tiny, without_libraries, tmp_path: Path, capsys
 ) -> None:
     part = tmp_path / peers.PART
-    part.write_text("git_commit\nabc\n")
+    with journal.opened(part, peers.Cell, peers._made(quick=True) | {"git_commit": "abc"}):
+        before = part.read_text()
     assert main(["peers", "--quick", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(part) in line and "git_commit abc" in line and part.read_text() == "git_commit\nabc\n"
+    assert str(part) in line and "git_commit abc" in line and part.read_text() == before
 
 
 @pytest.mark.skipif(IS_INSTALLED, reason="transformers is installed")
