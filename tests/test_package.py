@@ -118,7 +118,7 @@ def test_the_command_finds_what_the_checkout_finds(installed: Path, theirs: Path
     kernel = f"{theirs / 'wrong.py'}:forward"
     arguments = (kernel, f"--router={theirs / 'router.py'}:route", "-k", f"{ONE} or ties-mixtral")
     (theirs / "router.py").write_text("from moe_impls.router import route\n", encoding="utf-8")
-    done = run(installed, theirs, "moe-impls", "verify", *arguments, "--verdict=a.json", "-n2")
+    done = run(installed, theirs, "moe-impls", "verify", *arguments, "--verdict=a.json", "-n1")
     assert done.returncode == 1, done.stdout + done.stderr
     pytest_there = [sys.executable, "-m", "pytest", "correctness", "-p", "no:cacheprovider"]
     command = [*pytest_there, f"--impl={kernel}", *arguments[1:], f"--verdict={theirs / 'b.json'}"]
@@ -174,10 +174,8 @@ def test_list_names_everything_with_its_meaning(installed: Path, theirs: Path) -
     ("command", "status", "message"),
     [
         ("verify nowhere.py:forward", 4, "nowhere.py does not exist or is no file"),
-        ("verify kernel.py:backward", 4, "kernel.py has no 'backward'; it has forward"),
         ("verify --verdict=kernel.py/v.json", 4, "kernel.py/v.json cannot be written"),
         ("bench kernel.py:forward --out=kernel.py/out", 4, "cannot be written"),
-        ("compare index_add", 2, "1 implementations are given; it must be 2"),
         ("measure", 2, "unknown command 'measure'; valid are verify, bench, list, compare"),
     ],
 )

@@ -175,6 +175,20 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(
     assert done.ret == pytest.ExitCode.USAGE_ERROR
 
 
+def test_a_verdict_that_can_no_longer_be_written_fails_the_run(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    source = f"import os\nos.rename({str(tmp_path / 'out')!r}, {str(tmp_path / 'gone')!r})\n"
+    source += f"open({str(tmp_path / 'out')!r}, 'w').close()\nfrom moe_impls.index_add import forward\n"
+    (tmp_path / "kernel.py").write_text(source, encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "out" / "verdict.json"
+    done = run(pytester, f"{tmp_path / 'kernel.py'}:forward", f"--verdict={file}")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    assert done.outlines[-1].startswith(f"verdict: {file} cannot be written: ")
+    assert json.loads((tmp_path / "gone" / "verdict.json").read_text())["reason"] == verdict.KILLED
+
+
 def test_another_suffix_is_refused(pytester: pytest.Pytester) -> None:
     done = pytester.runpytest_inprocess(str(ROOT / "correctness"), f"--rootdir={ROOT}", "--verdict=x.md")
     assert "ERROR: --verdict is x.md; it must end in .json" in done.errlines
