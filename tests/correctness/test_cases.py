@@ -6,6 +6,7 @@ import os
 import types
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -18,6 +19,7 @@ from correctness.checks.routers import router
 from correctness.checks.table import CHECKS, KINDS, implementation
 from correctness.judging.finding import CheckFailed
 from correctness.session.subjects import find_subjects, rerun
+from moe_impls.interface import RouterSpec
 from moe_impls.registry import IMPLEMENTATIONS, resolve
 from reporting.provenance import ROOT
 from tests.correctness.findings import findings
@@ -99,8 +101,11 @@ def test_a_case_that_is_not_there_is_refused() -> None:
         rerun("layer", "moe_qwen", "ties", "float32")
 
 
+def returns_nothing(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Any: ...
+
+
 def test_a_search_that_ended_its_process_is_run_again_by_its_words() -> None:
-    subject = router("mine.py:route", lambda logits, spec, *, selection_bias=None: None)
+    subject = router("mine.py:route", returns_nothing)
     (search,) = (case for case in cases([subject]) if case.check.drawn)
     words = ("router", "mine.py:route", "generated_routing")
     assert search.code() == f"from correctness.session.subjects import rerun; rerun{words!r}"
