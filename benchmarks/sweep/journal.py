@@ -28,7 +28,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -189,15 +189,15 @@ def repair(path: Path) -> bool:
     return True
 
 
-def read(path: Path, kind: type[Row]) -> list[Row]:
+def read(path: Path, kind: type[Row], needed: Sequence[str] = ()) -> list[Row]:
     """Read the rows of a file; a last line that was not written to its end is none.
 
-    A column that the kind has a default for may be missing; one that it does not know is left out, with a
-    warning that names it.
+    A column that the kind has a default for may be missing, unless it is among those that are needed; one
+    that the kind does not know is left out, with a warning that names it.
 
     Raises:
-        RecordError: no such file, a missing column that has no default, or a row that the kind does not
-            take; with the line where it is.
+        RecordError: no such file, missing columns, or a row that the kind does not take; with the line where
+            it is.
     """
     try:
         text = path.read_bytes().decode()
@@ -210,8 +210,16 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
         raise RecordError(f"{path} is empty, or was not written to the end of its first line")
     if len(set(header)) < len(header):
         raise RecordError(f"{path} has repeated columns: {', '.join(header)}")
-    rows = [_parse(path, number, kind, header, values) for number, values in lines]
-    if missing := [name for name in _required(kind) if name not in header]:
+    missing = [name for name in (*_required(kind), *needed) if name not in header]
+    rows = []
+    for number, texts in lines:
+        try:
+            rows.append(_parse(kind, header, texts))
+        except _Misfit as misfit:
+            if missing and misfit.is_incomplete:
+                break
+            raise RecordError(f"{path}, line {number}: {misfit}") from None
+    if missing:
         raise RecordError(f"{path} has no column {', '.join(missing)}")
     if unknown := [name for name in header if name not in columns(kind)]:
         warnings.warn(f"{path}: unknown columns are left out: {', '.join(unknown)}", stacklevel=2)
@@ -242,10 +250,17 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
-def _parse(path: Path, number: int, kind: type[Row], header: list[str], texts: list[str]) -> Row:
-    place = f"{path}, line {number}"
+class _Misfit(ValueError):
+    """A row that its kind does not take. is_incomplete: perhaps for what is not there."""
+
+    def __init__(self, why: str, is_incomplete: bool = False) -> None:
+        super().__init__(why)
+        self.is_incomplete = is_incomplete
+
+
+def _parse(kind: type[Row], header: list[str], texts: list[str]) -> Row:
     if len(texts) != len(header):
-        raise RecordError(f"{place}: {len(texts)} values in {len(header)} columns")
+        raise _Misfit(f"{len(texts)} values in {len(header)} columns")
     given, known, required = dict(zip(header, texts, strict=True)), columns(kind), _required(kind)
     values = {name: text for name, text in given.items() if name in known and (text or name in required)}
     try:
@@ -253,9 +268,7 @@ def _parse(path: Path, number: int, kind: type[Row], header: list[str], texts: l
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         why = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
-        if not first["loc"]:
-            raise RecordError(f"{place}: {why}") from None
-        name = str(first["loc"][0])
-        if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            raise RecordError(f"{path} has no column {name}") from None
-        raise RecordError(f"{place}: {name} is {given[name]!r}; {why}") from None
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if name in given:
+            raise _Misfit(f"{name} is {given[name]!r}; {why}") from None
+        raise _Misfit(why, is_incomplete=True) from None

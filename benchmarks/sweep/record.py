@@ -205,8 +205,14 @@ COLUMNS: dict[str, str] = {
     name: " ".join(str((Environment.__pydantic_fields__.get(name) or field).description).split())  # type: ignore
     for name, field in _FIELDS.items()
 }
-# Every row of a right result has these.
-TIMINGS = ("rounds", "calls_per_sample", "median_ms", "min_ms", "p20_ms", "p80_ms", "samples_ms")
+# Every row of a right result has these. A column that is added is not among them, since older files lack it.
+TIMINGS = (
+    "rounds", "calls_per_sample", "median_ms", "min_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflop_per_s",
+    "gemm_square_tflop_per_s", "gemm_experts_tflop_per_s", "read_gb_per_s", "copy_gb_per_s",
+    "touched_experts", "read_bytes", "written_bytes", "compute_limit_ms", "traffic_limit_ms", "limit_ms",
+    "efficiency", "compile_ms", "peak_memory_bytes", "saved_for_backward_bytes", "worst_error_fraction",
+    "samples_ms",
+)  # fmt: skip
 # Only rows of right results have these; what a check found is there of wrong ones, too.
 MEASURED = tuple(
     name
@@ -217,7 +223,7 @@ MEASURED = tuple(
 
 def read(path: Path) -> list[Row]:
     """Read the rows of a CSV file; see ``journal.read``."""
-    return journal.read(path, Row)
+    return journal.read(path, Row, needed=TIMINGS)
 
 
 def environment(device: str, grid: str, cache: str = "warm") -> Environment:

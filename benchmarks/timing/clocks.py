@@ -21,9 +21,9 @@ REASONS = {
 
 
 def gpu_clock(device: str) -> tuple[int, str] | None:
-    """The clock of the multiprocessors in MHz and what holds it down, joined by ``+`` or ``none``.
+    """Ask for the clock of the multiprocessors in MHz and what holds it down, joined by ``+`` or ``none``.
 
-    None of a CPU, and where ``nvidia-smi`` is missing or does not tell.
+    None for a CPU, and where ``nvidia-smi`` is missing or does not tell.
     """
     command = shutil.which("nvidia-smi")
     if not device.startswith("cuda") or command is None:
@@ -41,5 +41,5 @@ def gpu_clock(device: str) -> tuple[int, str] | None:
 
 
 def _identifier(device: str) -> str:
-    """Of the device as nvidia-smi knows it, whatever CUDA_VISIBLE_DEVICES leaves of them."""
+    """UUID of the device, independent of CUDA_VISIBLE_DEVICES."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -160,7 +160,7 @@ def interleave(
 
 
 def all_timed(outcomes: Mapping[str, Timing | BaseException]) -> dict[str, Timing]:
-    """What `interleave` returned, where none may have failed; raises what the first did."""
+    """Return what `interleave` did where none may have failed; raise what the first failure was."""
     timings = {}
     for name, outcome in outcomes.items():
         if not isinstance(outcome, Timing):
@@ -220,11 +220,10 @@ TRY_S, TRIES = 0.1, (2, 6)  # a try of so many calls, at least and at most, ends
 def near_the_fastest(
     calls: Mapping[str, Call], first: str, device: str = "cpu", *, hopeless: float, most: int | None = None
 ) -> dict[str, Call]:
-    """The calls that in a first try, ended when it takes too long or too much memory, come near the fastest.
+    """Keep the calls that come near the fastest in a first try, the fastest first.
 
-    The fastest is the first of them.
-
-    A try is two calls, or more of short ones; the shortest counts. It ends when two at the limit would have.
+    A try is two calls, or more of short ones; the shortest counts. It ends when two at the limit would have,
+    or when memory runs out.
 
     Args:
         first: the name of the one that is tried first, from which the limit of the others comes.
@@ -272,7 +271,7 @@ def flusher(device: str) -> Call:
 
 
 def last_level_cache_bytes() -> int:
-    """The size of the largest cache of the first CPU as Linux tells it, or 0."""
+    """Bytes of the largest cache of the first CPU as Linux tells it, or 0."""
     sizes = [path.read_text().strip() for path in CPU_CACHES.glob("index*/size")]
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     return max((int(text[:-1]) * units[text[-1]] for text in sizes if text[-1:] in units), default=0)

@@ -28,12 +28,12 @@ RESERVE_BYTES = 512 * 2**20  # left to the rest of the machine
 
 
 def peak_memory_bytes(call: Call, device: str) -> int:
-    """The most memory that a call holds at once above what was held before it, its results included."""
+    """Measure the most that a call holds at once above what was held before it, its results included."""
     return _held(call, device)[0]
 
 
 def saved_for_backward_bytes(forward: Callable[[], Tensor], device: str) -> int:
-    """What is still held after a forward, its result apart: activations that wait for the backward.
+    """Measure what a forward leaves held, its result apart: activations that wait for the backward.
 
     Inputs and weights were there before and do not count; a storage that is saved twice counts once.
     """
@@ -42,7 +42,7 @@ def saved_for_backward_bytes(forward: Callable[[], Tensor], device: str) -> int:
 
 
 def _held(call: Callable[[], Result], device: str) -> tuple[int, int, Result]:
-    """The most that is held at once, and what is still held while the result is: bytes above what was."""
+    """Run a call: the most bytes held at once above what was held before, those held after it, its result."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -78,7 +78,7 @@ def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
 
 
 def available_memory_bytes(device: str) -> int:
-    """Memory that can still be taken: free on the GPU, or of the machine or its control group on the CPU."""
+    """Find what can still be taken: free on the GPU, or in the machine or its control group on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
@@ -89,7 +89,7 @@ def available_memory_bytes(device: str) -> int:
 
 
 def needed_memory_bytes(problem: Problem, mode: str) -> int:
-    """What checking and timing any implementation takes at the least.
+    """Bytes that checking and timing any implementation takes at the least.
 
     The inputs, a second set of them for the check after the timing (which replaces the first), and with the
     backward a gradient for each. What an implementation holds beyond that is not foreseen here.

@@ -57,12 +57,12 @@ class Roofline:
 
 
 def touched_experts(routing: Routing) -> int:
-    """How many experts receive a token."""
+    """Count the experts that receive a token."""
     return int(routing.expert_ids.unique().numel())
 
 
 def traffic_bytes(problem: Problem, mode: str, touched: int) -> tuple[int, int]:
-    """The bytes that one call has to read and to write at the least."""
+    """Bytes that one call has to read and to write at the least."""
     p, size = problem, problem.dtype.itemsize
     expert = (p.F * p.D + p.O * p.H + (p.F + p.O if p.bias else 0)) * size
     gates = p.T * p.K * (size if p.low_gates else max(size, 4))
