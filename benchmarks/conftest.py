@@ -15,17 +15,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.options import add_threads, add_workload
 from benchmarks.report import page, tables
 from benchmarks.report.folder import write_report
 from benchmarks.sweep import record, run
-from benchmarks.sweep.plan import SIZES
 from benchmarks.sweep.progress import SweepProgress
 from benchmarks.sweep.request import Options, Request, requested
 from benchmarks.sweep.run import SweepRun
 from benchmarks.timing.measure import CACHES
-from benchmarks.workloads import GRIDS, MODELS, MODES, SECONDS
-from correctness.problems.loads import LOAD_NAMES
-from moe_impls.interface import DEVICES, DTYPES, dtype_name
+from benchmarks.workloads import GRIDS, SECONDS
 from moe_impls.registry import ResolveError
 
 REQUEST = pytest.StashKey[Request]()
@@ -41,23 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--impl", action="append", metavar="NAME", help=(
         "measure only this implementation (repeatable): a name, package.module:function or file.py:function"
     ))  # fmt: skip
-    group.addoption("--model", action="append", metavar="NAME", help=(
-        f"instead of the grid, the layer of this model (repeatable): {', '.join(MODELS)}"
-    ))  # fmt: skip
-    group.addoption("--mode", action="append", metavar="NAME", help=f"only this mode: {', '.join(MODES)}")
-    group.addoption("--device", default=Options.device, metavar="NAME", help=f"{', '.join(DEVICES)}")
-    group.addoption("--dtype", default=Options.dtype, metavar="NAME", help=", ".join(map(dtype_name, DTYPES)))
-    group.addoption("--load", action="append", metavar="NAME", help=(
-        f"how tokens spread over experts (repeatable): {LOAD_NAMES}"
-    ))  # fmt: skip
-    for size in SIZES:
-        group.addoption(f"--{size}", dest=size, action="append", type=int, metavar="N", help=(
-            f"measure this {size} (repeatable) in place of the grid's; with --model only --T"
-        ))  # fmt: skip
+    add_workload(group.addoption, repeatable=True)  # in place of the grid or of its axes
     group.addoption("--cache", default=Options.cache, metavar="NAME", help=(
         f"{', '.join(CACHES)}: what the caches hold before each call (default: warm)"
     ))  # fmt: skip
-    group.addoption("--threads", type=int, metavar="N", help="threads that torch computes with on the CPU")
+    add_threads(group.addoption)
     group.addoption("--seed", default=Options.seed, type=int, metavar="N", help="seed of inputs and routing")
     group.addoption("--seconds", type=float, metavar="S", help=(
         f"time for the samples of each cell, at the least 7 rounds; by grid: {SECONDS}"

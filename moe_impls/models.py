@@ -61,6 +61,8 @@ _MODELS = (
            gap="tokens beyond an expert's capacity are dropped"),
     _model("mixtral-8x7b", 4096, 14336, 8, 2, "mistralai/Mixtral-8x7B-v0.1", router=_SOFTMAX_TO_ONE),
     _model("mixtral-8x22b", 6144, 16384, 8, 2, "mistralai/Mixtral-8x22B-v0.1", router=_SOFTMAX_TO_ONE),
+    _model("llama-4-scout", 5120, 8192, 16, 1, "meta-llama/Llama-4-Scout-17B-16E", **_LLAMA),
+    _model("llama-4-maverick", 5120, 8192, 128, 1, "meta-llama/Llama-4-Maverick-17B-128E", **_LLAMA),
     _model("olmoe-1b-7b", 2048, 1024, 64, 8, "allenai/OLMoE-1B-7B-0924", router=_SOFTMAX),
     _model("qwen1.5-moe-a2.7b", 2048, 1408, 60, 4, "Qwen/Qwen1.5-MoE-A2.7B", router=_SOFTMAX, shared=5632),
     _model("qwen2-57b-a14b", 3584, 2560, 64, 8, "Qwen/Qwen2-57B-A14B", router=_SOFTMAX, shared=20480),
@@ -90,8 +92,6 @@ _MODELS = (
     _model("granite-3.0-3b-a800m", 1536, 512, 40, 8, "ibm-granite/granite-3.0-3b-a800m-base",
            router=_SOFTMAX_OF_CHOSEN),
     _model("dbrx", 6144, 10752, 16, 4, "databricks/dbrx-base", router=_SOFTMAX_TO_ONE),
-    _model("llama-4-scout", 5120, 8192, 16, 1, "meta-llama/Llama-4-Scout-17B-16E", **_LLAMA),
-    _model("llama-4-maverick", 5120, 8192, 128, 1, "meta-llama/Llama-4-Maverick-17B-128E", **_LLAMA),
     # The notebook fixes K, the ReLU experts with their ReLU output and the biases; the sizes are ours.
     _model("notebook", 512, 1024, 16, 4, _PAPER, router=_SOFTMAX_OF_CHOSEN, activation="relu",
            output_activation="relu", bias=True),
