@@ -53,7 +53,7 @@ class Kind:
     """What is particular to one kind of subject.
 
     name: implementation, router, layer or losses.
-    checks: what each subject of the kind is held to; what tells most comes first, generated problems last.
+    checks: what each subject of the kind is held to; what tells most comes first.
     arguments: what a check's function is called with in a case.
     fit: makes a problem one that the subject takes, where it can; None if it is not tested on it.
     unsupported: why a declaration takes a problem out; None if it does not.
@@ -133,17 +133,26 @@ class Case:
 
 
 def cases(subjects: Iterable[Subject], checks: Iterable[Check] | None = None) -> list[Case]:
-    """List every case of these subjects: kinds, then checks, then problems, whose oracle is then made once.
+    """List every case of these subjects, in an order in which a wrong one is found soon.
 
-    checks: those of each subject's kind by default.
+    The first problem of each check comes first, then the others, and problems that are drawn last. Subjects
+    of a kind take turns on each problem, whose oracle is then made once.
+
+    Args:
+        checks: those of each subject's kind by default.
     """
     subjects = list(subjects)
     found: dict[Case, None] = {}
     for kind in dict.fromkeys(subject.kind for subject in subjects):
-        for check in kind.checks if checks is None else checks:
-            for problem in check.problems:
-                for subject in (s for s in subjects if s.kind is kind):
-                    fitted = None if problem is None else kind.fit(subject, check, problem)
-                    if problem is None or fitted is not None:
-                        found[Case(subject, check, fitted)] = None
+        own = [subject for subject in subjects if subject.kind is kind]
+        pairs = [(c, p) for c in (kind.checks if checks is None else checks) for p in c.problems]
+        for check, problem in sorted(pairs, key=lambda pair: _turn(*pair)):
+            for subject in own:
+                fitted = None if problem is None else kind.fit(subject, check, problem)
+                if problem is None or fitted is not None:
+                    found[Case(subject, check, fitted)] = None
     return list(found)
+
+
+def _turn(check: Check, problem: Any) -> int:
+    return 2 if check.drawn else int(problem != check.problems[0])

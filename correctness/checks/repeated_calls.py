@@ -23,7 +23,8 @@ from correctness.problems.problem import Inputs, Problem, fit, resize
 from moe_impls.interface import Implementation
 
 REPEATS = 50
-THREADS, ROUNDS = 3, 3
+THREADS, ROUNDS = 3, 20
+FEW_ROUNDS = 3  # of one whose calls may take seconds, since it compiles anew for each case
 # Each number of tokens, experts, choices and features up to these is met once, beside sizes that differ.
 MOST_TOKENS, MOST_EXPERTS, MOST_FEATURES = 67, 19, 19
 
@@ -223,7 +224,7 @@ def another_thread(subject: Implementation, problem: Problem) -> None:
 
     def call_in_rounds(number: int) -> list[dict[str, Tensor]]:
         found = []
-        for _ in range(ROUNDS):
+        for _ in range(FEW_ROUNDS if subject.support.compiles_per_case else ROUNDS):
             together.wait()
             found += run_both_ways(subject, own[number], inputs[number])
         return found

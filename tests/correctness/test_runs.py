@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from correctness.checks import layers, routers
 from correctness.checks.case import Case, Check
@@ -19,6 +21,7 @@ from correctness.checks.values import gradcheck
 from correctness.judging import blame
 from correctness.judging.finding import CheckFailed
 from correctness.problems import catalogue
+from correctness.problems.inputs import make_inputs
 from correctness.problems.layers import LayerProblem
 from correctness.session import isolation, limits
 from correctness.session.layer_subject import resolve_layer
@@ -185,12 +188,19 @@ def run_pytest(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
     return pytester.runpytest_inprocess("correctness", *common, *options)
 
 
-def reproduced(line: str) -> object:
+def reproduced(line: str) -> Any:
     """What the code after ``reproduce:`` makes, with the one import that a finding needs."""
     *first, last = line.removeprefix("  reproduce: ").split("; ")
     names: dict[str, object] = {}
     exec("\n".join(["from correctness.problems import *", *first]), names)
     return eval(last, names)
+
+
+def test_what_is_reproduced_gives_its_inputs_by_the_same_import() -> None:
+    code = f"  reproduce: make_inputs({catalogue.SMALL.code()})"
+    assert torch.equal(reproduced(code).x, make_inputs(catalogue.SMALL).x)
+    code = f"  reproduce: make_router_inputs({routers.PROBLEMS[0].code()}).logits.shape"
+    assert reproduced(code) == (routers.PROBLEMS[0].T, routers.PROBLEMS[0].E)
 
 
 @pytest.mark.parametrize("name", SAYS)
