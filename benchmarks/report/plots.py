@@ -79,7 +79,7 @@ def _axis_figure(rows: pd.DataFrame, axis: str, panels: str, title: str, styles:
 def efficiency_figures(table: pd.DataFrame, styles: dict) -> dict[str, Figure]:
     """Plot efficiency against the mean number of rows that an expert gets, T·K/E: one panel for each mode."""
     figures = {}
-    ok = table[(table["status"] == "ok") & table["efficiency"].notna()]  # files of other versions may lack it
+    ok = table[table["status"] == "ok"]
     for (device, device_name, dtype), rows in ok.groupby(["device", "device_name", "dtype"]):
         modes = [mode for mode in MODE_TITLES if mode in set(rows["mode"])]
         figure, grid = plt.subplots(

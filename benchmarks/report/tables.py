@@ -83,7 +83,7 @@ def of_winners(rows: pd.DataFrame) -> str:
     ]
     shown = rows[["T", "D", "H", "E", "K", "load", "fastest"]].assign(
         median_ms=rows["median_ms"].map(number),
-        efficiency=["" if pd.isna(e) else f"{100 * e:.0f} %" for e in rows["efficiency"]],
+        efficiency=(100 * rows["efficiency"]).map(lambda v: f"{v:.0f} %"),
         next=next_best,
         slowest=["" if pd.isna(r) else f"{number(r)}x" for r in rows["slowest_ratio"]],
     )
