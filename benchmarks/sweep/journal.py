@@ -10,12 +10,12 @@ the next is begun, and ``name.plan.json`` holds what was planned and under which
                 begun.append(measure(layer, T))  # a Cell
     journal.discard(folder / "peers.part.csv")  # where the results are elsewhere by now
 
-``Cell`` is a dataclass, its fields are the columns; an empty cell of the file is the field's default. Fields
-of pydantic's types are checked as those say. ``plan`` holds JSON: a run whose plan differs from the one that
-was begun is refused, with what differs. Of things that are done again (a step that failed), append another
-row and let the last one count. While a journal is open no other process writes to it; a last line that a
-killed process did not write to its end is cut off. Any suffix will do: ``steps.journal`` in a folder of
-results is no CSV of measurements.
+``Cell`` is a dataclass, its fields are the columns: texts, numbers, booleans, literals and tuples of floats.
+An empty cell of the file is the field's default; what else a value must be the dataclass checks. ``plan``
+holds JSON: a run whose plan differs from the one that was begun is refused, with what differs. Of things that
+are done again (a step that failed), append another row and let the last one count. While a journal is open no
+other process writes to it; a last line that a killed process did not write to its end is cut off. Any suffix
+will do: ``steps.journal`` in a folder of results is no CSV of measurements.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import functools
 import io
 import json
 import os
+import types
+import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
 
 from reporting.pages import write_atomically
 
@@ -246,8 +247,29 @@ def _check_header(path: Path, kind: type) -> None:
 
 
 @functools.cache
-def _adapter(kind: type) -> TypeAdapter:
-    return TypeAdapter(kind)
+def _types(kind: type) -> dict[str, Any]:
+    """Type of each column, without the None of an empty cell."""
+    hints = typing.get_type_hints(kind)
+    return {name: next((of for of in typing.get_args(hint) if of is not types.NoneType), hint)
+            if isinstance(hint, types.UnionType) else hint for name, hint in hints.items()}  # fmt: skip
+
+
+def _value(of: Any, text: str) -> Any:
+    """Value of a cell whose column is of that type; a ValueError says what it must be."""
+    if typing.get_origin(of) is typing.Literal:
+        if text not in typing.get_args(of):
+            raise ValueError(" or ".join(map(repr, typing.get_args(of))))
+        return text
+    if typing.get_origin(of) is tuple:
+        return tuple(_value(float, part) for part in text.split(";"))
+    if of is bool:
+        if text not in ("True", "False"):
+            raise ValueError("True or False")
+        return text == "True"
+    try:
+        return of(text)
+    except ValueError:
+        raise ValueError({int: "an integer", float: "a number"}[of]) from None
 
 
 class _Misfit(ValueError):
@@ -263,12 +285,16 @@ def _parse(kind: type[Row], header: list[str], texts: list[str]) -> Row:
         raise _Misfit(f"{len(texts)} values in {len(header)} columns")
     given, known, required = dict(zip(header, texts, strict=True)), columns(kind), _required(kind)
     values = {name: text for name, text in given.items() if name in known and (text or name in required)}
+    read = {}
+    for name, text in values.items():
+        try:
+            read[name] = _value(_types(kind)[name], text)
+        except ValueError as valid:
+            raise _Misfit(f"{name} is {text!r}; it must be {valid}") from None
+    absent = [name for name in required if name not in values]
+    if absent:
+        raise _Misfit(f"{absent[0]} is missing", is_incomplete=True)
     try:
-        return _adapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        why = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if name in given:
-            raise _Misfit(f"{name} is {given[name]!r}; {why}") from None
-        raise _Misfit(why, is_incomplete=True) from None
+        return kind(**read)
+    except ValueError as error:
+        raise _Misfit(str(error), is_incomplete=any(name not in given for name in known)) from None

@@ -7,16 +7,20 @@ into ``results/README.md``. To add a column, add a field with a default of None 
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import csv
 import hashlib
+import inspect
+import math
 import os
 import re
+from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
 
 from benchmarks.sweep import journal
 from benchmarks.sweep.journal import RecordError as RecordError
@@ -28,27 +32,14 @@ from reporting.provenance import ROOT, device_name, git_commit
 # Of what the columns mean. It rises when a column changes its meaning or is removed, and files of another
 # version are refused then; a column that is added is empty in older files, which stay readable.
 SCHEMA_VERSION = 4
-DOCUMENTED = ConfigDict(use_attribute_docstrings=True)
-
-
-def _check_version(version: int) -> int:
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"this version reads {SCHEMA_VERSION}")
-    return version
-
-
 Status = Literal["ok", "incorrect", "unsupported", "out_of_memory", "error", "timeout"]
-Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Samples = Annotated[
-    tuple[Measure, ...], BeforeValidator(lambda value: value.split(";") if isinstance(value, str) else value)
-]
 
 
-@dataclass(frozen=True, kw_only=True, config=DOCUMENTED)
+@dataclass(frozen=True, kw_only=True)
 class Environment:
     """What a run has in common: the first columns of each of its rows. Units stand in brackets."""
 
-    schema_version: Annotated[int, AfterValidator(_check_version)] = SCHEMA_VERSION
+    schema_version: int = SCHEMA_VERSION
     """version of what these columns mean; adding one does not change it"""
     run_id: str
     """UTC time at which the run began, and its grid or models"""
@@ -71,7 +62,7 @@ class Environment:
     overwritten"""
 
 
-@dataclass(frozen=True, kw_only=True, config=DOCUMENTED)
+@dataclass(frozen=True, kw_only=True)
 class Row(Environment):
     """One cell: an implementation on a workload in one mode. The fields are the columns, in this order.
 
@@ -124,31 +115,31 @@ class Row(Environment):
     """[samples] how many times the implementations of the workload were timed in turn, at least 7"""
     calls_per_sample: int | None = None
     """[calls] that one sample spans, so that it is long enough for the clock"""
-    median_ms: Measure | None = None
+    median_ms: float | None = None
     """[ms a call] median of the samples"""
-    min_ms: Measure | None = None
+    min_ms: float | None = None
     """[ms a call] the shortest sample"""
-    p20_ms: Measure | None = None
+    p20_ms: float | None = None
     """[ms a call] 20 % of the samples are shorter"""
-    p80_ms: Measure | None = None
+    p80_ms: float | None = None
     """[ms a call] 80 % of the samples are shorter"""
-    tokens_per_s: Measure | None = None
+    tokens_per_s: float | None = None
     """[1/s] T / median"""
     flops: int
     """[operations] of the expert products: 2·T·K·(F·D + O·H), F = 2H if gated; three times that with the
     backward. With O = D: 6·T·K·D·H and 18, not gated 4 and 12. Router, activation and combine are not
     counted"""
-    tflop_per_s: Measure | None = None
+    tflop_per_s: float | None = None
     """[10¹²/s] flops / median"""
-    gemm_square_tflop_per_s: Measure | None = None
+    gemm_square_tflop_per_s: float | None = None
     """[10¹²/s] of a large square matrix product in this dtype, measured at most a minute before"""
-    gemm_experts_tflop_per_s: Measure | None = None
+    gemm_experts_tflop_per_s: float | None = None
     """[10¹²/s] of two dense matrix products (six with the backward) with the same FLOPs, T·K rows and
     dtype on the weights of one expert; the fastest of their samples, taken after those of the
     implementations"""
-    read_gb_per_s: Measure | None = None
+    read_gb_per_s: float | None = None
     """[10⁹ bytes/s] bandwidth of reading a buffer, likewise"""
-    copy_gb_per_s: Measure | None = None
+    copy_gb_per_s: float | None = None
     """[10⁹ bytes/s] bandwidth of reading one half of a buffer and writing it to the other, of the bytes of
     both"""
     gpu_clock_mhz: int | None = None
@@ -164,16 +155,16 @@ class Row(Environment):
     written_bytes: int | None = None
     """[bytes] that it has to write: y; with the backward the gradients of x, the gates and all experts,
     too"""
-    compute_limit_ms: Measure | None = None
+    compute_limit_ms: float | None = None
     """[ms] flops / gemm_experts_tflop_per_s"""
-    traffic_limit_ms: Measure | None = None
+    traffic_limit_ms: float | None = None
     """[ms] read_bytes / read_gb_per_s + written_bytes / copy_gb_per_s"""
-    limit_ms: Measure | None = None
+    limit_ms: float | None = None
     """[ms] the larger of the two"""
-    efficiency: Measure | None = None
+    efficiency: float | None = None
     """limit / median: 1 is as fast as the machine allows; above 1.05 the limit's model is at fault, and
     the report says so"""
-    compile_ms: Measure | None = None
+    compile_ms: float | None = None
     """[ms] how much longer the first call was than the median: compilation and other first-time work. What
     an earlier workload compiled is not compiled again, nor what the compiler finds in its cache on disk"""
     peak_memory_bytes: int | None = None
@@ -182,29 +173,39 @@ class Row(Environment):
     saved_for_backward_bytes: int | None = None
     """[bytes] still held after the forward of a call with gradients, its result apart: what waits for the
     backward. 0 in mode `forward`"""
-    worst_error_fraction: Measure | None = None
+    worst_error_fraction: float | None = None
     """largest error of y and of each gradient in both checks, as a fraction of what `correctness.judging`
     allows"""
-    samples_ms: Samples | None = None
+    samples_ms: tuple[float, ...] | None = None
     """[ms a call] every sample in the order taken, separated by `;`"""
 
-    @model_validator(mode="after")
-    def _check_timings(self) -> Row:
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the values fit each other."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else [value]:
+                if isinstance(number, float) and not 0 <= number < math.inf:
+                    raise ValueError(f"{field.name} is {number}; it must be finite and not negative")
         for name in TIMINGS if self.status == "ok" else MEASURED:
             value = getattr(self, name)
             if self.status == "ok" and value is None:
                 raise ValueError(f"{name} is empty in a row with status ok")
             if self.status != "ok" and value is not None:
                 raise ValueError(f"{name} is {value} in a row with status {self.status}; it must be empty")
-        return self
 
 
-_FIELDS = Row.__pydantic_fields__  # type: ignore[attr-defined]
-# What each column means; docstrings of inherited fields are known to their own class alone.
-COLUMNS: dict[str, str] = {
-    name: " ".join(str((Environment.__pydantic_fields__.get(name) or field).description).split())  # type: ignore
-    for name, field in _FIELDS.items()
-}
+def _meanings(kind: type) -> dict[str, str]:
+    """What each field of a class means: the text below it."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, below in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            found[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return found
+
+
+COLUMNS: dict[str, str] = {**_meanings(Environment), **_meanings(Row)}  # what each means
 # Every row of a right result has these. A column that is added is not among them, since older files lack it.
 TIMINGS = (
     "rounds", "calls_per_sample", "median_ms", "min_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflop_per_s",
@@ -216,13 +217,19 @@ TIMINGS = (
 # Only rows of right results have these; what a check found is there of wrong ones, too.
 MEASURED = tuple(
     name
-    for name, field in _FIELDS.items()
-    if not field.is_required() and name not in ("schema_version", "routing_checksum", "worst_error_fraction")
+    for name, default in ((field.name, field.default) for field in fields(Row))
+    if default is not MISSING and name not in ("schema_version", "routing_checksum", "worst_error_fraction")
 )
 
 
 def read(path: Path) -> list[Row]:
-    """Read the rows of a CSV file; see ``journal.read``."""
+    """Read the rows of a CSV file of this schema; see ``journal.read``."""
+    with contextlib.suppress(OSError, UnicodeDecodeError), path.open(newline="", encoding="utf-8") as file:
+        version = next(csv.DictReader(file), {}).get("schema_version")
+        if version not in (None, str(SCHEMA_VERSION)):
+            raise RecordError(
+                f"{path}, line 2: schema_version is {version!r}; this version reads {SCHEMA_VERSION}"
+            )
     return journal.read(path, Row, needed=TIMINGS)
 
 

@@ -84,15 +84,15 @@ def test_an_existing_file_is_never_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("T", "many", "line 2: T is 'many'; it must be a valid integer"),
-        ("median_ms", "nan", "line 2: median_ms is 'nan'; it must be a finite number"),
-        ("median_ms", "-1", "line 2: median_ms is '-1'; it must be greater than or equal to 0"),
+        ("T", "many", "line 2: T is 'many'; it must be an integer"),
+        ("median_ms", "nan", "line 2: median_ms is nan; it must be finite"),
+        ("median_ms", "-1", "line 2: median_ms is -1.0; it must be finite and not negative"),
         ("median_ms", "", "line 2: median_ms is empty in a row with status ok"),
         ("samples_ms", "1.0;x", "line 2: samples_ms is '1.0;x'"),
-        ("status", "fine", "line 2: status is 'fine'; it must be 'ok', 'incorrect'"),
+        ("status", "fine", "line 2: status is 'fine'; it must be 'ok' or 'incorrect'"),
         ("status", "error", "in a row with status error; it must be empty"),
         ("schema_version", "99", "line 2: schema_version is '99'; this version reads 4"),
-        ("bias", "maybe", "line 2: bias is 'maybe'; it must be a valid boolean"),
+        ("bias", "maybe", "line 2: bias is 'maybe'; it must be True or False"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_with_its_line(tmp_path, column, value, message) -> None:
