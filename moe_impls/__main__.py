@@ -104,7 +104,7 @@ def _pytest(package: str, arguments: Sequence[str]) -> int:
 
 def _list() -> int:
     from benchmarks.workloads import MODELS
-    from correctness.checks import layers, routers, table
+    from correctness.checks.table import KINDS
     from moe_impls import registry
 
     def show(title: str, lines: dict[str, str]) -> None:
@@ -115,9 +115,9 @@ def _list() -> int:
     show("implementations", {name: _docstring(name) for name in registry.IMPLEMENTATIONS})
     show("peers: experts of other libraries", {name: _peer(name) for name in registry.PEERS})
     show("models, for --model", {name: _sizes(model) for name, model in MODELS.items()})
-    checks = {"an implementation": table.CHECKS, "a router": routers.CHECKS, "a layer": layers.CHECKS}
-    for subject, its in checks.items():
-        show(f"checks of {subject}", {check.name: _first_line(check.function.__doc__) for check in its})
+    for kind in KINDS:
+        meanings = {check.name: _first_line(check.function.__doc__) for check in kind.checks}
+        show(f"checks of kind {kind.name}", meanings)
     return 0
 
 

@@ -26,12 +26,10 @@ from moe_impls.registry import check_signature
 
 if TYPE_CHECKING:
     from correctness.checks.case import Case, Subject
-    from correctness.problems.inputs import make_inputs
-    from correctness.problems.problem import Problem
-    from correctness.problems.routers import RouterProblem
+    from correctness.problems import Problem, RouterProblem, make_inputs, make_router_inputs
 
-__all__ = ["Problem", "RouterProblem", "RouterSpec", "Verified", "make_inputs", "torch", "verify",
-           "verify_layer", "verify_router"]  # fmt: skip
+__all__ = ["Problem", "RouterProblem", "RouterSpec", "Verified", "make_inputs", "make_router_inputs",
+           "torch", "verify", "verify_layer", "verify_router"]  # fmt: skip
 
 
 class Verified(NamedTuple):
@@ -144,7 +142,7 @@ def _run(subject: Subject, thorough: bool) -> Verified:
     skipped: Counter[str] = Counter()
     checks: Counter[str] = Counter()
     worst: dict[str, float] = {}
-    listed = cases([subject])
+    listed = [case for case in cases([subject]) if not case.check.drawn]
     for case in listed if thorough else _first(listed):
         if case.skip:
             skipped[case.skip] += 1
@@ -162,11 +160,11 @@ def _run(subject: Subject, thorough: bool) -> Verified:
 
 
 def _first(listed: list[Case]) -> list[Case]:
-    """The first problem of each dtype that can be run, for each check whose problems are listed."""
+    """The first problem of each dtype that can be run, for each check."""
     first: dict[object, Case] = {}
     for case in listed:
         key = case.check.function, getattr(case.problem, "dtype", None)
-        if not case.check.drawn and (key not in first or first[key].skip):
+        if key not in first or first[key].skip:
             first[key] = case
     return list(first.values())
 
@@ -182,8 +180,7 @@ def _support(function: Any, given: Support | None) -> Support:
 
 def __getattr__(name: str) -> object:
     """What lines after ``reproduce:`` are made of."""
-    places = {"Problem": "problem", "make_inputs": "inputs", "RouterProblem": "routers"}
-    if name not in places:
+    if name not in __all__:
         raise AttributeError(f"module 'moe_impls.testing' has no attribute {name!r}")
     with suite.imported():
-        return getattr(importlib.import_module(f"correctness.problems.{places[name]}"), name)
+        return getattr(importlib.import_module("correctness.problems"), name)

@@ -214,8 +214,8 @@ def source(kind: str, name: str) -> dict[str, str] | None:
         path = Path(place)
     elif place:
         path = _file_of_module(place)
-    elif kind == "layer":
-        path = package / "layer.py"
+    elif kind in ("layer", "losses"):
+        path = package / f"{kind}.py"
     elif name in PEERS:
         path = package / "peers" / f"{name.partition('.')[0]}.py"
     else:
