@@ -17,6 +17,8 @@ COMMANDS = {
     "gate": "exit status 1 if an implementation is slower than at a commit",
     "peers": "ours beside other libraries': an hour, or --quick 8 minutes",
     "cuda": "verify, measure and profile on a GPU, in the time given",
+    "limits": "what the machine can do at best: matrix products and bandwidths",
+    "carry": "fetch small packages for a GPU machine without a network",
     "measurement": "measure what the measurement is worth: 20 minutes",
     "history": "keep a summary of a run; plot them over commits",
 }

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ))  # fmt: skip
     add_device(parser.add_argument, default="cuda")
     parser.add_argument("--smoke", action="store_true", help="a small part of it, to try the command itself")
+    parser.add_argument("--all-configs", action="store_true", help=(
+        "verify every tile that triton_fused may choose, and not only the one that is fastest here"
+    ))  # fmt: skip
+    parser.add_argument("--pack", type=Path, metavar="FILE", help=(
+        "after each step, put all that was written into this one .tar.gz"
+    ))  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,7 +92,9 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cpu" and not options.smoke:
         raise ValueError("--device is cpu; valid with --smoke only: `pytest benchmarks` measures on a CPU")
     folder = options.out or RESULTS / record.environment(options.device, "cuda").machine
-    return 0 if do_steps(folder, options.device, options.minutes, smoke=options.smoke) else 1
+    peers = [] if options.smoke else usable_peers(print)
+    planned = steps(options.device, options.smoke, peers, all_configs=options.all_configs)
+    return 0 if do_steps(planned, folder, options.device, options.minutes, pack=options.pack) else 1
 
 
 def usable_peers(tell: Callable[[str], None]) -> list[str]:
@@ -98,8 +108,8 @@ def usable_peers(tell: Callable[[str], None]) -> list[str]:
     return found
 
 
-def steps(device: str, smoke: bool, peers: Sequence[str] = ()) -> list[Step]:
-    """List what is done, in this order."""
+def steps(device: str, smoke: bool, peers: Sequence[str] = (), *, all_configs: bool = False) -> list[Step]:
+    """List what is done, in this order: what is worth most first."""
     subjects = [f"--impl={name}" for name in (*OURS, *peers)]
     verify = ["pytest", "correctness", f"--device={device}", "-q"]
 
@@ -120,10 +130,14 @@ def steps(device: str, smoke: bool, peers: Sequence[str] = ()) -> list[Step]:
         return (*(f"--model={name}" for name in names), *(f"--T={T}" for T in tokens))
 
     low = "--dtype=bfloat16"
+    tiles = ("pytest", "tests/moe_impls/test_triton.py", "-q", "-k", "every_configuration")
     return [
-        Step("verify-first", (*verify, "-x", *subjects[:2], "-k", "values or exact"), 0.2),
-        Step("models-many-tokens", sweep(low, *models(32768, 4096), *subjects), 0.25),
-        Step("models-few-tokens", sweep(low, *models(1, 16, 64), *subjects), 0.15),
+        Step("limits", ("benchmarks", "limits", f"--device={device}"), 0.04),
+        # The 35 listed problems of triton_fused: every dtype and activation, all kinds of sizes and loads.
+        Step("verify-first", (*verify, "-x", subjects[0], "-k", "(values or exact) and not generated"), 0.12),
+        *([Step("every-tile", tiles, 0.15)] if all_configs else []),
+        Step("models-many-tokens", sweep(low, *models(32768, 4096), *subjects), 0.32),
+        Step("models-few-tokens", sweep(low, *models(1, 16, 64), *subjects), 0.13),
         *(
             Step(f"profile-{name}", ("benchmarks", "profile", f"--device={device}", low, f"--impl={name}",
                                      "--model=qwen3-30b-a3b", "--T=4096"), 0.04)
@@ -161,15 +175,17 @@ def environment(device: str) -> dict[str, object]:
 
 
 def do_steps(
-    folder: Path, device: str, minutes: float, *, smoke: bool, tell: Callable[[str], None] = print
-) -> bool:
+    planned: Sequence[Step], folder: Path, device: str, minutes: float, *, pack: Path | None = None,
+    tell: Callable[[str], None] = print,
+) -> bool:  # fmt: skip
     """Do all steps that fit, then write the report; whether none failed that may not.
+
+    pack: a .tar.gz that holds the folder as it is after each step, so that a killed run leaves one, too.
 
     Raises:
         RecordError: the folder's list of steps cannot be read, or is of another device.
     """
     end, found = time.monotonic() + 60 * minutes, environment(device)
-    planned = steps(device, smoke, [] if smoke else usable_peers(tell))
     with journal.opened(folder / STEPS, Done, {n: found[n] for n in ("device", "device_name")}) as begun:
         write_atomically(folder / "environment.json", (json.dumps(found, indent=1) + "\n").encode())
         done = {row.step: row for row in begun.rows}  # of a step that was done again the last
@@ -189,10 +205,23 @@ def do_steps(
             done[step.name] = now = _run(step, folder, seconds, before)
             begun.append(now)
             tell(f"{step.name}: {now.status} after {now.seconds:.0f} s")
+            _pack(folder, pack)
     if any(folder.glob("*.csv")):
         for path in write_report(folder):
             tell(str(path))
+        _pack(folder, pack)
     return not any(failed(step) and not step.may_fail for step in planned)
+
+
+def _pack(folder: Path, pack: Path | None) -> None:
+    """Write the folder into one archive, whole or not at all."""
+    if pack is not None:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+            archive.add(
+                folder, arcname=folder.name, filter=lambda file: None if ".lock" in file.name else file
+            )
+        write_atomically(pack, stream.getvalue())
 
 
 def _can_go_on(csv: Path) -> bool:
@@ -209,7 +238,7 @@ def _run(step: Step, folder: Path, seconds: float, before: Done | None) -> Done:
     elif step.is_sweep:
         command.append(f"--out={folder}")
     elif step.command[0] == "benchmarks":
-        command.append(f"--out={folder / 'profiles'}")
+        command.append(f"--out={folder / 'profiles' if step.command[1] == 'profile' else folder}")
     known, begin = set(folder.glob("*.csv")), time.monotonic()
     with (folder / f"{step.name}.log").open("ab") as log:
         environment = os.environ | {"NO_COLOR": "1"}

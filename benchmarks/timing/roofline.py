@@ -135,13 +135,19 @@ def bandwidth_probes(device: str, buffer_bytes: int) -> dict[str, Call]:
     return {"read": lambda: source.sum(), "copy": lambda: target.copy_(half)}
 
 
+def bandwidths(device: str, buffer_bytes: int) -> dict[str, float]:
+    """Bytes a second of the bandwidth probes."""
+    best_s = _fastest(bandwidth_probes(device, buffer_bytes), device, {})
+    return {name: buffer_bytes / seconds for name, seconds in best_s.items()}
+
+
 def square_rate(dtype: torch.dtype, device: str) -> float:
     """Operations a second of a large square product, from at most a minute ago."""
     key = (dtype, device, torch.get_num_threads())
     measured, rate = _squares.get(key, (-SAME_MINUTE_S, 0.0))
     if time.monotonic() - measured >= SAME_MINUTE_S:
         side = SQUARE["cuda" if device.startswith("cuda") else "cpu"]
-        a = torch.ones(side, side, device=device, dtype=dtype)
+        a = torch.randn(side, side, device=device).to(dtype)  # a GPU multiplies constants faster
         rate = 2 * side**3 / _fastest({"square": lambda: a @ a}, device, {})["square"]
         _squares[key] = time.monotonic(), rate
     return rate

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +18,11 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main, parser
-from benchmarks.commands import cuda, profile
+from benchmarks.commands import carry, cuda, limits, profile
 from benchmarks.commands.cuda import Step
 from benchmarks.sweep import journal
 from benchmarks.sweep.record import RecordError
+from benchmarks.timing import roofline
 from moe_impls.registry import ResolveError
 from reporting import provenance
 from reporting.provenance import ROOT
@@ -26,8 +30,13 @@ from reporting.provenance import ROOT
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-@pytest.mark.parametrize("step", cuda.steps("cpu", False, ["einsum.capacity"]), ids=lambda step: step.name)
+@pytest.mark.parametrize(
+    "step", cuda.steps("cpu", False, ["einsum.capacity"], all_configs=True), ids=lambda step: step.name
+)
 def test_the_options_of_every_step_are_valid(step: Step, tmp_path: Path) -> None:
+    if step.command[:2] == ("benchmarks", "limits"):
+        assert parser("limits").parse_args(step.command[1:]).device == "cpu"
+        return
     if step.command[0] == "benchmarks":
         implementation, *_ = profile.subject(parser("profile").parse_args(step.command[1:]))
         assert implementation.name in cuda.OURS
@@ -47,15 +56,15 @@ def test_a_step_whose_time_is_up_is_ended_and_done_again_and_one_that_fails_is_t
     slow = Step("slow", ("timeit", "-n1", "-r1", "import time; time.sleep(60)"), 0.05)
     wrong = Step("wrong", ("timeit", "1 // 0"), 0.9)
     finding = Step("finding", ("timeit", "1 // 0"), 0.9, may_fail=True)
-    monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [wrong, slow, finding])
+    planned = [wrong, slow, finding]
     told: list[str] = []
-    assert not cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    assert not cuda.do_steps(planned, tmp_path, "cpu", 1.0, tell=told.append)
     first = [line.partition(" after")[0] for line in told]
     assert first == ["wrong: failed", "slow: stopped", "finding: failed"]
     told.clear()
     mended = replace(wrong, command=("timeit", "-n1", "-r1", "1"))
-    monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [mended, slow, finding])
-    assert cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True, tell=told.append)
+    planned = [mended, slow, finding]
+    assert cuda.do_steps(planned, tmp_path, "cpu", 1.0, tell=told.append)
     second = [line.partition(" after")[0] for line in told]
     assert second == ["slow: stopped", "wrong: finished", "finding: failed before"]
 
@@ -67,8 +76,8 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.Mo
         f"import os; w = os.fork(); open({str(worker)!r}, 'a').write(f'{{w}} '); import time; time.sleep(60)"
     )
     step = Step("forks", ("timeit", "-n1", "-r1", script), 0.1)
-    monkeypatch.setattr(cuda, "steps", lambda device, smoke, peers: [step])
-    cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True, tell=lambda line: None)
+    planned = [step]
+    cuda.do_steps(planned, tmp_path, "cpu", 1.0, tell=lambda line: None)
     pids = [int(pid) for pid in worker.read_text().split() if pid != "0"]
     assert pids and all(ends(pid, within_s=20) for pid in pids)
 
@@ -112,13 +121,13 @@ def test_a_folder_that_was_begun_on_another_device_is_refused(tmp_path: Path) ->
     with journal.opened(tmp_path / cuda.STEPS, cuda.Done, {"device": "cpu", "device_name": "another"}):
         pass
     with pytest.raises(RecordError, match="was begun with device_name another, this run is with"):
-        cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True)
+        cuda.do_steps([], tmp_path, "cpu", 1.0)
 
 
 def test_a_damaged_list_of_steps_is_told(tmp_path: Path) -> None:
     (tmp_path / cuda.STEPS).write_text("[1")
     with pytest.raises(RecordError, match=f"{cuda.STEPS} cannot be continued: its plan"):
-        cuda.do_steps(tmp_path, "cpu", 1.0, smoke=True)
+        cuda.do_steps([], tmp_path, "cpu", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -135,3 +144,47 @@ def test_bad_input_is_one_line(options: list[str], message: str, capsys: pytest.
     assert main(["cuda", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_what_was_written_is_packed_after_every_step(tmp_path: Path) -> None:
+    folder, pack = tmp_path / "gpu", tmp_path / "gpu.tar.gz"
+    planned = [Step("says", ("timeit", "-n1", "-r1", "print('here')"), 0.5)]
+    cuda.do_steps(planned, folder, "cpu", 1.0, pack=pack, tell=lambda line: None)
+    with tarfile.open(pack) as archive:
+        assert {"gpu/says.log", "gpu/environment.json", f"gpu/{cuda.STEPS}"} <= set(archive.getnames())
+
+
+def wheel(folder: Path, platform: str, content: str = "VALUE = 3") -> Path:
+    path = folder / f"small-1.0-py3-none-{platform}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("small.py", content)
+    return path
+
+
+def test_a_wheel_of_pure_python_is_carried(tmp_path: Path) -> None:
+    assert carry.unpacked(wheel(tmp_path, "any"), tmp_path / "carried") == "small 1.0"
+    assert (tmp_path / "carried" / "small.py").read_text() == "VALUE = 3"
+
+
+@pytest.mark.parametrize(
+    ("platform", "content", "message"),
+    [("linux_x86_64", "", "is built for linux_x86_64"), ("any", "x" * 2**25, "takes 32 MiB; at most 16")],
+)
+def test_a_wheel_that_cannot_travel_is_refused(
+    tmp_path: Path, platform: str, content: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        carry.unpacked(wheel(tmp_path, platform, content), tmp_path / "carried")
+    assert not (tmp_path / "carried").exists()
+
+
+def test_the_limits_of_a_machine_are_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(limits.BUFFER_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(roofline.SQUARE, "cpu", 64)
+    assert main(["limits", f"--out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "limits.json").read_text())
+    assert found.keys() == {
+        "square_product_bfloat16_tflop_per_s", "square_product_float32_tflop_per_s",
+        "read_gb_per_s", "copy_gb_per_s",
+    }  # fmt: skip
+    assert min(found.values()) > 0
