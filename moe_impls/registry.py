@@ -104,7 +104,8 @@ def resolve(name: str) -> Implementation:
     if name.endswith(PREPARED):
         support = replace(support, gradients=False, second_order=False)
         return Implementation(name, functools.partial(_prepared_anew, function), support, function)
-    optional = {n: getattr(module, n) for n in ("choose", "is_available") if hasattr(module, n)}
+    names = ("choose", "is_available", "tuning_seconds")
+    optional = {n: getattr(module, n) for n in names if hasattr(module, n)}
     return Implementation(name, function, support, **optional)
 
 

@@ -19,6 +19,7 @@ import importlib.util
 import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -143,6 +144,14 @@ def choices() -> dict[tuple[Any, ...], _Blocks]:
     return dict(_CHOSEN)
 
 
+_TUNING_S = 0.0
+
+
+def tuning_seconds() -> float:
+    """Seconds that trying tiles took in this process, compilation included."""
+    return _TUNING_S
+
+
 LARGE = 2**31  # multiply-adds of a call for which tiles are tried
 
 
@@ -167,7 +176,10 @@ def _blocks_for(
         _, hidden = _hidden(x, plan, w_in, b_in, activation, keep=False, activate=True)
         _product(hidden, plan, w_out.mT, b_out)
 
+    global _TUNING_S
+    begin = time.perf_counter()
     _CHOSEN[key] = min(few, key=lambda sizes: _milliseconds(lambda: products(sizes)))
+    _TUNING_S += time.perf_counter() - begin
     return _CHOSEN[key]
 
 

@@ -167,6 +167,9 @@ class Row(Environment):
     compile_ms: float | None = None
     """[ms] how much longer the first call was than the median: compilation and other first-time work. What
     an earlier workload compiled is not compiled again, nor what the compiler finds in its cache on disk"""
+    tuning_ms: float | None = None
+    """[ms] of compile_ms what an implementation spent on trying several forms of its kernels; empty of one
+    that tries none"""
     peak_memory_bytes: int | None = None
     """[bytes] most that one call held at once above its inputs, results and gradients included, by the
     record of torch's allocator"""

@@ -45,6 +45,11 @@ class Cell:
     worst_error_fraction: float | None = None
     measured: dict[str, Any] = field(default_factory=dict)  # columns that only a right result has
 
+    def tuning_ms(self) -> float | None:
+        """Milliseconds spent so far on trying forms of the kernels; None if there is nothing to try."""
+        tuning_seconds = self.implementation.tuning_seconds
+        return None if tuning_seconds is None else tuning_seconds() * 1e3
+
     def fail(self, error: BaseException, when: str) -> None:
         self.status = status_of(error)
         kind = "" if isinstance(error, CheckFailed | Timeout) else f"{type(error).__name__}: "
@@ -180,9 +185,11 @@ class WorkloadRun:
             forward = cell.implementation.forward
             try:
                 with self._limited(cell):
-                    begin = time.perf_counter()
+                    begin, tuned_ms = time.perf_counter(), cell.tuning_ms()
                     results = calling.run(forward, inputs, problem.combine, gradients=self._gradients)
                     cell.first_call_s = cell.first_call_s or time.perf_counter() - begin
+                if tuned_ms is not None and "tuning_ms" not in cell.measured:  # in the first call of all
+                    cell.measured["tuning_ms"] = round((cell.tuning_ms() or 0.0) - tuned_ms, 3)
                 found = compare.fractions(results, reference)
                 worst = min(max(found.values()), 1e30)
                 cell.worst_error_fraction = max(cell.worst_error_fraction or 0.0, worst)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import signal
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ from benchmarks.sweep import record
 from benchmarks.sweep.record import Row
 from benchmarks.sweep.request import Options, requested
 from benchmarks.sweep.run import measure_all
-from moe_impls.registry import IMPLEMENTATIONS, ResolveError
+from benchmarks.sweep.workload import Settings, WorkloadRun
+from correctness.problems.problem import Problem
+from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 from reporting.provenance import ROOT
 
 TINY = ("--T=8", "--D=16", "--H=8", "--E=4", "--K=2", "--seconds=0.01")
@@ -317,3 +321,12 @@ def test_a_sweep_is_one_test_for_each_cell(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.count("test_cell[") == 2 * len(IMPLEMENTATIONS)
     assert list(tmp_path.rglob("*.csv")) == []
+
+
+def test_what_an_implementation_spends_on_tuning_is_a_column() -> None:
+    spent = itertools.accumulate(itertools.repeat(0.25))
+    tunes = replace(resolve("sorted_dispatch"), name="tunes", tuning_seconds=lambda: next(spent))
+    problem = Problem("tiny", T=4, D=4, H=4, O=4, E=2, K=1)
+    run = WorkloadRun(problem, "forward", [tunes, resolve("index_add")], Settings(seconds=0.01))
+    rows = run.rows(record.environment("cpu", "tiny"))
+    assert (rows["tunes"].tuning_ms, rows["index_add"].tuning_ms) == (250.0, None)
