@@ -36,25 +36,21 @@ def run(options: argparse.Namespace) -> int:
         )
         if done.returncode:
             raise ValueError(f"pip cannot fetch {' '.join(options.packages)}: {done.stderr.strip()}")
-        for wheel in sorted(Path(folder).glob("*.whl")):
-            print(f"{unpacked(wheel, options.out)} in {options.out}")
+        wheels = sorted(Path(folder).glob("*.whl"))
+        for wheel in wheels:
+            check(wheel)  # all of them before the first is unpacked
+        for wheel in wheels:
+            zipfile.ZipFile(wheel).extractall(options.out)
+            print(f"{' '.join(wheel.stem.split('-')[:2])} in {options.out}")
     return 0
 
 
-def unpacked(wheel: Path, out: Path) -> str:
-    """Unpack a wheel into a folder; the name and version of what it holds.
-
-    Raises:
-        ValueError: it is not pure Python, or too large to travel; nothing of it is unpacked then.
-    """
+def check(wheel: Path) -> None:
+    """Raise ValueError if a wheel is not pure Python, or too large to travel."""
     name, version, *_, platform = wheel.stem.split("-")
     if platform != "any":
-        raise ValueError(
-            f"{name} {version} is built for {platform}: only wheels of pure Python can be carried"
-        )
+        raise ValueError(f"{name} {version} is built for {platform}: only pure Python can be carried")
     with zipfile.ZipFile(wheel) as archive:
         size = sum(member.file_size for member in archive.infolist()) / 2**20
-        if size > MOST_MIB:
-            raise ValueError(f"{name} {version} takes {size:.0f} MiB; at most {MOST_MIB:g} are carried")
-        archive.extractall(out)
-    return f"{name} {version}"
+    if size > MOST_MIB:
+        raise ValueError(f"{name} {version} takes {size:.0f} MiB; at most {MOST_MIB:g} are carried")
