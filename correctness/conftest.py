@@ -23,6 +23,7 @@ from correctness.problems.problem import check_device  # noqa: E402
 from correctness.session import isolation, parallel, shrink, summary, verdict  # noqa: E402
 from correctness.session.limits import Limits, time_limit  # noqa: E402
 from correctness.session.subjects import find_subjects  # noqa: E402
+from reporting.provenance import which  # noqa: E402
 
 SUBJECTS = pytest.StashKey[list[Subject]]()
 
@@ -91,6 +92,14 @@ def pytest_configure(config: pytest.Config) -> None:
         black_box = isolation.BlackBox(box)
         limits.output = black_box.file
         config.pluginmanager.register(black_box)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which copy of the project judges: a checkout and an installed one may lie side by side.
+
+    The command `moe-impls`, which loads no conftest as such, has said it already.
+    """
+    return [] if config.option.noconftest else [which()]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
