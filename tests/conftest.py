@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# What pytest-xdist tells its workers is not for the runs of pytest that tests start, where pytest-benchmark
+# would then be off.
+for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+    os.environ.pop(name, None)
+
 import correctness.session.profiles  # noqa: E402, F401  # of Hypothesis
 from correctness.judging.process_state import restored, settings  # noqa: E402
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -163,6 +164,14 @@ def worker_of(parent: psutil.Process) -> psutil.Process | None:
     return next((p for p in found if "worker.py" in " ".join(p.cmdline())), None)
 
 
+def stands_still(process: psutil.Process, within_s: float) -> bool:
+    """Whether a process is soon stopped: a signal takes a moment to arrive on a busy machine."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end and process.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.05)
+    return process.status() == psutil.STATUS_STOPPED
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes stand still on Linux alone")
 def test_a_version_stands_still_between_its_calls_and_ends_with_who_asked_for_it(tmp_path: Path) -> None:
     code = (
@@ -178,7 +187,7 @@ def test_a_version_stands_still_between_its_calls_and_ends_with_who_asked_for_it
     ) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == "asked\n"
         worker = worker_of(psutil.Process(parent.pid))
-        assert worker is not None and worker.status() == psutil.STATUS_STOPPED
+        assert worker is not None and stands_still(worker, within_s=20)
         parent.kill()
     psutil.wait_procs([worker], timeout=10)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
