@@ -239,6 +239,9 @@ def check(words: list[str]) -> None:
         module, *rest = rest[1:]
         if module == "mkdocs":
             return
+        if module == "tests":  # which passes them on
+            check_options(rest, help_of("pytest", "correctness"))
+            return
         check_options(rest[1:], help_of(module, rest[0]))
     elif program in PROJECT.get("scripts", {}):
         check_options(rest[1:], help_of(program.replace("-", "_"), rest[0]))
