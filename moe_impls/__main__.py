@@ -122,7 +122,7 @@ def _list() -> int:
 
 
 def _docstring(implementation: str) -> str:
-    """What the file of an implementation says it does; not imported, since some need what is not here."""
+    """Read what an implementation says it does; not imported, since some need what is not here."""
     file = Path(__file__).with_name(f"{implementation.partition('+')[0]}.py")
     return _first_line(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))))
 

@@ -62,13 +62,13 @@ class Cell:
 
 
 def shipped_path() -> Path:
-    """The table that comes with the package for CPUs like this one."""
+    """Path of the table that comes with the package for CPUs like this one."""
     like = "with" if multiplies(torch.bfloat16) else "without"
     return Path(__file__).with_name(f"auto_{like}_bfloat16.json")
 
 
 def tuned_path(device: str = "cpu") -> Path:
-    """Where the table lies: of a processor and a number of threads, or of a GPU, and of a torch version."""
+    """Path of the table of a processor and a number of threads, or of a GPU, and of a torch version."""
     if device == "cuda":
         computes = [torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"]
     else:
@@ -79,14 +79,14 @@ def tuned_path(device: str = "cpu") -> Path:
 
 
 def dumps(cells: Sequence[Cell]) -> str:
-    """A table as JSON, with what it was measured on."""
+    """Write a table as JSON, with what it was measured on."""
     rows = ",\n".join(json.dumps(asdict(cell)) for cell in cells)
     made = {"torch": torch.__version__, "processor": processor(), "threads": torch.get_num_threads()}
     return f'{{"version": {VERSION}, "made_with": {json.dumps(made)}, "cells": [\n{rows}\n]}}\n'
 
 
 def read(path: Path) -> tuple[Cell, ...]:
-    """The cells of a table.
+    """Read the cells of a table.
 
     Raises:
         ValueError: the file is no table of this version; the message says why.
@@ -112,7 +112,7 @@ def read(path: Path) -> tuple[Cell, ...]:
 
 @functools.cache
 def table(device: str) -> tuple[Cell, ...]:
-    """The table of this machine, or the one that comes with the package, which knows no GPU."""
+    """Find the table of this machine, or the one that comes with the package, which knows no GPU."""
     path = tuned_path(device)
     if path.exists():
         try:
@@ -182,7 +182,7 @@ def _nearest(
 
 
 def _place(T: int, D: int, H: int, E: int, K: int) -> tuple[float, float, float]:
-    """Where a call lies among others: by the rows of an expert, its weights, and the number of experts.
+    """Place a call among others: by the rows of an expert, its weights, and the number of experts.
 
     Rows decide most; with these weights of the others the shipped table agrees best with a default sweep.
     """
@@ -190,7 +190,7 @@ def _place(T: int, D: int, H: int, E: int, K: int) -> tuple[float, float, float]
 
 
 def _experts_in_use(expert_ids: Tensor, E: int) -> int:
-    """As many experts as would have the rows of the busiest one each, if it has more than chance makes.
+    """Count as many experts as would each have the rows of the busiest, if it has more than chance makes.
 
     That is little more than twice the mean. A power of two, so that few such calls differ.
     """
@@ -203,14 +203,14 @@ def _experts_in_use(expert_ids: Tensor, E: int) -> int:
 
 @torch.compiler.assume_constant_result
 def _in_one_graph(device: str, dtype: torch.dtype, autocast: bool) -> str:
-    """The one that a compiled layer takes: it reads nothing on the host."""
+    """Choose what a compiled layer takes: it reads nothing on the host."""
     fused = _resolved(UNMEASURED["cuda"])
     takes = device == "cuda" and dtype in fused.support.dtypes and fused.is_available()
     return fused.name if takes and not autocast else ALL_EXPERTS
 
 
 def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") -> Implementation:
-    """The implementation for a call with these arguments; of their values only ``expert_ids`` may count."""
+    """Choose the implementation for these arguments; of their values only ``expert_ids`` may count."""
     if torch.compiler.is_compiling():
         device = x.device.type
         return _resolved(_in_one_graph(device, x.dtype, torch.is_autocast_enabled(device)))
@@ -231,7 +231,7 @@ def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") 
 
 @functools.lru_cache(maxsize=4096)
 def _on_an_even_load(*key: Any) -> tuple[Implementation, _Needs | None]:
-    """What a call takes, and where that depends on how even its load is, what the call needs.
+    """Find what a call takes, and where that depends on how even its load is, what the call needs.
 
     One look-up by values that are read off the call in microseconds.
     """
@@ -243,5 +243,5 @@ def _on_an_even_load(*key: Any) -> tuple[Implementation, _Needs | None]:
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     return choose(x, routing, experts, combine).forward(x, routing, experts, combine=combine)

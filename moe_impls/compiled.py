@@ -15,5 +15,5 @@ SUPPORT = Support(compiles_per_case=True)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     return run_compiled(dense_mask.forward, x, routing, experts, combine=combine)

@@ -20,7 +20,7 @@ functorch_config.donated_buffer = False
 
 @functools.cache
 def _compiled(function: types.FunctionType, kind: tuple) -> Forward:
-    """A compiled copy of ``function`` for one kind of call.
+    """Make a compiled copy of ``function`` for one kind of call.
 
     Each kind has a code object of its own: torch.compile counts recompilations per code object and gives up
     at eight, which all options of one process together would exceed.
@@ -45,7 +45,7 @@ def _kind(x: Tensor, routing: Routing, experts: Experts, combine: str) -> tuple:
 def run_compiled(
     function: Forward, x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum"
 ) -> Tensor:
-    """``function(x, routing, experts, combine=combine)`` as one compiled graph.
+    """Run ``function(x, routing, experts, combine=combine)`` as one compiled graph.
 
     A new T, E or K compiles nothing anew. What does (10 to 30 s on a small CPU) is another kind of call:
     other options, dtypes, gradients wanted, or a size of 0 or 1, which the compiler specialises.

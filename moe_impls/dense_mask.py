@@ -22,7 +22,7 @@ SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     T, _ = x.shape
     E, O, _ = experts.w_out.shape
 

@@ -12,7 +12,7 @@ from moe_impls.interface import COMBINES, Routing, check_choice, check_positive
 
 
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The order in which the slots of one expert lie side by side, and how many slots each expert has.
+    """Return the order in which slots of one expert lie side by side, and how many slots each expert has.
 
     A slot is a (token, choice) pair; slot t * K + k belongs to token t. Nothing is read back to the host.
 
@@ -58,7 +58,7 @@ class SparseDispatcher:
 
     @classmethod
     def from_routing(cls, routing: Routing, num_experts: int) -> SparseDispatcher:
-        """A dispatcher of all T * K slots of a routing, whatever the values of its gates."""
+        """Make a dispatcher of all T * K slots of a routing, whatever the values of its gates."""
         order, _ = sort_by_expert(routing.expert_ids, num_experts)
         ids, gates = routing.expert_ids, routing.gates
         dispatcher = cls.__new__(cls)
@@ -75,15 +75,15 @@ class SparseDispatcher:
 
     @property
     def part_sizes(self) -> list[int]:
-        """How many tokens visit each expert: E numbers."""
+        """Count the tokens that visit each expert: E numbers."""
         return list(self._part_sizes)
 
     def expert_to_gates(self) -> list[Tensor]:
-        """The gates of each expert's tokens: E tensors of shape [T_e], in the order of `dispatch`."""
+        """Return the gates of each expert's tokens: E tensors of shape [T_e], in the order of `dispatch`."""
         return list(self._gates.split(self._part_sizes))
 
     def dispatch(self, inp: Tensor) -> list[Tensor]:
-        """The rows of ``inp`` [T, ...] that each expert receives: E tensors [T_e, ...] in token order.
+        """Return the rows of ``inp`` [T, ...] that each expert receives: E tensors [T_e, ...] in token order.
 
         Raises:
             ValueError: inp does not have T rows.

@@ -14,7 +14,7 @@ from moe_impls.interface import GATED_ACTIVATIONS
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over tokens and over K are kept: at least float32."""
+    """Return the dtype in which sums over tokens and over K are kept: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -42,7 +42,7 @@ def expert_mlp(
     activation: str,
     output_activation: str,
 ) -> Tensor:
-    """One expert on its rows: x [N, D], w_in [F, D], b_in [F], w_out [O, H], b_out [O] -> [N, O]."""
+    """Compute one expert on its rows: x [N, D], w_in [F, D], b_in [F], w_out [O, H], b_out [O] -> [N, O]."""
     out = F.linear(activate(F.linear(x, w_in, b_in), activation), w_out, b_out)
     return F.relu(out) if output_activation == "relu" else out
 
@@ -68,5 +68,5 @@ def combine_slots(outputs: Tensor, gates: Tensor, combine: str) -> Tensor:
 
 
 def needs_gradients(*leaves: Tensor | None) -> bool:
-    """Whether a call of these arguments is recorded for a backward."""
+    """Tell whether a call of these arguments is recorded for a backward."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)

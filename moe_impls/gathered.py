@@ -21,7 +21,7 @@ def _graph(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum
     ids, dtype = routing.expert_ids, accumulation_dtype(x.dtype)
 
     def layer(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """rows [T, 1 or K, D], weight [E, F, D] -> [T, K, F]"""
+        """Multiply rows [T, 1 or K, D] with weight [E, F, D]: [T, K, F]."""
         out = (weight[ids].to(dtype) * rows.unsqueeze(2)).sum(-1)
         return out if bias is None else out + bias[ids]
 
@@ -33,5 +33,5 @@ def _graph(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     return run_compiled(_graph, x, routing, experts, combine=combine)

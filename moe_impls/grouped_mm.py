@@ -25,7 +25,7 @@ SUPPORT = Support(dtypes=(torch.float32, torch.bfloat16, torch.float16))
 
 
 def _padded(t: Tensor) -> Tensor:
-    """Rows of the last dimension that begin at multiples of 16 bytes, as the product needs them."""
+    """Pad rows of the last dimension to begin at multiples of 16 bytes, as the product needs them."""
     missing = -t.shape[-1] % (16 // t.element_size())
     t = F.pad(t, (0, missing)) if missing else t.contiguous()
     return t.view(-1).view(
@@ -34,7 +34,7 @@ def _padded(t: Tensor) -> Tensor:
 
 
 def _products(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows [N, D] sorted by expert, weight [E, F, D], ends of the groups [E] -> [N, F]."""
+    """Multiply rows [N, D] sorted by expert, weight [E, F, D], ends of the groups [E]: [N, F]."""
     if len(rows) == 0:
         return rows.new_zeros(0, weight.shape[1])
     return F.grouped_mm(_padded(rows), _padded(weight).mT, offs=ends)
@@ -77,7 +77,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     T, K = routing.expert_ids.shape
     E, O, _ = experts.w_out.shape
     order, counts = sort_by_expert(routing.expert_ids, E)  # [T * K], [E]

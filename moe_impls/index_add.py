@@ -17,7 +17,7 @@ SUPPORT = Support(second_order=True, autocast=True)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     T = x.shape[0]
     O = experts.w_out.shape[1]
     dtype = accumulation_dtype(x.dtype)

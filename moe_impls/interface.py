@@ -86,12 +86,12 @@ class Experts:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The weights that are present, by field name."""
+        """Return the weights that are present, by field name."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def unbind(self) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
-        """Each expert's (w_in [F, D], b_in [F], w_out [O, H], b_out [O]).
+        """List each expert's (w_in [F, D], b_in [F], w_out [O, H], b_out [O]).
 
         The backward of one unbind writes one gradient for each weight; that of ``w[e]`` in a loop writes a
         full-size gradient for every expert.
@@ -102,7 +102,7 @@ class Experts:
         return list(zip(self.w_in.unbind(0), b_in, self.w_out.unbind(0), b_out, strict=True))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Experts:
-        """The same experts with ``function`` applied to each weight tensor."""
+        """Apply ``function`` to each weight tensor: experts of the same form."""
         return replace(self, **{name: function(value) for name, value in self.tensors.items()})
 
 
@@ -253,7 +253,7 @@ class Implementation:
     tuning_seconds: Callable[[], float] | None = None
 
     def ready(self, experts: Experts) -> Forward:
-        """``forward``; or, with ``prepare``, what it made of these experts once, under the same signature."""
+        """Return ``forward``; or, with ``prepare``, what that made of these experts, under its signature."""
         if self.prepare is None:
             return self.forward
         f = self.prepare(experts)

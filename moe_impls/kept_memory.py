@@ -26,7 +26,7 @@ class _Block(NamedTuple):
     storage: torch.UntypedStorage
 
     def users(self) -> tuple[int, int]:
-        """How many references there are to the storage and to its object in Python."""
+        """Count the references to the storage and to its object in Python."""
         of_storage = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
         return of_storage(self.storage._cdata), sys.getrefcount(self.storage)
 
@@ -41,7 +41,7 @@ _lock = threading.Lock()
 
 
 def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU that holds anything, in kept memory of the same size where some is free.
+    """Make an uninitialised CPU tensor, in a freed block of the same size if there is one.
 
     Where none is, all that is free is of sizes that are no longer asked for, and is given back.
     """

@@ -161,11 +161,11 @@ class MoE(nn.Module):
 
     @property
     def experts(self) -> Experts:
-        """The experts' parameters in the form that implementations take."""
+        """Return the experts' parameters in the form that implementations take."""
         return Experts(self.w_in, self.b_in, self.w_out, self.b_out, self.activation, self.output_activation)
 
     def gate(self, x: Tensor) -> tuple[Routing, Tensor]:
-        """The routing of tokens x [T, D], and the load of each expert [E].
+        """Route tokens x [T, D], and estimate the load of each expert [E].
 
         Logits are computed in at least float32, under autocast too. The load is the smooth estimate while
         training with noise and K < E, and otherwise a count (int64), which has no gradient.
@@ -254,7 +254,7 @@ _STACKED = {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_
 
 
 def from_notebook_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of `MoE` from that of a layer with one module for each expert.
+    """Make the state dict of `MoE` from that of a layer with one module for each expert.
 
     Args:
         state: w_gate, w_noise, experts.{i}.fc1.weight [H, D] and .bias [H], experts.{i}.fc2.weight [O, H]
@@ -279,7 +279,7 @@ def from_notebook_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_notebook_state_dict(state: Mapping[str, Tensor], *, buffers: bool = True) -> dict[str, Tensor]:
-    """The inverse of `from_notebook_state_dict`, for an `MoE` with biases.
+    """Invert `from_notebook_state_dict`, for an `MoE` with biases.
 
     Args:
         buffers: add mean [1] and std [1], the parameters of the standard Normal that the notebook's layer

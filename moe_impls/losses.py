@@ -11,7 +11,7 @@ CV_EPSILON = 1e-10  # keeps cv_squared of all zeros at 0
 
 
 def cv_squared(v: Tensor, *, population: bool = False) -> Tensor:
-    """The squared coefficient of variation, var(v) / (mean(v)² + 1e-10), of one value for each expert.
+    """Compute the squared coefficient of variation, var(v) / (mean(v)² + 1e-10), of a value for each expert.
 
     The variance is the unbiased one, Σ (v - mean)² / (E - 1). The paper (arXiv:1701.06538, equation 7) and
     tensor2tensor take the population variance, Σ (v - mean)² / E: ``population=True``. The two differ by
@@ -34,7 +34,7 @@ def cv_squared(v: Tensor, *, population: bool = False) -> Tensor:
 def auxiliary_loss(
     importance: Tensor, load: Tensor, loss_coef: float = 1e-2, *, population: bool = False
 ) -> Tensor:
-    """loss_coef * (cv²(importance) + cv²(load)), from importance [E] and load [E].
+    """Compute loss_coef * (cv²(importance) + cv²(load)), from importance [E] and load [E].
 
     Shazeer et al. 2017 (arXiv:1701.06538), equations 7 and 11, with one coefficient for both. A load that is
     a count has no gradient: only the importance then trains the gate.
@@ -44,7 +44,7 @@ def auxiliary_loss(
 
 
 def load_balancing_loss(logits: Tensor, expert_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """E * Σ_i f_i * P_i: 1 at perfect balance, E when one expert takes everything (K = 1).
+    """Compute E * Σ_i f_i * P_i: 1 at perfect balance, E when one expert takes everything (K = 1).
 
     Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6, for any K: f_i is the share of all slots that
     went to expert i, so that f sums to one, and P_i is the mean over tokens of the softmax over *all*
@@ -70,7 +70,7 @@ def load_balancing_loss(logits: Tensor, expert_ids: Tensor, *, mask: Tensor | No
 
 
 def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The mean over tokens of logsumexp(logits)², which keeps router logits small.
+    """Average logsumexp(logits)² over tokens, which keeps router logits small.
 
     Zoph et al. 2022 (arXiv:2202.08906), equation 5.
 
@@ -86,7 +86,7 @@ def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
 
 def _masked(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits [T, E] in at least float32 with zeros in padding rows, and the weight of each token, [T]."""
+    """Return logits [T, E], at least float32, with zeros in padding rows, and each token's weight [T]."""
     if logits.ndim != 2:
         raise ValueError(f"logits has shape {list(logits.shape)}; it must be [T, E]")
     logits = logits.to(accumulation_dtype(logits.dtype))

@@ -36,7 +36,7 @@ FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno
 
 
 def _processor() -> str:
-    """What the kernel is compiled for; a home directory may be shared by different machines."""
+    """Name what the kernel is compiled for; a home directory may be shared by different machines."""
     info = Path("/proc/cpuinfo")
     first = info.read_text(encoding="utf-8").partition("\n\n")[0] if info.exists() else platform.processor()
     return "\n".join(line for line in first.splitlines() if "MHz" not in line)
@@ -44,7 +44,7 @@ def _processor() -> str:
 
 @functools.cache
 def is_available() -> bool:
-    """Whether the kernel can be compiled here, or is; tries it, once."""
+    """Tell whether the kernel can be compiled here, or is; try it, once."""
     try:
         library()
     except RuntimeError:
@@ -54,7 +54,7 @@ def is_available() -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernel, from the cache directory if it is there.
+    """Load the compiled kernel, from the cache directory if it is there.
 
     Raises:
         RuntimeError: there is no C++ compiler, or it or the loader fails; the message holds what it says.
@@ -120,12 +120,12 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 
 def _pointer(t: Tensor | None, first: int = 0) -> int | None:
-    """Of the first-th number."""
+    """Return the address of element `first`; None for None."""
     return None if t is None else t.data_ptr() + first * t.element_size()
 
 
 def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
-    """Where each expert's slots begin [E + 1], the slot of each place and its token [T * K]."""
+    """Find where each expert's slots begin [E + 1], the slot of each place and its token [T * K]."""
     T, K = expert_ids.shape
     found = torch.empty(E + 1 + 2 * T * K, dtype=torch.int64)
     ids = expert_ids.contiguous()
@@ -135,7 +135,7 @@ def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
 
 
 def _rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows as the kernel takes them beside weights of a dtype."""
+    """Return rows as the kernel takes them beside weights of a dtype."""
     pairs = dtype == torch.bfloat16 and library().bfloat16_row_bytes() == 2
     return rows.to(torch.bfloat16 if pairs else torch.float32).contiguous()
 
@@ -150,7 +150,7 @@ class _Group(NamedTuple):
 
 
 def _groups(begin: Tensor, places: int, width: int) -> list[_Group]:
-    """All places, as many together as have about GROUP numbers in rows of this width."""
+    """Group all places, as many together as have about GROUP numbers in rows of this width."""
     most = max(GROUP // max(width, 1), 1)
     if places <= most:
         return [_Group(0, 0, places, begin)]
@@ -174,7 +174,7 @@ def _groups(begin: Tensor, places: int, width: int) -> list[_Group]:
 def _products(
     rows: Tensor, index: Tensor | None, weight: Tensor, bias: Tensor | None, group: _Group
 ) -> Tensor:
-    """The products [N, F] in float32 of a group's rows [N, D], or of those that index [T * K] holds."""
+    """Multiply a group's rows [N, D], or those that index [T * K] holds: [N, F] in float32."""
     first, start, stop, begin = group
     (_, features, D), experts, count = weight.shape, len(begin) - 1, stop - start
     kernels = library()
@@ -201,7 +201,7 @@ def _add_slots(
 
 @torch.no_grad()
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     (T, K), (E, F, D), (_, O, _) = routing.expert_ids.shape, experts.w_in.shape, experts.w_out.shape
     begin, slots, tokens = _sorted(routing.expert_ids, E)
     rows, gates = _rows(x, experts.w_in.dtype), routing.gates.to(torch.float32).contiguous()

@@ -18,7 +18,7 @@ INSTRUCTIONS = {
 
 @functools.cache
 def _said_of_first_cpu(path: Path, name: str) -> str:
-    """What Linux says under this name, or nothing."""
+    """Read what Linux says under this name, or nothing."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
@@ -30,10 +30,10 @@ def _instructions(path: Path) -> frozenset[str]:
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """Name the CPU."""
     return _said_of_first_cpu(CPU_INFO, "model name") or platform.processor() or platform.machine()
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the CPU has instructions for products of this dtype; without, they convert on the way."""
+    """Tell whether the CPU has instructions for products of this dtype; without, they convert on the way."""
     return dtype not in INSTRUCTIONS or not INSTRUCTIONS[dtype].isdisjoint(_instructions(CPU_INFO))

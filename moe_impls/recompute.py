@@ -40,7 +40,7 @@ class _Weights:
         return self.buffer.copy_(self.matrices[e]) if self.converts else self.matrices[e]
 
     def write_product(self, a: Tensor, b: Tensor, to: Tensor) -> None:
-        """``a @ b`` of the shape of a matrix; what was got before is no longer there."""
+        """Compute ``a @ b`` of the shape of a matrix; what was got before is no longer there."""
         if self.converts:
             to.copy_(torch.mm(a, b, out=self.buffer))
         else:
@@ -136,7 +136,7 @@ class _Sum(torch.autograd.Function):
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     check_choice("combine of recompute", combine, SUPPORT.combines)
     check_choice("output_activation of recompute", experts.output_activation, SUPPORT.output_activations)
     weights = experts.w_in, experts.b_in, experts.w_out, experts.b_out

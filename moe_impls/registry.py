@@ -69,7 +69,7 @@ class ResolveError(ValueError):
 
 
 def resolve(name: str) -> Implementation:
-    """The implementation that ``name`` means.
+    """Find the implementation that ``name`` means.
 
     Args:
         name: one of IMPLEMENTATIONS or PEERS, ``package.module:function`` or ``path/file.py:function``. The
@@ -110,13 +110,13 @@ def resolve(name: str) -> Implementation:
 
 
 def is_installed(peer: str) -> bool:
-    """Whether the package that one of PEERS needs can be found."""
+    """Tell whether the package that one of PEERS needs can be found."""
     package = PACKAGES.get(peer.partition(".")[0])
     return package is None or importlib.util.find_spec(package) is not None
 
 
 def installed_by(library: str) -> str:
-    """What `pip install` takes to install the library of a peer."""
+    """Say what `pip install` takes to install the library of a peer."""
     return INSTALLED_BY.get(library, "'moe-impls[peers]'")
 
 
@@ -140,12 +140,12 @@ def _prepared_anew(
     *,
     combine: str = "sum",
 ) -> Tensor:
-    """A prepared implementation as a pure function: the weights are laid out for each call."""
+    """Call a prepared implementation as a pure function: the weights are laid out for each call."""
     return prepare(experts)(x, routing, combine=combine)
 
 
 def load_function(name: str) -> tuple[ModuleType, Any]:
-    """The module and the function of ``package.module:function`` or ``path/file.py:function``.
+    """Load the module and the function of ``package.module:function`` or ``path/file.py:function``.
 
     Raises:
         ResolveError: missing file, failing import, or no such function.
@@ -168,7 +168,7 @@ def load_function(name: str) -> tuple[ModuleType, Any]:
 
 
 def _contents(module: ModuleType) -> str:
-    """The names of a module's functions, and of the classes that it defines."""
+    """Name a module's functions, and the classes that it defines."""
     names = [
         name
         for name, value in vars(module).items()
@@ -206,7 +206,7 @@ def _load_file(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def asking(what: str, file: str | None = None) -> Iterator[None]:
-    """Whatever a stranger's code raises inside, an exit or a test's skip included, is the answer to give.
+    """Turn anything that user code raises, an exit or a test's skip included, into ResolveError.
 
     Raises:
         ResolveError: ``what``, the exception and, if it went through ``file``, the line there.
@@ -235,7 +235,7 @@ def check_signature(name: str, function: Any, positional: int, keywords: tuple[s
 
 
 def one_line(error: BaseException) -> str:
-    """The type and the message of an exception, without line breaks."""
+    """Write the type and the message of an exception, without line breaks."""
     try:
         message = " ".join(str(error).split())
     except Exception:  # a stranger's exception may have no readable message

@@ -89,7 +89,7 @@ def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = N
 
 
 def _select(z: Tensor, scores: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Tensor:
-    """The chosen experts [T, K] from logits and scores [T, E]."""
+    """Choose experts [T, K] from logits and scores [T, E]."""
     if selection_bias is not None:
         scores = scores + selection_bias.detach().to(scores.dtype)
     rank = z if selection_bias is None else scores  # [T, E], the larger the better
@@ -117,7 +117,7 @@ def noisy_top_k(
     noise_epsilon: float = NOISE_EPSILON,
     generator: torch.Generator | None = None,
 ) -> tuple[Routing, Tensor]:
-    """Noisy top-k gating: route on ``clean + eps * scale`` with eps drawn from the standard Normal.
+    """Route on ``clean + eps * scale`` with eps drawn from the standard Normal: noisy top-k gating.
 
     Shazeer et al. 2017 (arXiv:1701.06538), equations 3 to 5, where
     ``scale = softplus(raw_scale) + noise_epsilon`` and the spec is ``RouterSpec(K, score="topk_softmax")``.
@@ -159,7 +159,7 @@ def check_noise(spec: RouterSpec) -> None:
 
 
 def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
-    """The expected number of tokens of each expert, as a smooth function of the logits.
+    """Estimate the number of tokens of each expert, as a smooth function of the logits.
 
     Shazeer et al. 2017 (arXiv:1701.06538), appendix A, equations 8 to 10: the probability that expert i
     stays among the top k if only its own noise is drawn again is the Normal CDF of
@@ -185,17 +185,17 @@ def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
 
 
 def count_load(routing: Routing, num_experts: int) -> Tensor:
-    """How many tokens visit each expert: [E] int64, without a gradient. A gate of zero is still a visit."""
+    """Count the tokens that visit each expert: [E] int64, no gradient. A gate of zero is still a visit."""
     return sort_by_expert(routing.expert_ids, num_experts)[1]
 
 
 def dense_gates(routing: Routing, num_experts: int) -> Tensor:
-    """The gates as a table [T, E] with zeros where a token does not visit an expert."""
+    """Return gates as a table [T, E] with zeros where a token does not visit an expert."""
     ids, gates = routing
     return gates.new_zeros(len(ids), num_experts).scatter(1, ids, gates)
 
 
 def importance(routing: Routing, num_experts: int) -> Tensor:
-    """The sum of each expert's gates over tokens: [E], in at least float32 (arXiv:1701.06538, equation 6)."""
+    """Sum each expert's gates over tokens: [E], in at least float32 (arXiv:1701.06538, equation 6)."""
     gates = routing.gates.to(accumulation_dtype(routing.gates.dtype))
     return dense_gates(routing._replace(gates=gates), num_experts).sum(dim=0)

@@ -17,7 +17,7 @@ SUPPORT = Support(second_order=True, autocast=True)
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     T, K = routing.expert_ids.shape
     E, O, _ = experts.w_out.shape
     order, counts = sort_by_expert(routing.expert_ids, E)  # [T * K], [E]

@@ -25,12 +25,12 @@ _kept: dict[str, ModuleType] = {}  # the suite's modules, between one `imported`
 
 
 def project() -> dict[str, Any]:
-    """The table [project] of pyproject.toml, which is in the wheel, too."""
+    """Read the table [project] of pyproject.toml, which is in the wheel, too."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def missing() -> list[str]:
-    """What the extra `suite` installs and is not here."""
+    """List what the extra `suite` installs and is not here."""
     requirements = project()["optional-dependencies"]["suite"]
     names = [re.split(r"[^\w.-]", requirement)[0] for requirement in requirements]
     return [name for name in names if not list(importlib.metadata.distributions(name=name))]

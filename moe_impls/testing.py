@@ -160,7 +160,7 @@ def _run(subject: Subject, thorough: bool) -> Verified:
 
 
 def _first(listed: list[Case]) -> list[Case]:
-    """The first problem of each dtype that can be run, for each check."""
+    """Pick the first problem of each dtype that can be run, for each check."""
     first: dict[object, Case] = {}
     for case in listed:
         key = case.check.function, getattr(case.problem, "dtype", None)
@@ -179,7 +179,7 @@ def _support(function: Any, given: Support | None) -> Support:
 
 
 def __getattr__(name: str) -> object:
-    """What lines after ``reproduce:`` are made of."""
+    """Import what lines after ``reproduce:`` are made of."""
     if name not in __all__:
         raise AttributeError(f"module 'moe_impls.testing' has no attribute {name!r}")
     with suite.imported():

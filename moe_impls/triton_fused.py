@@ -50,7 +50,7 @@ def _is_installed() -> bool:
 
 
 def is_available() -> bool:
-    """Whether Triton is installed, and the GPU, if there is one, not too old for it."""
+    """Tell whether Triton is installed, and the GPU, if there is one, not too old for it."""
     return _is_installed() and (
         not torch.cuda.is_available() or torch.cuda.get_device_capability() >= LEAST_CAPABILITY
     )
@@ -91,7 +91,7 @@ def _check(x: Tensor, E: int) -> None:
 
 
 def _precision() -> str:
-    """How float32 is multiplied: as such, unless torch was told to multiply it as TF32 itself."""
+    """Name how float32 is multiplied: as such, unless torch was told to multiply it as TF32 itself."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -111,12 +111,12 @@ class _Blocks(NamedTuple):
 
 
 def candidates(rows_per_expert: float, dtype: torch.dtype) -> tuple[_Blocks, ...]:
-    """Tiles for so many rows of an expert on average, the usual first; large calls try the others."""
+    """List tiles for so many rows of an expert on average, the usual first; large calls try the others."""
     return (_Blocks(32, 64, 64),) if INTERPRETED else _on_gpus(rows_per_expert, dtype)
 
 
 def _on_gpus(rows_per_expert: float, dtype: torch.dtype) -> tuple[_Blocks, ...]:
-    """With few rows, narrow tiles read the weights once."""
+    """List tiles for a GPU: with few rows, narrow ones read the weights once."""
     depth = 32 if dtype == torch.float32 else 64
     if rows_per_expert <= 16:
         return (
@@ -131,7 +131,7 @@ def _on_gpus(rows_per_expert: float, dtype: torch.dtype) -> tuple[_Blocks, ...]:
 
 
 def configurations(dtype: torch.dtype) -> tuple[_Blocks, ...]:
-    """Every tile that some call of this dtype may take on a GPU, whichever is fastest there."""
+    """List every tile that some call of this dtype may take on a GPU, whichever is fastest there."""
     found = [sizes for rows in (16, 64, math.inf) for sizes in _on_gpus(rows, dtype)]
     return tuple(dict.fromkeys(found))
 
@@ -140,7 +140,7 @@ _CHOSEN: dict[tuple[Any, ...], _Blocks] = {}
 
 
 def choices() -> dict[tuple[Any, ...], _Blocks]:
-    """The fastest tiles of a first call, by device, dtype, precision, activation, rows, E, D, F and O."""
+    """Return the fastest tiles of first calls, by device, dtype, precision, activation, rows, E, D, F, O."""
     return dict(_CHOSEN)
 
 
@@ -148,7 +148,7 @@ _TUNING_S = 0.0
 
 
 def tuning_seconds() -> float:
-    """Seconds that trying tiles took in this process, compilation included."""
+    """Return the seconds that trying tiles took in this process, compilation included."""
     return _TUNING_S
 
 
@@ -159,7 +159,7 @@ def _blocks_for(
     x: Tensor, expert_ids: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
     activation: str,
 ) -> _Blocks:  # fmt: skip
-    """The tiles of a call. The first large one of its kind tries all candidates, which waits for the GPU."""
+    """Choose the tiles of a call. The first large one of its kind tries all, which waits for the GPU."""
     (E, F, D), O, N = w_in.shape, w_out.shape[1], expert_ids.numel()
     few = candidates(N / E, x.dtype)
     if len(few) == 1 or N * F * D < LARGE:
@@ -184,7 +184,7 @@ def _blocks_for(
 
 
 def _milliseconds(call: Callable[[], None]) -> float:
-    """Mean milliseconds of a call on the current device, after compilation."""
+    """Measure the mean milliseconds of a call on the current device, after compilation."""
     call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -229,7 +229,7 @@ _INTERPRETER = threading.RLock()  # it replaces Triton's functions while a kerne
 
 
 def _on(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be that of x."""
+    """Make the device of x the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else _INTERPRETER
 
 
@@ -253,7 +253,7 @@ def _strides(bias: Tensor | None) -> tuple[int, int]:
 def _hidden(
     x: Tensor, plan: _Plan, w_in: Tensor, b_in: Tensor | None, activation: str, *, keep: bool, activate: bool
 ) -> tuple[Tensor, Tensor]:
-    """What is activated [N, F], empty unless kept, and the hidden features [N, H], empty unless activated."""
+    """Compute what is activated [N, F], unless not kept, and hidden features [N, H], unless not activated."""
     E, F, D = w_in.shape
     gated = activation in GATED_ACTIVATIONS
     H, N = F // 2 if gated else F, len(plan.order)
@@ -271,7 +271,7 @@ def _hidden(
 def _product(
     rows: Tensor, plan: _Plan, w: Tensor, bias: Tensor | None = None, *, relu: bool = False
 ) -> Tensor:
-    """rows [N, depth] @ w[e] [depth, columns] + bias[e], in the order of slots: [T * K, columns]."""
+    """Compute rows [N, depth] @ w[e] [depth, columns] + bias[e], in the order of slots: [T * K, columns]."""
     E, depth, columns = w.shape
     out = rows.new_empty(len(plan.order), columns)
     _kernels().product_kernel[_grid(plan, columns)](
@@ -286,7 +286,7 @@ def _weight_grads(
     left: Tensor, left_rows: Tensor | None, gates: Tensor | None, right: Tensor, right_rows: Tensor | None,
     plan: _Plan, *, bias: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """d_w [E, P, Q] and d_bias [E, P], empty without one."""
+    """Compute d_w [E, P, Q] and d_bias [E, P], empty without one."""
     E, P, Q = len(plan.ends), left.shape[1], right.shape[1]
     d_w = right.new_empty(E, P, Q)
     d_bias = right.new_empty(E, P) if bias else right.new_empty(0)
@@ -302,12 +302,12 @@ def _weight_grads(
 
 
 def _keeps_pre(D: int, F: int, H: int) -> bool:
-    """Whether what is activated takes no more memory than the rows of the two products."""
+    """Tell whether what is activated takes no more memory than the rows of the two products."""
     return F <= D + H
 
 
 def _needs_outputs(output_activation: str, combine: str) -> bool:
-    """Whether the backward needs the experts' outputs."""
+    """Tell whether the backward needs the experts' outputs."""
     return output_activation == "relu" or combine != "sum"
 
 
@@ -317,7 +317,7 @@ def _forward(
     w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
     activation: str, output_activation: str, combine: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y [T, O] and, to keep for the backward, pre [N, F] and outputs [N, O], each empty unless needed."""
+    """Compute y [T, O] and, for the backward, pre [N, F] and outputs [N, O], each empty unless needed."""
     (T, D), K = x.shape, expert_ids.shape[1]
     E, O, H = w_out.shape
     _check(x, E)
@@ -352,7 +352,7 @@ def _(x, expert_ids, gates, w_in, b_in, w_out, b_out, activation, output_activat
 
 
 def _combine_grads(dy: Tensor, outputs: Tensor, gates: Tensor, combine: str) -> tuple[Tensor, Tensor]:
-    """The gradients, in float32 and the dtype of gates, of ``combine_slots``; outputs [T, K, O]."""
+    """Compute the gradients of ``combine_slots``, in float32 and the dtype of gates; outputs [T, K, O]."""
     dy, values, weights = dy.float().unsqueeze(1), outputs.float(), gates.float().unsqueeze(-1)
     if combine == "sum":
         return dy * weights, (dy * values).sum(-1).to(gates.dtype)
@@ -368,7 +368,7 @@ def _backward(
     w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, pre: Tensor, outputs: Tensor,
     activation: str, output_activation: str, combine: str, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of x, gates, w_in, b_in, w_out, b_out; those that are not wanted are empty."""
+    """Compute the gradients of x, gates, w_in, b_in, w_out, b_out; those that are not wanted are empty."""
     (T, D), K = x.shape, expert_ids.shape[1]
     (E, O, H), F = w_out.shape, w_in.shape[1]
     leaves = (x, gates, w_in, b_in, w_out, b_out)
@@ -444,7 +444,7 @@ torch.library.register_autograd("moe_impls::triton_fused", _gradients, setup_con
 
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract.
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract.
 
     Raises:
         RuntimeError: no CUDA tensors and no interpreter, no Triton, or a GPU too old.

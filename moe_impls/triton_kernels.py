@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(triton_fused.INTERPRETED)
 
 
 def _inlined(function):
-    """A function that kernels call. The interpreter would prepare its language anew for each such call."""
+    """Mark a function that kernels call: the interpreter would prepare its language anew for each call."""
     return function if triton_fused.INTERPRETED else triton.jit(function)
 
 
@@ -56,13 +56,13 @@ def _gelu_slope(z):
 
 @_inlined
 def _clamped(gate, up):
-    """The inputs of swiglu_clamped within its bounds."""
+    """Bring the inputs of swiglu_clamped within its bounds."""
     return tl.where(gate > 7.0, 7.0, gate), tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
 
 
 @_inlined
 def _activated(gate, up, ACTIVATION: tl.constexpr):
-    """The hidden features; ``up`` is read only if the activation is gated."""
+    """Compute hidden features; ``up`` is read only if the activation is gated."""
     if ACTIVATION == "relu":
         return _relu(gate)
     elif ACTIVATION == "gelu":
@@ -83,7 +83,7 @@ def _activated(gate, up, ACTIVATION: tl.constexpr):
 
 @_inlined
 def _slopes(gate, up, ACTIVATION: tl.constexpr):
-    """The derivatives of the hidden features by ``gate`` and by ``up``."""
+    """Compute the derivatives of the hidden features by ``gate`` and by ``up``."""
     if ACTIVATION == "relu":
         return tl.where(gate > 0, 1.0, 0.0), up
     elif ACTIVATION == "gelu":
@@ -107,7 +107,7 @@ def _slopes(gate, up, ACTIVATION: tl.constexpr):
 
 @_inlined
 def _tile_of_program(tiles, columns, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The tile and the block of columns of this program. GROUP tiles take turns on the same weights."""
+    """Find the tile and the columns of this program. GROUP tiles take turns on the same weights."""
     program = tl.program_id(0)
     blocks = tl.cdiv(columns, BLOCK_N)
     first = program // (GROUP * blocks) * GROUP
@@ -118,7 +118,7 @@ def _tile_of_program(tiles, columns, BLOCK_N: tl.constexpr, GROUP: tl.constexpr)
 
 @_inlined
 def _rows_of_tile(tile, e, tile_begin, ends, BLOCK_M: tl.constexpr):
-    """The rows of a tile of expert e, int64 [BLOCK_M], and which of them there are."""
+    """List the rows of a tile of expert e, int64 [BLOCK_M], and which of them there are."""
     n = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
     return n, n < tl.load(ends + e)
 
@@ -128,7 +128,7 @@ def _dot_along(
     left, right, are_rows, are_columns, depth, right_stride, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k left[m, k] right[k, n], [BLOCK_M, BLOCK_N]; the pointers are at the first block of the depth."""
+    """Sum left[m, k] right[k, n] over k, [BLOCK_M, BLOCK_N]; pointers are at the first block of the depth."""
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for done in range(0, depth, BLOCK_K):
@@ -151,7 +151,7 @@ def hidden_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """hidden [N, H] = activation(x[row_of] @ w[e]ᵀ + bias[e]) and, to KEEP, what is activated: pre [N, F]."""
+    """Write hidden [N, H] = act(x[row_of] @ w[e]ᵀ + bias[e]) and, to KEEP, what is activated: pre [N, F]."""
     tile, block = _tile_of_program(tiles, H, BLOCK_N, GROUP)
     e = tl.load(tile_expert + tile)
     if e == E:
@@ -204,7 +204,7 @@ def product_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[place_of[n]] = rows[n] @ w[e] + bias[e], or its relu; rows [N, depth], out [N, columns]."""
+    """Write out[place_of[n]] = rows[n] @ w[e] + bias[e], or its relu; rows [N, depth], out [N, columns]."""
     tile, block = _tile_of_program(tiles, columns, BLOCK_N, GROUP)
     e = tl.load(tile_expert + tile)
     if e == E:
@@ -234,7 +234,7 @@ def hidden_grad_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """d_pre [N, F] from dy[row_of] @ w[e] and pre [N, F], and once more what pre becomes: hidden [N, H].
+    """Write d_pre [N, F] from dy[row_of] @ w[e] and pre [N, F], and again what pre becomes: hidden [N, H].
 
     With gates the gradient of row n is dy[row_of[n]] times the gate of its slot, and d_gates [N, blocks]
     gets the part of this block of H in the product of dy with the expert's output:
@@ -287,7 +287,7 @@ def weight_grad_kernel(
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_w[e] = Σ_n left[n] rightᵀ[n] and d_bias[e] = Σ_n left[n] over the rows n of expert e, written once.
+    """Write d_w[e] = Σ_n left[n] rightᵀ[n] and d_bias[e] = Σ_n left[n], n the rows of expert e, once.
 
     left [N, P] and right [N, Q], or gathered by their row numbers; left times the gate of its slot or not.
     An expert without rows gets zeros.
@@ -331,7 +331,7 @@ def weight_grad_kernel(
 
 @triton.jit
 def combine_kernel(slots, gates, y, T, K, O, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):
-    """y[t] = Σ_k gates[t, k] * slots[t, k], in the order of k; slots [T, K, O]."""
+    """Write y[t] = Σ_k gates[t, k] * slots[t, k], in the order of k; slots [T, K, O]."""
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     mask = (t < T)[:, None] & (o < O)[None, :]

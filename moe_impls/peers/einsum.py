@@ -16,7 +16,7 @@ from moe_impls.interface import Experts, Routing, Support
 
 
 def capacity(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     chosen = F.one_hot(routing.expert_ids, len(experts.w_in)).sum(1)  # [T, E], of 0 and 1
     place = chosen.cumsum(0) * chosen - 1  # [T, E], the row at its expert; -1 for the others
     C = int(place.max()) + 1 if len(x) else 0

@@ -28,7 +28,7 @@ SUPPORT = Support(
 
 
 def fused_moe(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     ids, gates = routing
     return LigerFusedMoEFunction.apply(  # pyright: ignore[reportReturnType]
         x, experts.w_in, experts.w_out, ids.int(), gates

@@ -16,7 +16,7 @@ from moe_impls.interface import Experts, Routing, Support
 
 
 def log_space(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "logsumexp") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     gates = torch.zeros(len(x), len(experts.w_in), dtype=routing.gates.dtype, device=x.device)
     gates = gates.scatter(1, routing.expert_ids, routing.gates)
     expert, token = gates.t().nonzero(as_tuple=True)

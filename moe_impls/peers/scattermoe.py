@@ -32,7 +32,7 @@ SUPPORT = Support(
 
 
 def parallel_experts(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     ids, gates = routing
     places = flatten_sort_count(ids, num_experts=len(experts.w_in))
     h = parallel_linear(

@@ -36,7 +36,7 @@ def _dispatcher(E: int, K: int) -> LocalTokenDispatcher:
 
 
 def grouped_mm(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     ids, gates = routing
     E, F, _ = experts.w_in.shape
     gate_rows, up_rows = experts.w_in.split(F // 2, dim=1)

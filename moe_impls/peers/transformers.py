@@ -31,7 +31,7 @@ _GATES = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
 
 
 def _module(experts: Experts) -> SimpleNamespace:
-    """What the library's functions read of a module."""
+    """Make what the library's functions read of a module."""
     gated = experts.activation in GATED_ACTIVATIONS
     b_in, b_out = experts.b_in, experts.b_out
     has_bias = b_in is not None or b_out is not None
@@ -60,7 +60,7 @@ def _module(experts: Experts) -> SimpleNamespace:
 def _forward(
     function: Forward, x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum"
 ) -> Tensor:
-    """x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     return function(_module(experts), x, routing.expert_ids, routing.gates)
 
 

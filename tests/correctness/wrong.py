@@ -278,7 +278,7 @@ def packed_for_an_object() -> Callable[[Tensor, Routing, Experts], tuple]:
 
 
 def packed_for_a_version() -> Callable[[Tensor, Routing, Experts], tuple]:
-    """The same, made anew where address or version say that the contents are others."""
+    """Make it anew where address or version say that the contents are others."""
     kept: dict[tuple[int, int], Tensor] = {}
 
     def pack(x: Tensor, routing: Routing, experts: Experts) -> tuple:
