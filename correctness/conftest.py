@@ -111,6 +111,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    parallel.exit_status(session)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     if facts := summary.facts(item):
         item.user_properties.append(("subject", facts))

@@ -193,7 +193,10 @@ def nan_contained(route: Route, problem: RouterProblem) -> None:
     sound[[3, 7]] = False
     if not torch.equal(ids[sound], clean.expert_ids[sound]):
         raise CheckFailed("a NaN in the logits of one token changes the experts of others")
-    _require_gates(Routing(ids[sound], gates[sound]), logits[sound], problem.spec)
+    try:
+        _require_gates(Routing(ids[sound], gates[sound]), logits[sound], problem.spec)
+    except CheckFailed as failure:
+        raise CheckFailed(f"beside tokens with NaN, {failure}") from failure
 
 
 def masked_experts(route: Route, problem: RouterProblem) -> None:
@@ -413,7 +416,8 @@ def generated_routing(route: Route, problem: RouterProblem) -> None:
 
 CHECKS = (
     Check(inputs_unchanged, KINDS),
-    Check(values, (*ALL_DTYPES, *(replace(p, T=5_003) for p in KINDS if p.E <= 64))),
+    # A problem with several choices of a token comes first, since most mistakes show there.
+    Check(values, (*KINDS, *ALL_DTYPES, *(replace(p, T=5_003) for p in KINDS if p.E <= 64))),
     Check(gradients, ALL_DTYPES),
     Check(ties, PROBLEMS),
     Check(nan_contained, KINDS + tuple(replace(p, dtype=torch.bfloat16) for p in KINDS)),

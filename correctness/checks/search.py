@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 
@@ -21,6 +21,7 @@ def search(holds: Callable[[P], object], problems: SearchStrategy[P]) -> None:
     """
     failures: list[CheckFailed] = []
 
+    @settings(report_multiple_bugs=False)
     @given(problems)
     def no_problem_fails(problem: P) -> None:
         try:

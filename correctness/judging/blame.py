@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
@@ -61,17 +62,20 @@ def as_finding(verdict: str, code: str) -> Iterator[None]:
 def process_kept() -> Iterator[None]:
     """Make ``os._exit`` raise in this process: a subject that calls it would end the run, and as passed."""
     exit_at_once, process = os._exit, os.getpid()
+    modules = (os, sys.modules[os.name])  # posix, from which os has it
 
     def refuse(status: int) -> NoReturn:
         if os.getpid() == process:
             raise SystemExit(f"os._exit({status})")
         exit_at_once(status)  # of a process that was forked inside
 
-    os._exit = refuse
+    for module in modules:
+        setattr(module, "_exit", refuse)  # noqa: B010  # whose type is that it never returns
     try:
         yield
     finally:
-        os._exit = exit_at_once
+        for module in modules:
+            setattr(module, "_exit", exit_at_once)  # noqa: B010
 
 
 def _lines(error: BaseException) -> str:

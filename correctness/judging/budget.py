@@ -38,7 +38,8 @@ def relative_errors(got: Tensor, want: Tensor, scale: Tensor, floor: float = 0.0
     """
     got = got.to(want.dtype)
     error = (got - want).abs()
-    relative = torch.where((got == want) | (error <= floor), 0.0, error / scale)
+    none = (got == want) | (error <= floor) if floor else got == want
+    relative = torch.where(none, 0.0, error / scale)
     return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 

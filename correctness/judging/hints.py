@@ -28,7 +28,7 @@ EVIDENCE = 100
 MOST_WORK = 2**22  # products of numbers for the first of the rows on which a computation is tried
 MOST_UNITS = 32  # wrong rows, or experts, on which one is tried
 A_LITTLE = 2**-6  # of a row's scale; a lost token is more in any sum of less than 4000
-TAILS = (2, 4, 8, 16, 32, 64, 128, 256)  # sizes that features may be cut to multiples of
+TAILS = (2, 4, 8, 16, 32, 64, 128, 256)  # sizes that rows and features may be cut to multiples of
 
 
 class Wrong(NamedTuple):
@@ -296,6 +296,19 @@ def _changes(wrong: Wrong, rows: Tensor) -> Iterator[tuple[str, Computation]]:
     order = ids.flatten().argsort(stable=True)
     in_order = torch.empty_like(gates.flatten()).scatter_(0, order, gates.flatten()).view_as(gates)
     yield "with slots sorted by expert and unsorted gates", routed(ids, in_order)
+    load = ids.flatten().bincount(minlength=len(experts.w_out))  # [E]
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device))
+    rank, own = rank.view_as(ids), load[ids]  # of each slot among all, by expert; rows of its expert
+    position = rank - (load.cumsum(0) - load)[ids]  # among its expert's rows
+    for m in TAILS:
+        yield (
+            f"without the last, incomplete tile of {m} rows of each expert",
+            routed(ids, gates.where(position < own - own % m, 0)),
+        )
+        yield (
+            f"without the last, incomplete tile of {m} slots in the order of experts",
+            routed(ids, gates.where(rank < ids.numel() - ids.numel() % m, 0)),
+        )
     for k in range(K) if 1 < K <= 8 else ():
         yield f"for choice {k} alone", routed(ids, gates.where(torch.arange(K, device=ids.device) == k, 0))
     for e in _first_visited(wrong, rows) if not wrong.is_weight else ():
@@ -333,6 +346,8 @@ def _changes(wrong: Wrong, rows: Tensor) -> Iterator[tuple[str, Computation]]:
         ):
             b_in = None if experts.b_in is None else experts.b_in[:, order]
             yield f"with {text}", made_of(w_in=experts.w_in[:, order], b_in=b_in)
+    if experts.w_in.shape[1] == experts.w_in.shape[2] and wrong.name != "w_in":
+        yield "with w_in transposed", made_of(w_in=experts.w_in.mT)
     if experts.w_out.shape[1] == H and wrong.name != "w_out":
         yield "with w_out transposed", made_of(w_out=experts.w_out.mT)
 

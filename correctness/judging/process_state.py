@@ -17,11 +17,17 @@ import torch.utils.deterministic as torch_deterministic
 
 from correctness.judging.finding import CheckFailed
 
+CLOCKS = tuple(
+    name + unit
+    for name in ("perf_counter", "monotonic", "process_time", "thread_time", "time")
+    for unit in ("", "_ns")
+)
 # What times and verdicts are made with. Captured when the suite is loaded, before any subject is.
 _INSTRUMENTS: dict[tuple[Any, str], Any] = {
     (owner, name): getattr(owner, name)
     for owner, names in (
-        (time, ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "time", "time_ns")),
+        (time, CLOCKS),
+        (torch.Tensor, ("__eq__", "__le__", "__lt__", "abs", "amax", "max")),
         (torch, ("equal", "allclose", "isfinite", "isnan", "empty", "empty_like")),
         (torch.autograd, ("grad", "gradcheck")),
         (torch.testing, ("assert_close",)),
@@ -38,7 +44,8 @@ def instruments_kept() -> Iterator[None]:
         yield
     finally:
         for (owner, name), value in _INSTRUMENTS.items():
-            setattr(owner, name, value)
+            if getattr(owner, name) is not value:
+                setattr(owner, name, value)
 
 
 _SEED = 2**31 + 1_234_567  # none that an implementation would use

@@ -31,3 +31,12 @@ def is_whole(config: pytest.Config) -> bool:
         and config.getoption("numprocesses", None) is None  # -n 0 is an answer, too
         and config.getoption("capture") != "no"
     )
+
+
+def exit_status(session: pytest.Session) -> None:
+    """Let a run that --exitfirst or --maxfail ended say that tests failed: pytest-xdist says interrupted."""
+    workers = session.config.pluginmanager.getplugin("dsession")
+    if workers and session.exitstatus == pytest.ExitCode.INTERRUPTED:
+        most: int = session.config.option.maxfail
+        if 0 < most <= getattr(workers, "countfailures", 0):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -100,10 +100,12 @@ class Verdict:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.planned = [item.nodeid for item in session.items if "subject" in dict(item.user_properties)]
+        self._write_if_possible()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
         self.planned = list(ids)
+        self._write_if_possible()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if ended := result(report):

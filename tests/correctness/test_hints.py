@@ -216,6 +216,8 @@ CASES = (
      EVERY + "would be right with gate and up rows taken alternately"),
     (made_of(lambda e: replace(e, w_out=e.w_out.mT)), SQUARE, "y",
      EVERY + "would be right with w_out transposed"),
+    (made_of(lambda e: replace(e, w_in=e.w_in.mT)), SQUARE, "y",
+     EVERY + "would be right with w_in transposed"),
     (lambda x, routing, experts, combine: right(zeroed(x.clone(), ALL, slice(8, None)), routing, experts,
      combine=combine), REAL, "y", EVERY + "would be right without features of x from 8 on"),
     (made_of(lambda e: replace(e, w_out=zeroed(e.w_out.clone(), ALL, ALL, slice(8, None)))), REAL, "y",
@@ -290,3 +292,27 @@ def test_hints_are_about_the_inputs_that_the_result_was_computed_from() -> None:
     with pytest.raises(CheckFailed, match="each token that visits expert 4, and no other"):
         compare.require_right({"y": y}, REAL, other)
     assert not torch.equal(inputs.routing.expert_ids, other.routing.expert_ids)
+
+
+def ranks(ids: Tensor) -> Tensor:
+    """Place of each slot when slots are sorted by expert: [T, K]."""
+    order = ids.flatten().argsort(stable=True)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(ids)
+
+
+def beyond_tiles_of_an_expert(ids: Tensor) -> Tensor:
+    load = ids.flatten().bincount(minlength=REAL.E)
+    position = ranks(ids) - (load.cumsum(0) - load)[ids]
+    return position >= (load - load % 16)[ids]
+
+
+@pytest.mark.parametrize(
+    ("lost", "whose"),
+    [
+        (beyond_tiles_of_an_expert, "rows of each expert"),
+        (lambda ids: ranks(ids) >= ids.numel() - ids.numel() % 32, "slots in the order of experts"),
+    ],
+)
+def test_a_lost_tail_is_named_with_its_tile(lost: Callable[[Tensor], Tensor], whose: str) -> None:
+    assert "without the last, incomplete tile of " in (found := hint(without(lost), REAL))
+    assert whose in found

@@ -228,6 +228,12 @@ def test_a_finding_is_shown_without_a_traceback_through_the_suite(
     assert not [line for line in done.outlines if re.match(r".*correctness/(?!test_)\w+\.py:\d", line)]
 
 
+def test_the_first_finding_of_several_processes_is_a_failure_and_no_interruption(file: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "correctness", f"--impl={file}:raises", "-n2", "-x", "-q"]
+    done = subprocess.run([*command, "-k", "values-all_experts"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+
+
 def test_what_a_subject_changes_in_one_test_is_not_found_by_the_next(
     pytester: pytest.Pytester, file: Path
 ) -> None:

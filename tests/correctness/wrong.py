@@ -561,7 +561,11 @@ BUGS = {
         with_result(lambda y, x: 2 * y if torch.get_autocast_dtype("cpu") == torch.float16 else None),
     ),
     "done_when_it_returns": (with_result(filled_later), with_result(left_running)),
-    "instruments_untouched": (doing(lambda: setattr(time, "monotonic", lambda: 0.0)),),
+    "instruments_untouched": (
+        doing(lambda: setattr(time, "monotonic", lambda: 0.0)),
+        doing(lambda: setattr(time, "thread_time", lambda: 0.0)),
+        doing(lambda: setattr(Tensor, "__le__", lambda a, b: torch.ones_like(a, dtype=torch.bool))),
+    ),
     "no_fallback": (falls_back,),
     "gradcheck": (with_gates(lambda ids, gates: _Backward.apply(gates, lambda ctx, grad: 2 * grad)),),
     # The right derivative, whose own derivative is lost.
