@@ -241,7 +241,9 @@ def test_wrong():
     with pytest.raises(AssertionError, match="wrong:forward fails 'after_inference'") as caught:
         verify(wrong)
     code = str(caught.value).partition("reproduce: ")[2].partition(chr(10))[0]
-    x, routing, experts, dy = make_inputs(eval(code))
+    with pytest.raises(AssertionError, match="wrong:forward fails 'after_inference'"):
+        exec(code)
+    x, routing, experts, dy = make_inputs(Problem("small", T=9, D=4, H=4, O=4, E=3, K=2))
     assert x.shape[0] == dy.shape[0]
 
 
@@ -262,6 +264,13 @@ def make():
 
 def read(layer):
     return LayerWeights(layer.experts, layer.router, layer.w_gate.T, training_only=("w_noise",))
+
+
+def test_losses_and_layers_are_run_again_by_their_words():
+    rerun("losses", "moe_impls", "counts_visits")
+    rerun("layer", "moe_qwen", "evaluation", "float32")
+    with pytest.raises(ValueError, match="has no check 'ties'"):
+        rerun("layer", "moe_qwen", "ties", "float32")
 
 
 def test_layer():
@@ -289,7 +298,7 @@ def test_other_projects_call_it_in_tests_of_their_own(installed: Path, theirs: P
     (theirs / "test_theirs.py").write_text(THEIR_TESTS, encoding="utf-8")
     done = run(installed, theirs, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_theirs.py")
     assert done.returncode == 0, done.stdout
-    assert "6 passed" in done.stdout
+    assert "7 passed" in done.stdout
 
 
 def test_the_action_writes_the_verdict_to_the_summary(installed: Path, wheel: Path, theirs: Path) -> None:
