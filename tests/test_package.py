@@ -176,6 +176,13 @@ def test_list_names_everything_with_its_meaning(installed: Path, theirs: Path) -
         ("verify nowhere.py:forward", 4, "nowhere.py does not exist or is no file"),
         ("verify --verdict=kernel.py/v.json", 4, "kernel.py/v.json cannot be written"),
         ("bench kernel.py:forward --out=kernel.py/out", 4, "cannot be written"),
+        ("list --peers", 2, "list takes no arguments; --peers is given"),
+        ("gate --base main", 2, "gate needs a checkout of the repository: python -m benchmarks gate"),
+        ("history plot", 2, "history needs a checkout"),
+        ("cuda", 2, "cuda needs a checkout"),
+        ("measurement", 2, "measurement needs a checkout"),
+        ("compare --base main", 2, "--base needs a checkout of the repository"),
+        ("report", 2, "moe-impls-results holds no CSV file; `moe-impls bench` makes them"),
         ("measure", 2, "unknown command 'measure'; valid are verify, bench, list, compare"),
     ],
 )
@@ -210,6 +217,25 @@ def test_help_needs_no_other_package(bare: Path, tmp_path: Path) -> None:
     done = run(bare, tmp_path, "moe-impls", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "verify [NAME ...]" in done.stdout and "\n  compare " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "says", "does_not"),
+    [
+        ("verify", ("--router", "--verdict", "all of the project's own", "`pytest --help`"), "--exitfirst"),
+        ("bench", ("--grid", "moe-impls-results/<machine>", "example: ", "`pytest --help`"), "--exitfirst"),
+        ("compare", ("usage: moe-impls compare",), "python -m"),
+        ("report", ("usage: moe-impls report", "moe-impls-results/"), " results/"),
+        ("list", ("usage: moe-impls list",), "mixtral"),
+    ],
+)
+def test_help_of_a_command_is_short_and_its_own(
+    command: str, says: tuple[str, ...], does_not: str, installed: Path, tmp_path: Path
+) -> None:
+    done = run(installed, tmp_path, "moe-impls", command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(words in done.stdout for words in says) and does_not not in done.stdout
+    assert len(done.stdout.splitlines()) < 70
 
 
 def test_beside_a_checkout_the_first_line_says_which_one_runs(bare: Path, tmp_path: Path) -> None:

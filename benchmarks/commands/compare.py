@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_timing(parser: argparse.ArgumentParser, *, base_required: bool) -> None:
     """Add the options that `compare` and `gate` share."""
     parser.add_argument("--base", metavar="REF", required=base_required, help=(
-        "a commit, or a folder with another version of moe_impls"
+        "a commit, or a folder with another version of moe_impls; in a checkout only"
     ))  # fmt: skip
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=(
         f"for the samples of each of the two on each problem (default: {SECONDS:g})"

@@ -121,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a subset of every regime")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=(
-        "results/ unless given, over what it has of an earlier run"
+        f"{RESULTS.name}/ unless given, over what it has of an earlier run"
     ))  # fmt: skip
 
 
