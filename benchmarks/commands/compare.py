@@ -26,7 +26,7 @@ from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem, unsupported
 from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import resolve
-from reporting.pages import markdown_table, write_atomically
+from reporting.pages import check_writable, markdown_table, write_atomically
 from reporting.provenance import ROOT
 
 # Few tokens, a middle, and many on few experts.
@@ -65,9 +65,12 @@ def add_timing(parser: argparse.ArgumentParser, *, base_required: bool) -> None:
 
 
 def settle(options: argparse.Namespace) -> None:
-    """Check what `add_timing` added, and set the threads."""
+    """Check what `add_timing` added, its files before anything is measured, and set the threads."""
     if not options.seconds > 0:
         raise ValueError(f"--seconds is {options.seconds}; it must be above 0")
+    for option, path in (("--csv", options.csv), ("--markdown", options.markdown)):
+        if path is not None:
+            check_writable(option, path)
     shared.set_threads(options.threads)
 
 

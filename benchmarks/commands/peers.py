@@ -32,7 +32,7 @@ from correctness.problems.problem import Inputs, Problem
 from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, is_installed, resolve
 from reporting import provenance
-from reporting.pages import markdown_table, write_atomically
+from reporting.pages import check_writable, markdown_table, write_atomically
 
 
 def _layer(model: str, name: str = "", **smaller: int) -> Problem:
@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_writable("--out", options.out / "peers.csv")
     cells = measure_all(options.out, options.quick)
     print(*write(options.out, cells, measure_growth(options.quick), options.quick), sep="\n")
     return 0
