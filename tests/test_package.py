@@ -234,7 +234,8 @@ def test_help_of_a_command_is_short_and_its_own(
 ) -> None:
     done = run(installed, tmp_path, "moe-impls", command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(words in done.stdout for words in says) and does_not not in done.stdout
+    told = re.sub(r"-\n +", "-", done.stdout)
+    assert [words for words in says if words not in told] == [] and does_not not in told
     assert len(done.stdout.splitlines()) < 70
 
 

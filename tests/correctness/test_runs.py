@@ -330,8 +330,18 @@ BAD_FILES = {
     "def other(): pass": "bad.py has no 'forward'; it has other",
     "class Layer: pass": "bad.py has no 'forward'; it has Layer",
     "from torch import nn": "bad.py has no 'forward'; it has no functions",
+    "from moe_impls.functional import expert_mlp\ndef forwards(): pass": "no 'forward'; it has forwards",
     "def forward(): pass": "bad.py:forward has signature (); it must take",
 }
+
+
+def test_a_layer_that_is_named_as_an_implementation_is_told_which_option_it_takes(file: Path) -> None:
+    with pytest.raises(ResolveError) as caught:
+        resolve(f"{file}:Layer")
+    assert str(caught.value) == (
+        f"{file}:Layer is a class; it must be a function (x, routing, experts, *, combine). "
+        f"A whole layer is verified with --layer {file}:Layer"
+    )
 
 
 @pytest.mark.parametrize("option", ["--impl", "--router", "--layer"])
