@@ -22,10 +22,17 @@ COMMANDS = {
     "measurement": "measure what the measurement is worth: 20 minutes",
     "history": "keep a summary of a run; plot them over commits",
 }
+PROG = "python -m benchmarks"
 HERE = ("benchmarks", "correctness", "moe_impls", "reporting")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run_as(prog: str) -> int:
+    """Run the command that the process was started with, ``prog`` in its help."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no worktree and no process behind
+    return main(prog=prog)
+
+
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     """Run a command.
 
     Returns:
@@ -33,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         what is valid; 130 after Ctrl-C.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    options = parser(given[0] if given else "").parse_args(given)
+    options = parser(given[0] if given else "", prog).parse_args(given)
     from correctness.judging.finding import CheckFailed
 
     try:
@@ -56,9 +63,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def parser(command: str) -> argparse.ArgumentParser:
+def parser(command: str, prog: str = PROG) -> argparse.ArgumentParser:
     """Make the parser of all commands, with the options of the one that is asked for."""
-    made = _Parser(prog="python -m benchmarks", description="The sweep itself is `pytest benchmarks`.")
+    made = _Parser(prog=prog, description="The sweep itself is `pytest benchmarks`.")
     commands = made.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for name, summary in COMMANDS.items():
         own = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
@@ -70,5 +77,4 @@ def parser(command: str) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no worktree and no process behind
-    sys.exit(main())
+    sys.exit(run_as(PROG))

@@ -25,6 +25,7 @@ from benchmarks.sweep.run import SweepRun
 from benchmarks.timing.measure import CACHES
 from benchmarks.workloads import GRIDS, SECONDS
 from moe_impls.registry import ResolveError
+from reporting.provenance import RESULTS
 
 REQUEST = pytest.StashKey[Request]()
 RUN = pytest.StashKey[SweepRun]()
@@ -60,7 +61,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--resume", metavar="CSV", help=(
         "continue an interrupted sweep, with its options; what its file holds is not measured again"
     ))  # fmt: skip
-    group.addoption("--out", metavar="DIR", help="folder of the CSV and the report (results/<machine>)")
+    group.addoption("--out", metavar="DIR", help=(
+        f"folder of the CSV and the report ({RESULTS.name}/<machine>)"
+    ))  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,10 +7,12 @@ effect.
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib
 import os
-import runpy
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ USAGE = """\
 usage: moe-impls COMMAND ...
 
   verify [NAME ...] [OPTION ...]   check implementations, a --router or a --layer; --verdict writes the result
+                                   without a name: all of the project's own, several minutes
   bench [NAME ...] [OPTION ...]    measure implementations on a sweep; results go into moe-impls-results/
+                                   without a name: all of the project's own, several minutes
   list                             implementations, peers, models and checks
 {measuring}
 
-NAME is a name of `moe-impls list`, path/file.py:function or package.module:function. verify and bench take
-the options of pytest, too; COMMAND --help lists all.
+NAME is a name of `moe-impls list`, path/file.py:function or package.module:function. COMMAND --help lists the
+options of a command; verify and bench take those of pytest, too.
 
 Exit status of verify and bench, as pytest's: 0 all is right, 1 something is wrong, 2 interrupted, 4 the
 request is wrong, 5 no test was selected. Of the others: 0 done, 1 no result, 2 the request is wrong.
@@ -40,6 +44,16 @@ MEASURING = {
     "peers": "measure ours beside other libraries' experts",
 }
 BY_PYTEST = {"verify": "correctness", "bench": "benchmarks"}
+EXAMPLES = {
+    "verify": "moe-impls verify kernel.py:forward --verdict verdict.json",
+    "bench": "moe-impls bench kernel.py:forward --impl sorted_dispatch --T 16 --mode forward",
+}
+OF_PYTEST = """\
+example: {example}
+
+Without a name: all of the project's own, several minutes. The options of pytest pass through, such as -x, -k
+and -n; `pytest --help` lists them.
+"""
 COMMANDS = (*BY_PYTEST, "list", *MEASURING)
 # In place of what pytest loads by itself, which depends on what else is installed; entry points and modules.
 PLUGINS = ("timeout", "xdist", "hypothesispytest", "moe_impls.pytest_names")
@@ -55,8 +69,14 @@ def main() -> int:
         return 0
     sys.path.insert(0, str(suite.ROOT))
     sys.path.append(str(Path.cwd()))  # after all others, for package.module:function of this folder
+    from benchmarks.__main__ import COMMANDS as OF_CHECKOUT
+    from benchmarks.__main__ import run_as
     from reporting import provenance
 
+    if command in OF_CHECKOUT and command not in MEASURING:
+        needs = f"{command} needs a checkout of the repository: python -m benchmarks {command}"
+        print(f"error: {needs}", file=sys.stderr)
+        return 2
     if command not in (*COMMANDS, "--version"):
         print(f"error: unknown command {command!r}; valid are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
@@ -69,10 +89,30 @@ def main() -> int:
         print(f"{error}: {needs}", file=sys.stderr)
         return status
     if command == "list":
-        return _list()
+        return _list(arguments)
+    if command in BY_PYTEST and {"--help", "-h"} & {*arguments}:
+        return _help(command)
     if command in BY_PYTEST:
         return _pytest(BY_PYTEST[command], arguments)
-    runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)  # which reads these arguments, too
+    return run_as("moe-impls")
+
+
+def _help(command: str) -> int:
+    """Print the options that the suite adds to pytest's."""
+    parser = argparse.ArgumentParser(
+        prog=f"moe-impls {command}",
+        usage=f"moe-impls {command} [NAME ...] [OPTION ...]",
+        description=OF_PYTEST.format(example=EXAMPLES[command]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+
+    def getgroup(name: str, title: str) -> Any:  # as pytest's parser has it
+        return types.SimpleNamespace(addoption=parser.add_argument_group(title).add_argument)
+
+    conftest = importlib.import_module(f"{BY_PYTEST[command]}.conftest")
+    conftest.pytest_addoption(types.SimpleNamespace(getgroup=getgroup))
+    parser.print_help()
     return 0
 
 
@@ -102,7 +142,14 @@ def _pytest(package: str, arguments: Sequence[str]) -> int:
     return int(pytest.main([*options, str(suite.ROOT / package), *arguments]))
 
 
-def _list() -> int:
+def _list(arguments: Sequence[str]) -> int:
+    usage = "usage: moe-impls list    prints implementations, peers, models and checks"
+    if {"--help", "-h"} & {*arguments}:
+        print(usage)
+        return 0
+    if arguments:
+        print(f"error: list takes no arguments; {' '.join(arguments)} is given", file=sys.stderr)
+        return 2
     from benchmarks.workloads import MODELS
     from correctness.checks.table import KINDS
     from moe_impls import registry

@@ -97,6 +97,7 @@ def resolve(name: str) -> Implementation:
         if name.endswith(PREPARED):
             check_signature(name, function, 1, ())
         else:
+            _refuse_a_class(name, function)
             check_signature(name, function, 3, ("combine",))
     support = getattr(module, "SUPPORT", Support())
     if not isinstance(support, Support):
@@ -107,6 +108,14 @@ def resolve(name: str) -> Implementation:
     names = ("choose", "is_available", "tuning_seconds")
     optional = {n: getattr(module, n) for n in names if hasattr(module, n)}
     return Implementation(name, function, support, **optional)
+
+
+def _refuse_a_class(name: str, function: object) -> None:
+    if inspect.isclass(function):
+        raise ResolveError(
+            f"{name} is a class; it must be a function (x, routing, experts, *, combine). "
+            f"A whole layer is verified with --layer {name}"
+        )
 
 
 def is_installed(peer: str) -> bool:
@@ -168,12 +177,13 @@ def load_function(name: str) -> tuple[ModuleType, Any]:
 
 
 def _contents(module: ModuleType) -> str:
-    """Name a module's functions, and the classes that it defines."""
+    """Name the functions and classes that a module defines, without what it imports."""
     names = [
         name
         for name, value in vars(module).items()
         if not name.startswith("_")
-        and (inspect.isfunction(value) or (inspect.isclass(value) and value.__module__ == module.__name__))
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
     ]
     return ", ".join(names) or "no functions"
 

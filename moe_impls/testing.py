@@ -5,7 +5,7 @@
     def test_my_kernel():
         verify(my_kernel.forward)  # some seconds; an AssertionError says what is wrong and where
 
-What a finding says after ``reproduce:`` is Python, too:
+What a finding says after ``reproduce:`` is Python, too: a line that calls `rerun`, or a problem for
 ``from moe_impls.testing import *; x, routing, experts, dy = make_inputs(Problem(...))``.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from correctness.problems import Problem, RouterProblem, make_inputs, make_router_inputs
 
 __all__ = ["Problem", "RouterProblem", "RouterSpec", "Verified", "make_inputs", "make_router_inputs",
-           "torch", "verify", "verify_layer", "verify_router"]  # fmt: skip
+           "rerun", "torch", "verify", "verify_layer", "verify_router"]  # fmt: skip
 
 
 class Verified(NamedTuple):
@@ -120,6 +120,20 @@ def verify_layer(
         from correctness.judging.layer_bench import Layer
 
         return _run(layer(name, Layer(make, read, losses, _support(make, support))), thorough=True)
+
+
+def rerun(kind: str, name: str, check: str, problem: str = "", *, device: str = "cpu") -> None:
+    """Run one check again, by the words that a finding gives after ``reproduce:``.
+
+    Raises:
+        AssertionError: it fails again.
+        ValueError: the words name no subject, or a check or problem that it does not have.
+    """
+    __tracebackhide__ = True
+    with _suite():
+        from correctness.session import subjects
+
+        subjects.rerun(kind, name, check, problem, device=device)
 
 
 @contextlib.contextmanager

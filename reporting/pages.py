@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +15,33 @@ if TYPE_CHECKING:  # it takes most of a second to import
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file or none of it: to a temporary neighbour first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those around it; raise NotADirectoryError where a file is in their place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise ValueError, with the option's name, if a file cannot be written there; its folder is made."""
+    try:
+        make_folder(path.parent)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: {path} cannot be written: {error.strerror or error}") from error
 
 
 def markdown_table(frame: pd.DataFrame) -> str:

@@ -10,7 +10,8 @@ from moe_impls import suite
 
 ROOT = suite.ROOT
 # Of the wheel, whose folder is no place to write into, the results go into a folder beside the user's work.
-RESULTS = ROOT / "results" if (ROOT / "moe_impls").is_dir() else Path.cwd() / "moe-impls-results"
+IS_CHECKOUT = (ROOT / "moe_impls").is_dir()
+RESULTS = ROOT / "results" if IS_CHECKOUT else Path.cwd() / "moe-impls-results"
 
 
 def device_name(device: str) -> str:

@@ -176,6 +176,13 @@ def test_list_names_everything_with_its_meaning(installed: Path, theirs: Path) -
         ("verify nowhere.py:forward", 4, "nowhere.py does not exist or is no file"),
         ("verify --verdict=kernel.py/v.json", 4, "kernel.py/v.json cannot be written"),
         ("bench kernel.py:forward --out=kernel.py/out", 4, "cannot be written"),
+        ("list --peers", 2, "list takes no arguments; --peers is given"),
+        ("gate --base main", 2, "gate needs a checkout of the repository: python -m benchmarks gate"),
+        ("history plot", 2, "history needs a checkout"),
+        ("cuda", 2, "cuda needs a checkout"),
+        ("measurement", 2, "measurement needs a checkout"),
+        ("compare --base main", 2, "--base needs a checkout of the repository"),
+        ("report", 2, "moe-impls-results holds no CSV file; `moe-impls bench` makes them"),
         ("measure", 2, "unknown command 'measure'; valid are verify, bench, list, compare"),
     ],
 )
@@ -212,6 +219,26 @@ def test_help_needs_no_other_package(bare: Path, tmp_path: Path) -> None:
     assert "verify [NAME ...]" in done.stdout and "\n  compare " in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "says", "does_not"),
+    [
+        ("verify", ("--router", "--verdict", "all of the project's own", "`pytest --help`"), "--exitfirst"),
+        ("bench", ("--grid", "moe-impls-results/<machine>", "example: ", "`pytest --help`"), "--exitfirst"),
+        ("compare", ("usage: moe-impls compare",), "python -m"),
+        ("report", ("usage: moe-impls report", "moe-impls-results/"), " results/"),
+        ("list", ("usage: moe-impls list",), "mixtral"),
+    ],
+)
+def test_help_of_a_command_is_short_and_its_own(
+    command: str, says: tuple[str, ...], does_not: str, installed: Path, tmp_path: Path
+) -> None:
+    done = run(installed, tmp_path, "moe-impls", command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = re.sub(r"-\n +", "-", done.stdout)
+    assert [words for words in says if words not in told] == [] and does_not not in told
+    assert len(done.stdout.splitlines()) < 70
+
+
 def test_beside_a_checkout_the_first_line_says_which_one_runs(bare: Path, tmp_path: Path) -> None:
     (tmp_path / "moe_impls").mkdir()
     done = run(bare, tmp_path, "moe-impls", "--version")
@@ -241,7 +268,9 @@ def test_wrong():
     with pytest.raises(AssertionError, match="wrong:forward fails 'after_inference'") as caught:
         verify(wrong)
     code = str(caught.value).partition("reproduce: ")[2].partition(chr(10))[0]
-    x, routing, experts, dy = make_inputs(eval(code))
+    with pytest.raises(AssertionError, match="wrong:forward fails 'after_inference'"):
+        exec(code)
+    x, routing, experts, dy = make_inputs(Problem("small", T=9, D=4, H=4, O=4, E=3, K=2))
     assert x.shape[0] == dy.shape[0]
 
 
@@ -262,6 +291,13 @@ def make():
 
 def read(layer):
     return LayerWeights(layer.experts, layer.router, layer.w_gate.T, training_only=("w_noise",))
+
+
+def test_losses_and_layers_are_run_again_by_their_words():
+    rerun("losses", "moe_impls", "counts_visits")
+    rerun("layer", "moe_qwen", "evaluation", "float32")
+    with pytest.raises(ValueError, match="has no check 'ties'"):
+        rerun("layer", "moe_qwen", "ties", "float32")
 
 
 def test_layer():
@@ -289,7 +325,7 @@ def test_other_projects_call_it_in_tests_of_their_own(installed: Path, theirs: P
     (theirs / "test_theirs.py").write_text(THEIR_TESTS, encoding="utf-8")
     done = run(installed, theirs, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_theirs.py")
     assert done.returncode == 0, done.stdout
-    assert "6 passed" in done.stdout
+    assert "7 passed" in done.stdout
 
 
 def test_the_action_writes_the_verdict_to_the_summary(installed: Path, wheel: Path, theirs: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(
     file = tmp_path / folder / "verdict.json"
     done = pytester.runpytest_inprocess(str(ROOT / "correctness"), f"--rootdir={ROOT}", f"--verdict={file}")
     (line,) = (line for line in done.errlines if line.strip())
-    assert line.startswith(f"ERROR: --verdict: {file} cannot be written: ")
+    assert line == f"ERROR: --verdict: {file} cannot be written: Not a directory"
     assert done.ret == pytest.ExitCode.USAGE_ERROR
 
 

@@ -26,7 +26,7 @@ from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem, unsupported
 from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import resolve
-from reporting.pages import markdown_table, write_atomically
+from reporting.pages import check_writable, markdown_table, write_atomically
 from reporting.provenance import ROOT
 
 # Few tokens, a middle, and many on few experts.
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_timing(parser: argparse.ArgumentParser, *, base_required: bool) -> None:
     """Add the options that `compare` and `gate` share."""
     parser.add_argument("--base", metavar="REF", required=base_required, help=(
-        "a commit, or a folder with another version of moe_impls"
+        "a commit, or a folder with another version of moe_impls; in a checkout only"
     ))  # fmt: skip
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=(
         f"for the samples of each of the two on each problem (default: {SECONDS:g})"
@@ -65,9 +65,12 @@ def add_timing(parser: argparse.ArgumentParser, *, base_required: bool) -> None:
 
 
 def settle(options: argparse.Namespace) -> None:
-    """Check what `add_timing` added, and set the threads."""
+    """Check what `add_timing` added, its files before anything is measured, and set the threads."""
     if not options.seconds > 0:
         raise ValueError(f"--seconds is {options.seconds}; it must be above 0")
+    for option, path in (("--csv", options.csv), ("--markdown", options.markdown)):
+        if path is not None:
+            check_writable(option, path)
     shared.set_threads(options.threads)
 
 

@@ -32,7 +32,7 @@ from correctness.problems.problem import Inputs, Problem
 from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, is_installed, resolve
 from reporting import provenance
-from reporting.pages import markdown_table, write_atomically
+from reporting.pages import check_writable, markdown_table, write_atomically
 
 
 def _layer(model: str, name: str = "", **smaller: int) -> Problem:
@@ -121,12 +121,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a subset of every regime")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=(
-        "results/ unless given, over what it has of an earlier run"
+        f"{RESULTS.name}/ unless given, over what it has of an earlier run"
     ))  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_writable("--out", options.out / "peers.csv")
     cells = measure_all(options.out, options.quick)
     print(*write(options.out, cells, measure_growth(options.quick), options.quick), sep="\n")
     return 0

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ))  # fmt: skip
     add_workload(parser.add_argument, repeatable=False)
     parser.set_defaults(mode=MODE)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="results/<machine>/profiles unless given")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=(
+        f"{RESULTS.name}/<machine>/profiles unless given"
+    ))  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from correctness.problems.problem import Inputs, Problem, check_device
 from moe_impls import auto
 from moe_impls.interface import GATED_ACTIVATIONS, Implementation, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
-from reporting.pages import write_atomically
+from reporting.pages import check_writable, write_atomically
 
 TOKENS = {"cpu": (1, 4, 16, 64, 256, 1024, 4096), "cuda": (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)}
 # D, H, E, K, activation and whether there are biases: small experts, the notebook's, and those of models.
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     check_device(options.device, "--device")
     path = options.out or auto.tuned_path(options.device.partition(":")[0])
+    check_writable("--out", path)
     tune(path, quick=options.quick, device=options.device)
     print(path)
     return 0

@@ -36,7 +36,7 @@ from typing import Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 
-from reporting.pages import write_atomically
+from reporting.pages import make_folder, write_atomically
 
 Row = TypeVar("Row")
 
@@ -69,7 +69,7 @@ def opened(path: Path, kind: type[Row], plan: Mapping[str, object]) -> Iterator[
             cannot be read.
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with locked(path):
         was_torn = False
         if path.exists():

@@ -19,7 +19,7 @@ from correctness.judging import compare
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
 from correctness.session.child import Child, Ended
-from reporting.provenance import ROOT
+from reporting.provenance import IS_CHECKOUT, ROOT
 
 WHICH = ("base", "here")
 WORKER = Path(__file__).with_name("worker.py")
@@ -34,8 +34,11 @@ def checked_out(base: str) -> Iterator[Path]:
     """A folder with the package of a commit, or of a path where it is installed or checked out.
 
     Raises:
-        VersionError: no such commit or path, or uncommitted changes here, which no commit would stand for.
+        VersionError: no such commit or path, or uncommitted changes here, which no commit would stand for; or
+            what is here is no checkout.
     """
+    if not IS_CHECKOUT:
+        raise VersionError("--base needs a checkout of the repository: there, python -m benchmarks compare")
     if Path(base).is_dir():
         if not (Path(base) / "moe_impls").is_dir():
             raise VersionError(f"--base: {base} holds no package moe_impls")

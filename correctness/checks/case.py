@@ -16,6 +16,9 @@ from correctness.checks.search import search
 from correctness.judging.blame import as_finding
 from moe_impls.interface import Support
 
+# Checks that a single call on the problem shows; where several calls tell, the check has to run again.
+OF_ONE_CALL = ("values", "exact", "output", "gradients", "gradcheck")
+
 
 @dataclass(frozen=True)
 class Check:
@@ -111,11 +114,15 @@ class Case:
         return None if self.problem is None else self.subject.kind.unsupported(support, self.problem)
 
     def code(self) -> str:
-        """Write one line of Python that makes the problem again, or runs the case where none can be made."""
-        if hasattr(self.problem, "code"):
+        """Write one line of Python that makes the problem, where one call on it tells, or runs the case."""
+        is_of_one_call = self.check.drawn or self.check.name in OF_ONE_CALL
+        if is_of_one_call and hasattr(self.problem, "code"):
             return self.problem.code()
         words = (self.subject.kind.name, self.subject.name, self.check.name, self.problem_id)
-        return f"from correctness.session.subjects import rerun; rerun{tuple(filter(None, words))!r}"
+        arguments = [repr(word) for word in words if word]
+        if self.subject.device != "cpu":
+            arguments.append(f"device={self.subject.device!r}")
+        return f"from moe_impls.testing import rerun; rerun({', '.join(arguments)})"
 
     def run(self) -> dict[str, float]:
         """Return the worst error of each tensor as a fraction of its budget, where the check measures that.

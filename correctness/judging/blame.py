@@ -36,7 +36,7 @@ def as_finding(verdict: str, code: str) -> Iterator[None]:
 
     Args:
         verdict: the beginning of the message, such as "name fails 'values'".
-        code: one line of Python that makes the problem again, unless the finding has one.
+        code: one line of Python that makes the problem or the finding again, in place of the finding's own.
 
     Raises:
         CheckFailed: verdict, what was raised, the lines of the subject that were running, and ``code``.
@@ -48,9 +48,9 @@ def as_finding(verdict: str, code: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except CheckFailed as failure:
-        finding, _, own_code = str(failure).partition(REPRODUCE)
+        finding = str(failure).partition(REPRODUCE)[0]
         lines = _lines(failure)
-        message = f"{verdict}: {finding}{lines}{REPRODUCE}{own_code or code}"
+        message = f"{verdict}: {finding}{lines}{REPRODUCE}{code}"
         raise CheckFailed(message, failure.fractions) from failure
     except BaseException as error:
         lines = _lines(error) or _outside(error)

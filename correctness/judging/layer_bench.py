@@ -130,11 +130,12 @@ class Expected:
     """What is right for tokens x [T, D] and dy [T, O], and how far each entry may be off, by name.
 
     The names are y, x and those of the layer's parameters. A parameter that `read` does not read is not
-    among them.
+    among them. is_swayed: tokens, bool [T], that go to other experts by logits rounded to the dtype of x.
     """
 
     x: Tensor
     ids: Tensor
+    is_swayed: Tensor
     dy: Tensor
     want: dict[str, Tensor]
     allowed: dict[str, Tensor]
@@ -154,6 +155,7 @@ def expected(subject: Layer, dtype: torch.dtype) -> Expected:
     return Expected(
         x,
         ids,
+        _is_swayed(x, weights),
         dy,
         {n: want[n] for n in ("y", "x") if n in want} | {n: v for n, (v, _) in parameters.items()},
         {n: allowed[n] for n in ("y", "x") if n in want} | {n: a for n, (_, a) in parameters.items()},
@@ -226,12 +228,7 @@ def _tokens(weights: LayerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             dtype
         )
         if low:
-            z = oracle.logits(x.double(), weights)
-            exact, rounded = (
-                route(v, weights.router, selection_bias=weights.selection_bias).expert_ids.sort().values
-                for v in (z, z.to(dtype))
-            )
-            x = torch.cat([x[(exact != rounded).any(dim=1)][: T // 2], x[:T]])
+            x = torch.cat([x[_is_swayed(x, weights)][: T // 2], x[:T]])
         chosen, good = oracle.choose(x, weights)
         if _comparable(weights, dtype):
             good &= ~_kinked(x, chosen, weights)
@@ -243,6 +240,16 @@ def _tokens(weights: LayerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         f"only {sum(map(len, xs))} of {2 * T * ROUNDS} random tokens have a clear choice of experts: "
         "read(layer).router_weight may be zero or equal for several experts"
     )
+
+
+def _is_swayed(x: Tensor, weights: LayerWeights) -> Tensor:
+    """Tell which tokens go to other experts where logits are rounded to the dtype of x: bool [T]."""
+    z = oracle.logits(x.double(), weights)
+    exact, rounded = (
+        route(v, weights.router, selection_bias=weights.selection_bias).expert_ids.sort().values
+        for v in (z, z.to(x.dtype))
+    )
+    return (exact != rounded).any(dim=1)
 
 
 def _kinked(x: Tensor, ids: Tensor, weights: LayerWeights) -> Tensor:

@@ -63,21 +63,21 @@ def _router(name: str) -> Subject:
     return router(name, function)
 
 
-_FIND: dict[str, Callable[[str], Subject]] = {
+_FIND: dict[str, Callable[[str, str], Subject]] = {
     "implementation": _implementation,
-    "router": _router,
-    "layer": resolve_layer,
-    "losses": lambda name: losses(name, moe_impls),
+    "router": lambda name, device: _router(name),
+    "layer": lambda name, device: resolve_layer(name),
+    "losses": lambda name, device: losses(name, moe_impls),
 }
 
 
-def rerun(kind: str, name: str, check: str, problem: str = "") -> None:
+def rerun(kind: str, name: str, check: str, problem: str = "", *, device: str = "cpu") -> None:
     """Run one case again: a check of a subject, by its kind and name, on the problem of that short name.
 
     Raises:
         CheckFailed: it fails again.
     """
-    listed = cases([_FIND[kind](name)])
+    listed = cases([_FIND[kind](name, device)])
     case = next((c for c in listed if (c.check.name, c.problem_id) == (check, problem)), None)
     if case is None:
         raise ValueError(f"{kind} {name} has no check {check!r} on problem {problem!r}")

@@ -81,6 +81,30 @@ def test_an_unknown_command_is_one_line_that_lists_the_others(capsys: pytest.Cap
     assert ended.value.code == 2 and all(name in line for name in ("figures", *COMMANDS))
 
 
+@pytest.mark.parametrize("place", ["a_file/out", "a_file/deeper/out", "a_folder"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("compare", "--csv"),
+        ("compare", "--markdown"),
+        ("gate --base HEAD", "--csv"),
+        ("peers", "--out"),
+        ("tune", "--out"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_measured(
+    command: str, option: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a_file").write_text("")
+    path = tmp_path / place
+    (tmp_path / "a_folder" / "peers.csv").mkdir(parents=True)
+    assert main([*command.split(), option, str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {option}: {path}")
+    why = "Is a directory" if place == "a_folder" else "Not a directory"
+    assert line.endswith(f" cannot be written: {why}")
+
+
 def test_every_command_starts_where_packages_are_missing(without_packages: dict[str, str]) -> None:
     code = "import sys\nfrom benchmarks.__main__ import COMMANDS, parser\nprint(*map(parser, COMMANDS))"
     done = subprocess.run(

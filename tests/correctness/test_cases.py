@@ -108,6 +108,6 @@ def test_a_search_that_ended_its_process_is_run_again_by_its_words() -> None:
     subject = router("mine.py:route", returns_nothing)
     (search,) = (case for case in cases([subject]) if case.check.drawn)
     words = ("router", "mine.py:route", "generated_routing")
-    assert search.code() == f"from correctness.session.subjects import rerun; rerun{words!r}"
+    assert search.code() == f"from moe_impls.testing import rerun; rerun{words!r}"
     with pytest.raises(CheckFailed, match="'generated_routing' on generated, .*the result is a NoneType"):
         Case(subject, search.check).run()

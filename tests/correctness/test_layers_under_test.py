@@ -633,6 +633,34 @@ def test_wrong_layers_fail(name: str) -> None:
     assert check in findings(wrong, [c for c in CHECKS if c.name == check])
 
 
+@pytest.mark.parametrize("check", ["low_precision", "half_precision"])
+@pytest.mark.parametrize(
+    ("wrong", "is_told"),
+    [
+        (edit(Block, "logits", lambda self, x: self.router(x).float()), True),
+        (edit(Block, "routed", lambda self, x, i, g: Block.routed(self, x, i, g * (i < self.E - 1))), False),
+        (
+            edit(Block, "tokens", lambda self, x: Block.tokens(self, x) * (2 - (x.dtype == torch.float32))),
+            False,
+        ),
+        (
+            edit(
+                Block,
+                "logits",
+                lambda self, x: -self.router(x) if x.dtype == torch.float32 else self.router(x).float(),
+            ),
+            False,
+        ),
+    ],
+    ids=["rounded logits", "an expert is left out", "every y is wrong", "float32 is wrong, too"],
+)
+def test_rounded_logits_are_named_where_they_explain_every_wrong_token_and_float32_is_right(
+    wrong: Subject, is_told: bool, check: str
+) -> None:
+    found = findings(wrong, [c for c in CHECKS if c.name == check])
+    assert ("logits in 16 bits send tokens to other experts" in found[check]) is is_told
+
+
 FILE = """
 import torch
 from torch import nn

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from correctness.checks import layers, routers
-from correctness.checks.case import Case, Check
+from correctness.checks.case import Case, Check, cases
 from correctness.checks.table import CHECKS, implementation
 from correctness.checks.values import gradcheck
 from correctness.judging import blame
@@ -188,7 +188,7 @@ def run_pytest(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
 
 
 def reproduced(line: str) -> Any:
-    """What the code after ``reproduce:`` makes, with the one import that a finding needs."""
+    """What the code after ``reproduce:`` makes; a problem needs one import, a call of `rerun` none."""
     *first, last = line.removeprefix("  reproduce: ").split("; ")
     names: dict[str, object] = {}
     exec("\n".join(["from correctness.problems import *", *first]), names)
@@ -276,6 +276,22 @@ def test_what_a_layer_raises_is_told_with_its_place_and_a_line_that_runs_it_agai
         reproduced(last)
 
 
+@pytest.mark.parametrize("check", ["changing_sizes", "strides", "every_size"])
+def test_a_check_of_several_calls_gives_a_line_that_finds_the_same_again(check: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    source = "from moe_impls.sorted_dispatch import forward as right\n\n\ndef forward(*inputs, combine):\n"
+    path.write_text(f"{source}    return right(*inputs, combine=combine) * 1.1\n", encoding="utf-8")
+    case = next(c for c in cases([implementation(resolve(f"{path}:forward"))]) if c.check.name == check)
+    with pytest.raises(CheckFailed) as caught:
+        case.run()
+    (last,) = (line for line in str(caught.value).splitlines() if "reproduce" in line)
+    assert last == f"  reproduce: {case.code()}"
+    assert f"rerun('implementation', '{path}:forward', '{check}', '{case.problem_id}')" in last
+    with pytest.raises(CheckFailed) as again:
+        reproduced(last)
+    assert str(again.value) == str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("option", "select"),
     [("--router={}:route", "values-mixtral_8x7b-float32"), ("--layer={}:Layer", "values-float32")],
@@ -320,8 +336,18 @@ BAD_FILES = {
     "def other(): pass": "bad.py has no 'forward'; it has other",
     "class Layer: pass": "bad.py has no 'forward'; it has Layer",
     "from torch import nn": "bad.py has no 'forward'; it has no functions",
+    "from moe_impls.functional import expert_mlp\ndef forwards(): pass": "no 'forward'; it has forwards",
     "def forward(): pass": "bad.py:forward has signature (); it must take",
 }
+
+
+def test_a_layer_that_is_named_as_an_implementation_is_told_which_option_it_takes(file: Path) -> None:
+    with pytest.raises(ResolveError) as caught:
+        resolve(f"{file}:Layer")
+    assert str(caught.value) == (
+        f"{file}:Layer is a class; it must be a function (x, routing, experts, *, combine). "
+        f"A whole layer is verified with --layer {file}:Layer"
+    )
 
 
 @pytest.mark.parametrize("option", ["--impl", "--router", "--layer"])
