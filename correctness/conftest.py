@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import correctness.session.profiles  # noqa: E402, F401  # of Hypothesis
-from correctness.checks.case import Subject, cases  # noqa: E402
+from correctness.checks.case import Case, Subject, cases  # noqa: E402
 from correctness.judging.finding import CheckFailed, Timeout  # noqa: E402
 from correctness.judging.process_state import restored  # noqa: E402
 from correctness.judging.process_state import settings as process_settings  # noqa: E402
@@ -26,6 +26,7 @@ from correctness.session.subjects import find_subjects  # noqa: E402
 from reporting.provenance import which  # noqa: E402
 
 SUBJECTS = pytest.StashKey[list[Subject]]()
+DRAWN = 3  # times the limit of a test is that of one with a hundred problems
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -103,12 +104,15 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    seconds = time_limit(metafunc.config)
+
+    def marks(case: Case) -> list[pytest.MarkDecorator]:
+        if case.skip:
+            return [pytest.mark.skip(reason=case.skip)]
+        return [pytest.mark.timeout(DRAWN * seconds)] if case.check.drawn else []
+
     listed = cases(metafunc.config.stash[SUBJECTS])
-    skips = [[pytest.mark.skip(reason=case.skip)] if case.skip else [] for case in listed]
-    metafunc.parametrize(
-        "case",
-        [pytest.param(case, id=case.id, marks=marks) for case, marks in zip(listed, skips, strict=True)],
-    )
+    metafunc.parametrize("case", [pytest.param(case, id=case.id, marks=marks(case)) for case in listed])
 
 
 @pytest.hookimpl(trylast=True)

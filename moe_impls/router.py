@@ -185,7 +185,7 @@ def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
 
 
 def count_load(routing: Routing, num_experts: int) -> Tensor:
-    """Count the tokens that visit each expert: [E] int64, no gradient. A gate of zero is still a visit."""
+    """Count the tokens that visit each expert: [E] int64, without a gradient. A gate of zero is a visit."""
     return sort_by_expert(routing.expert_ids, num_experts)[1]
 
 

@@ -28,7 +28,7 @@ from pytest_timeout import Settings, get_env_settings, is_debugging
 
 from correctness.judging.finding import Timeout
 
-WAITING = 2.0  # times the limit is what may pass on the wall
+WAITING = 4.0  # times the limit is what may pass on the wall
 AGAIN_S = 5.0  # until the exception is raised once more: one in a callback of the garbage collector is lost
 LEAST_S = 0.005  # between two looks at what was computed
 GRACE_S = 30.0  # after the limit on the wall the process ends
