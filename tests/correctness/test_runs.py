@@ -434,7 +434,12 @@ def test_a_search_for_problems_is_not_gone_on_with_after_a_timeout(
     pytester: pytest.Pytester, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "AGAIN_S", 1.0)
-    options = (f"--impl={file}:hangs", "--timeout=3", "-k", "generated_values")  # the search begins by then
+    options = (
+        f"--impl={file}:hangs",
+        "--timeout=1",
+        "-k",
+        "generated_values",
+    )  # three times that for a search
     done = run_pytest(pytester, *options)
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     done.stdout.fnmatch_lines(
