@@ -132,10 +132,7 @@ class Case:
         """
         check, kind = self.check, self.subject.kind
         if check.drawn and self.problem is None:
-            support = self.subject.support
-            # Of one combination of options, half as many have the sizes that all together have.
-            share = 0.5 if support.compiles_per_case else 1.0
-            search(lambda problem: replace(self, problem=problem).run(), check.drawn(support), share)
+            search(lambda problem: replace(self, problem=problem).run(), check.drawn(self.subject.support))
             return {}
         where = "" if self.problem is None else kind.where(self.problem)
         with as_finding(f"{self.subject.name} fails {check.name!r}{where}", self.code()):

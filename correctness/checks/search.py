@@ -14,16 +14,14 @@ from correctness.judging.finding import CheckFailed
 P = TypeVar("P")
 
 
-def search(holds: Callable[[P], object], problems: SearchStrategy[P], share: float = 1.0) -> None:
+def search(holds: Callable[[P], object], problems: SearchStrategy[P]) -> None:
     """Look for a problem on which ``holds`` raises CheckFailed, and raise it for the smallest such problem.
 
     The message ends with the first one found: it is larger, and the pattern of what is wrong may tell more.
-
-    share: of as many problems as the profile says.
     """
     failures: list[CheckFailed] = []
 
-    @settings(max_examples=int(settings().max_examples * share), report_multiple_bugs=False)
+    @settings(report_multiple_bugs=False)
     @given(problems)
     def no_problem_fails(problem: P) -> None:
         try:
