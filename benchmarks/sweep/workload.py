@@ -50,6 +50,12 @@ class Cell:
         tuning_seconds = self.implementation.tuning_seconds
         return None if tuning_seconds is None else tuning_seconds() * 1e3
 
+    def see(self, fractions: dict[str, float]) -> None:
+        """Keep the worst of errors, as fractions of their budgets; none may have been measured."""
+        if fractions:
+            worst = min(max(fractions.values()), 1e30)
+            self.worst_error_fraction = max(self.worst_error_fraction or 0.0, worst)
+
     def fail(self, error: BaseException, when: str) -> None:
         self.status = status_of(error)
         kind = "" if isinstance(error, CheckFailed | Timeout) else f"{type(error).__name__}: "
@@ -190,11 +196,10 @@ class WorkloadRun:
                     cell.first_call_s = cell.first_call_s or time.perf_counter() - begin
                 if tuned_ms is not None and "tuning_ms" not in cell.measured:  # in the first call of all
                     cell.measured["tuning_ms"] = round((cell.tuning_ms() or 0.0) - tuned_ms, 3)
-                found = compare.fractions(results, reference)
-                worst = min(max(found.values()), 1e30)
-                cell.worst_error_fraction = max(cell.worst_error_fraction or 0.0, worst)
-                compare.require_within(results, reference)
+                cell.see(compare.require_within(results, reference))
             except (Exception, Timeout) as error:
+                if isinstance(error, CheckFailed):
+                    cell.see(error.fractions)
                 cell.fail(error, when)
 
     def _check_on_new_contents(self, inputs: Inputs) -> None:

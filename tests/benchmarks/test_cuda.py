@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
@@ -27,6 +25,7 @@ from benchmarks.timing import roofline
 from moe_impls.registry import ResolveError
 from reporting import provenance
 from reporting.provenance import ROOT
+from tests.correctness.test_child import is_gone
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -80,20 +79,7 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.Mo
     planned = [step]
     cuda.do_steps(planned, tmp_path, "cpu", 1.0, tell=lambda line: None)
     pids = [int(pid) for pid in worker.read_text().split() if pid != "0"]
-    assert pids and all(ends(pid, within_s=20) for pid in pids)
-
-
-def ends(pid: int, within_s: float) -> bool:
-    """Whether a process is soon gone, or waits for its parent to take notice."""
-    end = time.monotonic() + within_s
-    while time.monotonic() < end:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.05)
-    return False
+    assert pids and all(is_gone(pid) for pid in pids)
 
 
 def test_a_sweep_goes_on_only_at_the_commit_that_it_was_begun_at(

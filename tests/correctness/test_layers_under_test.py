@@ -18,11 +18,10 @@ from correctness.judging.layer_bench import Layer
 from correctness.session.layer_subject import resolve_layer
 from moe_impls import Experts, LayerWeights, RouterSpec, load_balancing_loss, z_loss
 from moe_impls.registry import ResolveError
+from reporting.provenance import ROOT
 from tests.correctness.findings import findings
 
 pytest_plugins = "pytester"
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Swiglu(nn.Module):

@@ -6,7 +6,6 @@ import ast
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +17,7 @@ from correctness.checks.balance import require_close
 from correctness.judging.finding import CheckFailed
 from evidence import notebook
 from moe_impls import MoE, RouterSpec, SparseDispatcher, count_load, noisy_top_k, route, sort_by_expert
-
-ROOT = Path(__file__).resolve().parents[2]
+from reporting.provenance import ROOT
 
 
 def require(condition: object, finding: str) -> None:
