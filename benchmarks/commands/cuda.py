@@ -178,7 +178,7 @@ def do_steps(
     planned: Sequence[Step], folder: Path, device: str, minutes: float, *, pack: Path | None = None,
     tell: Callable[[str], None] = print,
 ) -> bool:  # fmt: skip
-    """Do all steps that fit, then write the report; whether none failed that may not.
+    """Do all steps that fit, then write the report; whether no step failed that may not, nor the report.
 
     pack: a .tar.gz that holds the folder as it is after each step, so that a killed run leaves one, too.
 
@@ -206,11 +206,16 @@ def do_steps(
             begun.append(now)
             tell(f"{step.name}: {now.status} after {now.seconds:.0f} s")
             _pack(folder, pack)
+    went_well = not any(failed(step) and not step.may_fail for step in planned)
     if any(folder.glob("*.csv")):
-        for path in write_report(folder):
-            tell(str(path))
+        try:
+            for path in write_report(folder):
+                tell(str(path))
+        except record.RecordError as error:  # such as: no row is ok yet
+            tell(f"no report: {error}")
+            went_well = False
         _pack(folder, pack)
-    return not any(failed(step) and not step.may_fail for step in planned)
+    return went_well
 
 
 def _pack(folder: Path, pack: Path | None) -> None:

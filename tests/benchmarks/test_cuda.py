@@ -25,6 +25,7 @@ from benchmarks.timing import roofline
 from moe_impls.registry import ResolveError
 from reporting import provenance
 from reporting.provenance import ROOT
+from tests.benchmarks.test_record import failed_row, write
 from tests.correctness.test_child import is_gone
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -131,6 +132,15 @@ def test_bad_input_is_one_line(options: list[str], message: str, capsys: pytest.
     assert main(["cuda", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_where_no_row_is_right_yet_the_run_ends_without_a_report(tmp_path: Path) -> None:
+    write(tmp_path / "sweep.csv", failed_row())
+    told: list[str] = []
+    packed = tmp_path.with_suffix(".tar.gz")
+    assert not cuda.do_steps([], tmp_path, "cpu", 1.0, pack=packed, tell=told.append)
+    assert told == [f"no report: {tmp_path} holds no row with status ok: there is nothing to compare"]
+    assert packed.exists()
 
 
 def test_what_was_written_is_packed_after_every_step(tmp_path: Path) -> None:
