@@ -33,8 +33,10 @@ OUTPUT_ACTIVATIONS = ("none", "relu")
 COMBINES = ("sum", "logsumexp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
-SCORES = ("softmax", "sigmoid", "topk_softmax")
+SCORES = ("softmax", "sigmoid", "topk_softmax", "sqrtsoftplus", "sparsemixer")
 GROUP_SCORES = ("max", "top2_sum")
+BIASED = ("score", "logit")
+SPARSEMIXER_REACH = 0.02  # twice the router_jitter_noise of Phi-3.5-MoE
 
 
 def check_choice(argument: str, value: object, valid: tuple) -> None:
@@ -111,12 +113,18 @@ class RouterSpec:
     """What the routers of released models do, as data; ``moe_impls.router.route`` carries it out.
 
     top_k: K, experts per token.
-    score: softmax | sigmoid | topk_softmax (softmax over the K chosen logits).
-    renormalise: divide the gates by their sum over K (softmax, sigmoid; topk_softmax sums to one anyway).
+    score: softmax | sigmoid | topk_softmax (softmax over the K chosen logits) | sqrtsoftplus,
+        sqrt(log(1 + exp(z))) (DeepSeek-V4) | sparsemixer (PhiMoE, arXiv:2409.12136, in evaluation: the gate
+        of the best logit m is its softmax over the logits with m - z <= 0.02 max(|z|, m); the next one's is
+        the same without those chosen before). sparsemixer has no groups and takes no selection bias.
+    renormalise: divide the gates by their sum over K; topk_softmax sums to one anyway.
     scale: multiplies the gates, whether renormalised or not.
     groups, keep_groups: experts lie in ``groups`` equal, contiguous groups, and only the best
         ``keep_groups`` of them may be chosen from.
     group_score: max (DeepSeek-V2) | top2_sum, the sum of a group's two best scores (DeepSeek-V3).
+    epsilon: added to the sum that the gates are divided by, once, where ``renormalise`` divides.
+    biased: score | logit (Kolibri): what the selection bias is added to, by which experts and groups are then
+        ranked.
     """
 
     top_k: int
@@ -126,14 +134,22 @@ class RouterSpec:
     groups: int = 1
     keep_groups: int = 1
     group_score: str = "max"
+    epsilon: float = 0.0
+    biased: str = "score"
 
     def __post_init__(self) -> None:
         check_choice("score", self.score, SCORES)
         check_choice("group_score", self.group_score, GROUP_SCORES)
+        check_choice("biased", self.biased, BIASED)
         for name in ("top_k", "groups", "keep_groups"):
             check_positive(name, getattr(self, name))
         if self.keep_groups > self.groups:
             raise ValueError(f"keep_groups is {self.keep_groups}; it must not exceed groups, {self.groups}")
+        if self.score == "sparsemixer" and self.groups > 1:
+            raise ValueError(f"groups is {self.groups}; with score 'sparsemixer' it must be 1")
+        least = torch.finfo(torch.float32).smallest_normal
+        if self.epsilon != 0 and not least <= self.epsilon < 1:
+            raise ValueError(f"epsilon is {self.epsilon}; it must be 0, or from {least:.3g} to below 1")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def _model(
 _SOFTMAX: dict[str, Any] = {}
 _SOFTMAX_TO_ONE = {"renormalise": True}
 _SOFTMAX_OF_CHOSEN = {"score": "topk_softmax"}
-_SIGMOID_TO_ONE = {"score": "sigmoid", "renormalise": True}
+# Their code divides by the sum of the gates + 1e-20.
+_SIGMOID_TO_ONE = {"score": "sigmoid", "renormalise": True, "epsilon": 1e-20}
 _LLAMA = {"router": {"score": "sigmoid"}, "gap": "gates multiply the experts' inputs", "shared": 8192}
 _GPT_OSS = {"router": _SOFTMAX_OF_CHOSEN, "activation": "swiglu_clamped", "bias": True}
 _PAPER = "https://arxiv.org/abs/1701.06538"
@@ -77,14 +78,17 @@ _MODELS = (
     _model("deepseek-v3", 7168, 2048, 256, 8, "deepseek-ai/DeepSeek-V3", selection_bias=True, shared=2048,
            router={**_SIGMOID_TO_ONE, "scale": 2.5, "groups": 8, "keep_groups": 4,
                    "group_score": "top2_sum"}),
-    _model("deepseek-v4-flash", 4096, 2048, 256, 6, "https://github.com/deepseek-ai/DeepGEMM/pull/316",
-           router=None, gap="scores are square roots of softplus, or hashes of tokens"),
+    _model("deepseek-v4-flash", 4096, 2048, 256, 6, "deepseek-ai/DeepSeek-V4-Flash-Base", selection_bias=True,
+           router={**_SIGMOID_TO_ONE, "score": "sqrtsoftplus", "scale": 1.5}, shared=2048,
+           gap="the first layers route by a table of token ids"),
     _model("kimi-k2", 7168, 2048, 384, 8, "moonshotai/Kimi-K2-Instruct", selection_bias=True, shared=2048,
            router={**_SIGMOID_TO_ONE, "scale": 2.827}),
     _model("glm-4.5", 5120, 1536, 160, 8, "zai-org/GLM-4.5", selection_bias=True, shared=1536,
            router={**_SIGMOID_TO_ONE, "scale": 2.5}),
     _model("glm-4.5-air", 4096, 1408, 128, 8, "zai-org/GLM-4.5-Air", selection_bias=True, shared=1408,
            router=_SIGMOID_TO_ONE),
+    _model("phi-3.5-moe", 4096, 6400, 16, 2, "microsoft/Phi-3.5-MoE-instruct",
+           router={"score": "sparsemixer"}),
     _model("gpt-oss-20b", 2880, 2880, 32, 4, "openai/gpt-oss-20b", **_GPT_OSS),
     _model("gpt-oss-120b", 2880, 2880, 128, 4, "openai/gpt-oss-120b", **_GPT_OSS),
     _model("granite-3.0-1b-a400m", 1024, 512, 32, 8, "ibm-granite/granite-3.0-1b-a400m-base",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import accumulation_dtype
-from moe_impls.interface import RouterSpec, Routing
+from moe_impls.interface import SPARSEMIXER_REACH, RouterSpec, Routing
 
 NOISE_EPSILON = 1e-2  # the least standard deviation of the gate's noise, in units of logits
 
@@ -39,14 +39,17 @@ def check_logits(logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None
         )
     if selection_bias is not None and selection_bias.shape != (E,):
         raise ValueError(f"selection_bias has shape {list(selection_bias.shape)}; it must be [{E}]")
+    if selection_bias is not None and spec.score == "sparsemixer":
+        raise ValueError("selection_bias is given; with score 'sparsemixer' it must be None")
 
 
 def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
     """Choose the best ``top_k`` experts for each token and weigh them.
 
-    The scores of a token are the softmax or the sigmoid of its logits, or the logits themselves
-    (topk_softmax). The largest are chosen; with ``selection_bias``, the largest score + bias, as in
-    DeepSeek-V3 (arXiv:2412.19437, equation 16); the gates never contain the bias. Without a bias the logits
+    The scores of a token are the softmax, the sigmoid or the root of the softplus of its logits, or the
+    logits themselves (topk_softmax, sparsemixer). The largest are chosen; with ``selection_bias``, the largest
+    score + bias, as in DeepSeek-V3 (arXiv:2412.19437, equation 16), or logit + bias where the spec says so;
+    the gates never contain the bias. Without a bias the logits
     decide: they order the experts as the scores do, and do not run into ties where a score saturates.
     Equal scores are told apart as torch.topk does it: always the same way, always distinct experts.
 
@@ -75,21 +78,48 @@ def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = N
         scores = z.softmax(dim=1)
     elif spec.score == "sigmoid":
         scores = z.sigmoid()
+    elif spec.score == "sqrtsoftplus":
+        scores = _sqrt_softplus(z)
     expert_ids = _select(z.detach(), scores.detach(), spec, selection_bias)  # [T, K]
 
-    # Renormalising is a softmax over the logarithms of the chosen scores, which cannot divide zero by zero.
+    # Without an epsilon, renormalising is a softmax over the logarithms of the chosen scores, which cannot
+    # divide zero by zero.
     chosen = z.gather(1, expert_ids)
-    if spec.score == "topk_softmax" or (spec.score == "softmax" and spec.renormalise):
+    by_logarithm = spec.renormalise and not spec.epsilon
+    if spec.score == "topk_softmax" or (spec.score == "softmax" and by_logarithm):
         gates = chosen.softmax(dim=1)
-    elif spec.score == "sigmoid" and spec.renormalise:
+    elif spec.score == "sigmoid" and by_logarithm:
         gates = F.logsigmoid(chosen).softmax(dim=1)
     else:
-        gates = scores.gather(1, expert_ids)
+        gates = _sparse(z, expert_ids) if spec.score == "sparsemixer" else scores.gather(1, expert_ids)
+        if spec.renormalise:
+            epsilon = spec.epsilon or torch.finfo(gates.dtype).tiny
+            gates = gates / (gates.sum(dim=1, keepdim=True) + epsilon)
     return Routing(expert_ids, gates * spec.scale)
+
+
+def _sqrt_softplus(z: Tensor) -> Tensor:
+    """Compute sqrt(log(1 + exp(z))): exp(z / 2) far below 0, where the slope of the root is infinite."""
+    low = z < -40  # softplus(z) is exp(z) there to the last bit, in float64, too
+    below, above = z.masked_fill(~low, 0), z.masked_fill(low, 0)
+    return torch.where(low, (below / 2).exp(), F.softplus(above, threshold=40).sqrt())
+
+
+def _sparse(z: Tensor, expert_ids: Tensor) -> Tensor:
+    """Compute the gates [T, K] of sparsemixer from logits z [T, E]; ``expert_ids`` are best first."""
+    gates, left = [], z
+    for chosen in expert_ids.split(1, dim=1):  # [T, 1]
+        best = z.detach().gather(1, chosen)
+        far = (best - z.detach()) / z.detach().abs().maximum(best) > SPARSEMIXER_REACH
+        gates.append(left.masked_fill(far, -torch.inf).softmax(dim=1).gather(1, chosen))
+        left = left.scatter(1, chosen, -torch.inf)
+    return torch.cat(gates, dim=1)
 
 
 def _select(z: Tensor, scores: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Tensor:
     """Choose experts [T, K] from logits and scores [T, E]."""
+    if spec.biased == "logit":
+        scores = z
     if selection_bias is not None:
         scores = scores + selection_bias.detach().to(scores.dtype)
     rank = z if selection_bias is None else scores  # [T, E], the larger the better

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_impls.interface import RouterSpec, check_choice
+from moe_impls.interface import SPARSEMIXER_REACH, RouterSpec, check_choice
 
 # How many units of rounding a right router's score may be off before its choice is called unclear.
 SLACK = 16.0
-SCORES = ("softmax", "sigmoid", "topk_softmax")  # that have equations here
+SCORES = ("softmax", "sigmoid", "topk_softmax", "sqrtsoftplus", "sparsemixer")  # that have equations here
 _COUNTED = {"max": 1, "top2_sum": 2}  # for each group score, how many of a group's best are added
 
 
@@ -30,7 +30,45 @@ def scores(z: Tensor, spec: RouterSpec) -> Tensor:
     if spec.score == "softmax":
         weights = torch.exp(z - z.max())
         return weights / weights.sum()
+    if spec.score == "sqrtsoftplus":
+        return _softplus(z).sqrt()
     return 1 / (1 + torch.exp(-z)) if spec.score == "sigmoid" else z
+
+
+def _softplus(z: Tensor) -> Tensor:
+    """Compute log(1 + exp(z)), whose small values adding to 1 would lose."""
+    return z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
+
+
+def _sparse_softmax(z: Tensor, ids: Sequence[int]) -> Tensor:
+    """Compute for each chosen expert the softmax [E] that its gate is read from: [K, E].
+
+    PhiMoE (arXiv:2409.12136) in evaluation: over the experts that no better choice has taken and whose logit
+    is within reach of the chosen one.
+    """
+    order = sorted(range(len(ids)), key=lambda k: -float(z[ids[k]]))  # best first
+    best_first = [ids[k] for k in order]
+    left = torch.ones(len(ids), len(z), dtype=torch.bool)
+    left[:, best_first] = torch.ones(len(ids), len(ids)).triu().bool()
+    within = ~(_distance(z, best_first) > 0)
+    weights = torch.where(within & left, torch.exp(z - z[best_first].unsqueeze(1)), 0.0)
+    rows = torch.empty_like(weights)
+    rows[order] = weights / weights.sum(dim=1, keepdim=True)
+    return rows
+
+
+def _distance(z: Tensor, ids: Sequence[int]) -> Tensor:
+    """Compute by how much each logit is out of reach of those of ``ids``: [K, E]."""
+    best = z[ids].unsqueeze(1)
+    return (best - z) - SPARSEMIXER_REACH * torch.maximum(z.abs(), best)
+
+
+def _sparse_is_clear(z: Tensor, ids: Sequence[int], doubt: Tensor) -> bool:
+    """Tell whether the order of the chosen, best first, and what is within their reach exceed the doubt."""
+    best, their_doubt = z[ids], doubt[ids]
+    reach = (_distance(z, ids).abs() > doubt + their_doubt.unsqueeze(1)) | z.isinf()
+    order = best[:-1] - their_doubt[:-1] > best[1:] + their_doubt[1:]
+    return bool(reach.all()) and bool(order.all())
 
 
 def select(z: Tensor, spec: RouterSpec, selection_bias: Tensor | None, eps: float) -> tuple[list[int], bool]:
@@ -39,7 +77,7 @@ def select(z: Tensor, spec: RouterSpec, selection_bias: Tensor | None, eps: floa
     The choice is clear if no score, computed with relative precision ``eps`` from logits z [E] of that
     precision, can cross from one side of a cut (between groups or between experts) to the other.
     """
-    s = scores(z, spec)
+    s = z if spec.biased == "logit" else scores(z, spec)
     rank = s if selection_bias is None else s + selection_bias.to(s.dtype)
     slack = SLACK * eps * (s.abs() * (1 + z.abs() + z.abs().max()) + rank.abs())
     value, doubt = rank.tolist(), slack.tolist()
@@ -55,7 +93,10 @@ def select(z: Tensor, spec: RouterSpec, selection_bias: Tensor | None, eps: floa
         group_doubt.append(counted * max(doubt[e] for e in group))
     kept, groups_clear = _largest(range(spec.groups), group_value, group_doubt, spec.keep_groups)
     chosen, experts_clear = _largest([e for g in kept for e in members[g]], value, doubt, spec.top_k)
-    return chosen, groups_clear and experts_clear
+    clear = groups_clear and experts_clear
+    if spec.score == "sparsemixer":
+        clear = clear and _sparse_is_clear(z, chosen, slack)
+    return chosen, clear
 
 
 def _largest(
@@ -73,8 +114,15 @@ def gates(z: Tensor, ids: Sequence[int], spec: RouterSpec) -> Tensor:
     if spec.score == "topk_softmax":
         weights = torch.exp(z[ids] - z[ids].max())
         return spec.scale * weights / weights.sum()
-    chosen = scores(z, spec)[ids]
-    return spec.scale * (chosen / chosen.sum() if spec.renormalise else chosen)
+    chosen = _chosen_scores(z, ids, spec)
+    return spec.scale * (chosen / (chosen.sum() + spec.epsilon) if spec.renormalise else chosen)
+
+
+def _chosen_scores(z: Tensor, ids: Sequence[int], spec: RouterSpec) -> Tensor:
+    """Compute what the gates [K] are before they are divided by their sum."""
+    if spec.score == "sparsemixer":
+        return _sparse_softmax(z, ids)[range(len(ids)), ids]
+    return scores(z, spec)[ids]
 
 
 def gate_gradient(z: Tensor, ids: Sequence[int], spec: RouterSpec, dgates: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,29 +134,36 @@ def gate_gradient(z: Tensor, ids: Sequence[int], spec: RouterSpec, dgates: Tenso
     """
     check_choice("score", spec.score, SCORES)
     d, size = torch.zeros_like(z), torch.zeros_like(z)
-    if spec.score == "sigmoid":
-        s = scores(z, spec)[ids]
-        if not spec.renormalise:
-            d[ids], size[ids] = spec.scale * dgates * s * (1 - s), spec.scale * dgates.abs() * s
-            return d, size
-        share = s / s.sum()
-        d[ids] = spec.scale * share * (1 - s) * (dgates - (dgates * share).sum())
-        size[ids] = spec.scale * share * (dgates.abs() + (dgates.abs() * share).sum())
+    if spec.score == "topk_softmax" or (spec.score == "softmax" and spec.renormalise and not spec.epsilon):
+        weights = torch.exp(z - z[ids].max())
+        share = weights / weights[ids].sum()  # of all experts, relative to the chosen ones
+        d[ids] = spec.scale * share[ids] * (dgates - (dgates * share[ids]).sum())
+        size = spec.scale * share * (dgates.abs() * share[ids]).sum()
+        size[ids] += spec.scale * share[ids] * dgates.abs()
         return d, size
 
-    if spec.score == "softmax" and not spec.renormalise:
-        p = scores(z, spec)
-        d = -spec.scale * p * (dgates * p[ids]).sum()
-        d[ids] += spec.scale * dgates * p[ids]
-        size = spec.scale * p * (dgates.abs() * p[ids]).sum()
-        size[ids] += spec.scale * dgates.abs() * p[ids]
-        return d, size
+    chosen = _chosen_scores(z, ids, spec)
+    du, du_size = spec.scale * dgates, spec.scale * dgates.abs()  # of the chosen scores
+    if spec.renormalise:  # u / (Σ u + epsilon)
+        total = chosen.sum() + spec.epsilon
+        du = (du - (du * chosen / total).sum()) / total
+        du_size = (du_size + (du_size * chosen / total).sum()) / total
 
-    weights = torch.exp(z - z[ids].max())
-    share = weights / weights[ids].sum()  # of all experts, relative to the chosen ones
-    d[ids] = spec.scale * share[ids] * (dgates - (dgates * share[ids]).sum())
-    size = spec.scale * share * (dgates.abs() * share[ids]).sum()
-    size[ids] += spec.scale * share[ids] * dgates.abs()
+    if spec.score in ("softmax", "sparsemixer"):  # each chosen score is one of a softmax over some experts
+        sparse = spec.score == "sparsemixer"
+        p = _sparse_softmax(z, ids) if sparse else scores(z, spec).unsqueeze(0)  # [K or 1, E]
+        d, size = (
+            -((du * chosen).unsqueeze(1) * p).sum(dim=0),
+            ((du_size * chosen).unsqueeze(1) * p).sum(dim=0),
+        )
+        d[ids] += du * chosen
+        size[ids] += du_size * chosen
+    elif spec.score == "sigmoid":
+        d[ids], size[ids] = du * chosen * (1 - chosen), du_size * chosen
+    else:
+        plus, slope = _softplus(z[ids]), 1 / (1 + torch.exp(-z[ids]))
+        rate = torch.where(plus > 0, slope / (2 * plus), 0.5)  # of the score, relative to itself
+        d[ids], size[ids] = du * chosen * rate, du_size * chosen * rate
     return d, size
 
 

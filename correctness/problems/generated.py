@@ -28,7 +28,7 @@ from correctness.problems.problem import (
     resize,
 )
 from correctness.problems.routers import RouterProblem
-from moe_impls.interface import DTYPES, GROUP_SCORES, SCORES, RouterSpec, Support
+from moe_impls.interface import BIASED, DTYPES, GROUP_SCORES, SCORES, RouterSpec, Support
 
 # Sizes are below 2**n, with n from here. One size of a problem may be larger, which keeps each one fast.
 USUAL = {"T": 6, "D": 6, "H": 6, "O": 6, "E": 4, "K": 3}
@@ -175,26 +175,30 @@ def _stored(problem: Problem) -> Iterator[tuple[str, Tensor]]:
 @st.composite
 def router_problems(draw: st.DrawFn) -> RouterProblem:
     """Draw any router of the contract, on few tokens."""
-    groups = _choose(draw, "groups", (1, 1, 2, 3, 4, 8))
+    score = _choose(draw, "score", SCORES)
+    groups = 1 if score == "sparsemixer" else _choose(draw, "groups", (1, 1, 2, 3, 4, 8))
     group_size = _choose(draw, "group size", LADDERS["D"] if groups == 1 else LADDERS["K"])
     keep_groups = _choose(draw, "kept groups", range(1, groups + 1))
     spec = RouterSpec(
         top_k=min(_choose(draw, "K", LADDERS["K"]), keep_groups * group_size),
-        score=_choose(draw, "score", SCORES),
+        score=score,
         renormalise=_choose(draw, "renormalise", (False, True)),
         scale=_choose(draw, "scale", (1.0, 2.5, 0.25, 16.0)),
         groups=groups,
         keep_groups=keep_groups,
         group_score=_choose(draw, "group score", GROUP_SCORES if groups > 1 and group_size > 1 else ("max",)),
+        epsilon=_choose(draw, "epsilon", (0.0, 1e-20, 1e-6, 0.1)),
+        biased=_choose(draw, "biased", BIASED),
     )
     dtype = _choose(draw, "dtype", DTYPES, torch.float32)
-    # Gates in float16, and scores divided by their sum + 1e-20, are right only for usual logits.
-    moderate = dtype == torch.float16 or (spec.score == "sigmoid" and spec.renormalise)
+    # Right for usual logits only: gates in float16, a sum + 1e-20 in the denominator, torch's softplus from 20.
+    rounded = score == "sqrtsoftplus" or (score in ("softmax", "sigmoid") and spec.renormalise)
+    moderate = dtype == torch.float16 or rounded
     return RouterProblem(
         "generated",
         E=groups * group_size,
         spec=spec,
-        bias=_choose(draw, "bias", (None, 0.0, -3.0, 12.0)),
+        bias=None if score == "sparsemixer" else _choose(draw, "bias", (None, 0.0, -3.0, 12.0)),
         dtype=dtype,
         T=_choose(draw, "T", LADDERS["K"]),
         spread=_choose(draw, "spread", (2.0, 0.5) if moderate else (2.0, 0.5, 8.0)),

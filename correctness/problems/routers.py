@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_impls.interface import DTYPES, SCORES, RouterSpec, dtype_name
+from moe_impls.interface import DTYPES, GROUP_SCORES, RouterSpec, dtype_name
 from moe_impls.models import MODELS
 
 
@@ -90,7 +90,6 @@ PROBLEMS = (
     RouterProblem("softmax_bias", 24, _spec(4), bias=0.0),
     RouterProblem("softmax_bias_renormalised", 24, _spec(4, renormalise=True), bias=0.0),
     RouterProblem("topk_softmax_bias", 24, _spec(4, "topk_softmax"), bias=0.0),
-    RouterProblem("sigmoid_bias_negative", 64, _spec(6, "sigmoid", True, groups=8, keep_groups=2), bias=-3.0),
     RouterProblem("sigmoid_bias_large", 64, _spec(6, "sigmoid"), bias=12.0),
     RouterProblem("groups_of_logits", 36, _spec(4, "topk_softmax", groups=6, keep_groups=2)),
     RouterProblem("groups_of_logits_top2", 36, _spec(4, "topk_softmax", groups=6, keep_groups=2, **_TOP2)),
@@ -102,27 +101,57 @@ PROBLEMS = (
     RouterProblem("many_tokens", 8, _spec(2), T=1500),
     RouterProblem("many_tokens_bias", 8, _spec(2, "sigmoid", True), bias=0.0, T=1500),
     RouterProblem("many_tokens_and_experts", 128, _spec(8, renormalise=True), T=40),
-    RouterProblem("sigmoid_bias_below_zero", 24, _spec(4, "sigmoid", True), bias=-3.0),
     RouterProblem("many_choices", 48, _spec(20, renormalise=True), T=33),
     RouterProblem("many_experts", 1100, _spec(6), T=20),
     RouterProblem("most_groups", 54, _spec(7, groups=9, keep_groups=6)),
+    RouterProblem("sigmoid_to_one", 64, _spec(6, "sigmoid", True), bias=0.0),
+    RouterProblem("sqrtsoftplus", 24, _spec(4, "sqrtsoftplus")),
+    RouterProblem("sqrtsoftplus_to_one", 24, _spec(4, "sqrtsoftplus", True), bias=0.0),
+    # Their logits lie so densely, or are so few, that sums go over some experts, over all and over one.
+    RouterProblem("sparsemixer_dense", 300, _spec(6, "sparsemixer", scale=2.0), T=33),
+    RouterProblem("sparsemixer_all", 5, _spec(5, "sparsemixer"), T=150),
+    RouterProblem("sparsemixer_to_one", 100, _spec(4, "sparsemixer", True, epsilon=0.1), T=33),
+    RouterProblem("epsilon_softmax", 24, _spec(4, renormalise=True, epsilon=0.1)),
+    RouterProblem("epsilon_softmax_bias", 24, _spec(4, renormalise=True, epsilon=1e-3), bias=0.0),
+    RouterProblem("epsilon_sigmoid", 24, _spec(4, "sigmoid", True, 2.5, epsilon=0.5), bias=0.0),
+    RouterProblem("epsilon_sqrtsoftplus", 24, _spec(4, "sqrtsoftplus", True, epsilon=1e-2)),
+    RouterProblem("epsilon_not_renormalised", 24, _spec(4, "sigmoid", epsilon=0.5)),
+    RouterProblem("epsilon_topk_softmax", 24, _spec(4, "topk_softmax", True, epsilon=0.5)),
+    RouterProblem("logit_bias", 24, _spec(4, "sigmoid", True, biased="logit"), bias=0.0, spread=0.5),
+    RouterProblem("logit_bias_softmax", 24, _spec(4, biased="logit"), bias=0.0, spread=0.5),
+    RouterProblem(
+        "logit_bias_groups",
+        36,
+        _spec(4, "sigmoid", groups=6, keep_groups=2, biased="logit", **_TOP2),
+        bias=0.0,
+    ),
     RouterProblem("many_groups", 96, _spec(6, "sigmoid", True, 2.5, groups=24, keep_groups=6), bias=0.0),
 )
-# And every other score in each of its forms.
-_NEW = [score for score in SCORES if score not in {problem.spec.score for problem in PROBLEMS}]
+# With biases that leave every score, or every logit, below zero.
 PROBLEMS += tuple(
-    RouterProblem(f"{score}{'_renormalised' * renormalise}", 24, _spec(4, score, renormalise), bias)
-    for score in _NEW
-    for renormalise, bias in ((False, None), (True, 0.0))
-)
+    RouterProblem(
+        f"{score}_{biased}_below_zero", 24, _spec(4, score, True, biased=biased), bias, spread=spread
+    )
+    for score, biased, bias, spread in (
+        ("softmax", "score", -3.0, 2.0),
+        ("sigmoid", "score", -3.0, 2.0),
+        ("sqrtsoftplus", "score", -8.0, 2.0),
+        ("topk_softmax", "score", -8.0, 0.5),
+        ("sigmoid", "logit", -8.0, 0.5),
+    )
+) + tuple(
+    RouterProblem(
+        f"groups_{score}_{group_score}_below_zero", 64,
+        _spec(6, score, True, groups=8, keep_groups=2, group_score=group_score), bias=-3.0,
+    )
+    for score in ("softmax", "sigmoid")
+    for group_score in GROUP_SCORES
+)  # fmt: skip
 EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
 ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
 
 
 # Checks whose cause lies in the score or in the choice of groups need no more than one problem of each kind.
-KINDS = tuple(
-    problem
-    for problem in PROBLEMS
-    if problem.name in ("olmoe_1b_7b", "qwen3_30b_a3b", "notebook", "deepseek_v2", "deepseek_v3", "kimi_k2")
-    or problem.spec.score in _NEW
-)
+_ONE_OF_EACH = ("olmoe_1b_7b", "qwen3_30b_a3b", "notebook", "deepseek_v2", "deepseek_v3", "sigmoid_to_one",
+                "deepseek_v4_flash", "phi_3_5_moe", "epsilon_sigmoid")  # fmt: skip
+KINDS = tuple(problem for problem in PROBLEMS if problem.name in _ONE_OF_EACH)

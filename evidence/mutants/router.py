@@ -22,11 +22,21 @@ def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = N
         scores = z.softmax(dim=1)
     if spec.score == "sigmoid":
         scores = z.sigmoid()
+    if spec.score == "sqrtsoftplus":
+        plus = F.softplus(z.clamp(min=-80), threshold=40)  # of which the root has no slope at 0
+        scores = plus.sqrt()
     ids = choose(z.detach(), scores.detach(), spec, selection_bias)  # [T, K]
 
     gates = scores.gather(1, ids)
+    if spec.score == "sparsemixer":
+        gates = sparse(z, ids)
     renormalised = spec.renormalise or spec.score == "topk_softmax"
-    if renormalised:  # s / Σ s is the softmax of log s, whose largest is shifted to 0
+    has_logarithms = spec.score in ("softmax", "sigmoid", "topk_softmax")
+    divides = not has_logarithms or (spec.epsilon > 0 and spec.score != "topk_softmax")
+    if renormalised and divides:
+        total = gates.sum(dim=1, keepdim=True)
+        gates = gates / (total + spec.epsilon)
+    elif renormalised:  # s / Σ s is the softmax of log s, whose largest is shifted to 0
         logs = z.gather(1, ids)
         if spec.score == "sigmoid":
             logs = F.logsigmoid(logs)
@@ -35,10 +45,25 @@ def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = N
     return Routing(ids, gates)
 
 
+def sparse(z: Tensor, ids: Tensor) -> Tensor:
+    """Weigh the chosen [T, K], best first, each against the logits that are near below it."""
+    gates, left = [], z
+    for k in range(ids.shape[1]):
+        best = z.gather(1, ids[:, k : k + 1]).detach()
+        factor = torch.maximum(z.detach().abs(), best)
+        far = (best - z.detach()) / factor > 0.02
+        near = left.masked_fill(far, -torch.inf)
+        gates.append(near.softmax(dim=1).gather(1, ids[:, k : k + 1]))
+        left = left.scatter(1, ids[:, k : k + 1], -torch.inf)
+    return torch.cat(gates, dim=1)
+
+
 def choose(z: Tensor, scores: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Tensor:
     """Find the best experts [T, K] by logits z, or by biased scores; both [T, E]."""
     (T, E), K = z.shape, spec.top_k
     rank = z  # in the order of the scores, without the ties of scores that saturate
+    if spec.biased == "logit":
+        scores = z
     if selection_bias is not None:
         rank = scores = scores + selection_bias.detach().to(scores.dtype)
     candidates = torch.arange(E).expand(T, E)

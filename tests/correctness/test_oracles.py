@@ -14,7 +14,7 @@ from correctness.oracle.experts import act, act_derivative, evaluate
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
-from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS, LayerWeights, RouterSpec
+from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS, SCORES, LayerWeights, RouterSpec
 
 
 def scalar_activation(name: str, h: list[float]) -> list[float]:
@@ -172,3 +172,43 @@ REFUSED: dict[str, Callable[[], object]] = {
 def test_an_oracle_refuses_what_it_has_no_equation_for(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()
+
+
+@pytest.mark.parametrize("epsilon", (0.0, 0.3))
+@pytest.mark.parametrize("renormalise", (False, True))
+@pytest.mark.parametrize("score", SCORES)
+def test_the_gradient_of_gates_equals_finite_differences(
+    score: str, renormalise: bool, epsilon: float
+) -> None:
+    spec = RouterSpec(4, score, renormalise, scale=2.5, epsilon=epsilon)
+    generator = torch.Generator().manual_seed(0)
+    z = 1 + 0.02 * torch.randn(9, generator=generator, dtype=torch.float64)  # within reach of one another
+    ids, clear = router.select(z, spec, None, 1e-16)
+    assert clear
+    dgates = torch.randn(4, generator=generator, dtype=torch.float64)
+    step = 1e-6 * torch.eye(9, dtype=torch.float64)
+    sides = [[router.gates(z + sign * e, ids, spec) @ dgates for e in step] for sign in (1, -1)]
+    slopes = [float(up - down) / 2e-6 for up, down in zip(*sides, strict=True)]
+    got, _ = router.gate_gradient(z, ids, spec, dgates)
+    assert got.tolist() == pytest.approx(slopes, rel=1e-7, abs=1e-8)
+
+
+def test_the_gates_of_each_score_equal_scalar_arithmetic() -> None:
+    z, ids, e = [1.0, 0.99, 0.975, -2.0], [0, 1], math.exp
+    softplus = [math.log(1 + e(v)) for v in z]
+    first = 1 / (1 + e(-0.01))  # 0.975 is out of reach of 1, which is out of the second choice
+    second = 1 / (1 + e(-0.015))
+    total = sum(e(v) for v in z)
+    want = {
+        "softmax": [e(1.0) / total, e(0.99) / total],
+        "sigmoid": [1 / (1 + e(-1.0)), 1 / (1 + e(-0.99))],
+        "sqrtsoftplus": [math.sqrt(softplus[0]), math.sqrt(softplus[1])],
+        "sparsemixer": [first, second],
+    }
+    for score, scores in want.items():
+        for epsilon in (0.0, 0.25):
+            divided = [s / (sum(scores) + epsilon) for s in scores]
+            for renormalise, gates in ((False, scores), (True, divided)):
+                spec = RouterSpec(2, score, renormalise, epsilon=epsilon)
+                got = router.gates(torch.tensor(z, dtype=torch.float64), ids, spec)
+                assert got.tolist() == pytest.approx(gates, rel=1e-14)

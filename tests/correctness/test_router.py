@@ -29,12 +29,14 @@ def test_the_choice_of_most_tokens_is_clear(problem: RouterProblem, dtype: torch
 
 def _right_by_sorting(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
     """Sorts all experts, masks groups with -inf, and divides by the sum: as most models' code does."""
+    if spec.score == "sparsemixer":
+        return route(logits, spec, selection_bias=selection_bias)
     z = logits.float()
     known = {"softmax": lambda: z.softmax(1), "sigmoid": z.sigmoid, "topk_softmax": lambda: z}
-    if spec.score not in known:
-        return route(logits, spec, selection_bias=selection_bias)
+    known["sqrtsoftplus"] = lambda: F.softplus(z.clamp(min=-80)).sqrt()
     scores = known[spec.score]()
-    rank = (scores if selection_bias is None else scores + selection_bias).detach()
+    ranked = z if spec.biased == "logit" else scores
+    rank = (ranked if selection_bias is None else ranked + selection_bias).detach()
     if spec.groups > 1:
         by_group = rank.unflatten(1, (spec.groups, -1))
         counted = 2 if spec.group_score == "top2_sum" else 1
@@ -49,7 +51,7 @@ def _right_by_sorting(logits: Tensor, spec: RouterSpec, *, selection_bias: Tenso
     else:
         gates = scores.gather(1, ids)
         if spec.renormalise:
-            gates = gates / (gates.sum(1, keepdim=True) + 1e-20)
+            gates = gates / (gates.sum(1, keepdim=True) + (spec.epsilon or 1e-20))
     return Routing(ids, gates * spec.scale)
 
 
@@ -57,16 +59,17 @@ def _right_by_logarithms(
     logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None
 ) -> Routing:
     """The project's choice, with gates by way of logarithms, in float32 and in any order within a row."""
-    ids = route(logits, spec, selection_bias=selection_bias).expert_ids.flip(1)
+    ids, gates = route(logits, spec, selection_bias=selection_bias)
+    ids = ids.flip(1)
+    if spec.score in ("sqrtsoftplus", "sparsemixer") or spec.epsilon:
+        return Routing(ids, gates.float().flip(1))
     z = logits.float()
-    log = (
-        z
-        if spec.score == "topk_softmax"
-        else z.log_softmax(1)
-        if spec.score == "softmax"
-        else F.logsigmoid(z)
-    )
-    chosen = log.gather(1, ids)
+    known = {
+        "topk_softmax": lambda: z,
+        "softmax": lambda: z.log_softmax(1),
+        "sigmoid": lambda: F.logsigmoid(z),
+    }
+    chosen = known[spec.score]().gather(1, ids)
     if spec.renormalise or spec.score == "topk_softmax":
         chosen = chosen - chosen.logsumexp(1, keepdim=True)
     return Routing(ids, chosen.exp() * spec.scale)

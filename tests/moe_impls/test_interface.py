@@ -92,3 +92,10 @@ def test_declarations_and_specs_refuse_what_is_not_valid() -> None:
         RouterSpec(1, groups=2, keep_groups=3)
     with pytest.raises(TypeError, match="top_k is True; it must be an int"):
         RouterSpec(True)
+    with pytest.raises(ValueError, match="biased is 'gate'; valid are score, logit"):
+        RouterSpec(1, biased="gate")
+    for epsilon in (-1e-20, 1e-45, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="epsilon is .*; it must be 0, or from 1.18e-38 to below 1"):
+            RouterSpec(1, epsilon=epsilon)
+    with pytest.raises(ValueError, match="groups is 2; with score 'sparsemixer' it must be 1"):
+        RouterSpec(1, "sparsemixer", groups=2)
