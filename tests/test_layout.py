@@ -44,6 +44,8 @@ MODULES = {
     "markdown-it-py": {"markdown_it"},
     "pyyaml": {"yaml"},
 }
+# What a file of the package may import besides, when it is called.
+ON_REQUEST = {"moe_impls/triton_kernels.py": "triton", "moe_impls/transformers.py": "transformers"}
 
 
 def declared_modules() -> tuple[set[str], set[str]]:
@@ -92,8 +94,7 @@ def breaches(root: Path) -> list[str]:
         room = room_of(file)
         alone = room == "moe_impls" and not file.startswith("moe_impls/peers/")
         libraries = (wheel if alone else suite) | sys.stdlib_module_names
-        if file == "moe_impls/triton_kernels.py":  # imported by what is for GPUs, when it is called
-            libraries = libraries | {"triton"}
+        libraries = libraries | {ON_REQUEST.get(file)}
         for name in imports(path, root):
             top = name.split(".")[0]
             if top in TOPS:
