@@ -19,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from evidence.mutants import dense, grouped
 from moe_impls.functional import accumulation_dtype, activate, combine_slots, expert_mlp
-from moe_impls.interface import GATED_ACTIVATIONS, Experts, Implementation, Routing, Support
+from moe_impls.interface import GATED_ACTIVATIONS, Clamp, Experts, Implementation, Routing, Support
 
 Expert = Callable[..., Tensor]  # with the signature of expert_mlp
+# Of gated activations that multiply a function of the gate by the value: the function.
+OF_GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "geglu_tanh": "gelu_tanh"}
 
 
 def wide(t: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ def sorted_rows(x: Tensor, order: Tensor, K: int) -> Tensor:
 
 def sorted_outputs(rows: Tensor, counts: list[int], experts: Experts, expert: Expert) -> Tensor:
     """Run ``expert`` on the rows of each expert that has some (of each if none has): [T * K, O]."""
-    options = experts.activation, experts.output_activation
+    options = experts.activation, experts.output_activation, experts.clamp
     return torch.cat(
         [
             expert(part, *weights, *options)
@@ -79,6 +81,7 @@ def reversed_order(x: Tensor, routing: Routing, experts: Experts, *, combine: st
         mirrored.b_out,
         experts.activation,
         experts.output_activation,
+        experts.clamp,
     )
     outputs = slot_outputs(x.flip(0, 1), turned, mirrored)
     return combine_slots(outputs, turned.gates, combine).flip(0).to(x.dtype)
@@ -120,8 +123,8 @@ def split_products(x: Tensor, routing: Routing, experts: Experts, *, combine: st
         halves = wide(rows[:, :n]) @ wide(w[:, :n]).T, wide(rows[:, n:]) @ wide(w[:, n:]).T
         return add(halves[0] + halves[1], b).to(rows.dtype)
 
-    def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation):
-        out = product(activate(product(rows, w_in, b_in), activation), w_out, b_out)
+    def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation, clamp):
+        out = product(activate(product(rows, w_in, b_in), activation, clamp), w_out, b_out)
         return activate_output(out, output_activation)
 
     return combine_slots(slot_outputs(x, routing, experts, expert), routing.gates, combine).to(x.dtype)
@@ -140,13 +143,13 @@ def token_chunks(x: Tensor, routing: Routing, experts: Experts, *, combine: str 
 def unfused(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Round every operation to the dtype of x: products, then biases, gate and up apart, gated outputs."""
 
-    def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation):
+    def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation, clamp):
         h = add(rows @ w_in.T, b_in)
-        if activation in ("swiglu", "geglu", "reglu"):
+        if activation in OF_GATES:
             gate, up = h.chunk(2, dim=1)
-            a = activate(gate, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[activation]) * up
+            a = activate(gate, OF_GATES[activation]) * up
         else:
-            a = activate(h, activation)
+            a = activate(h, activation, clamp)
         return activate_output(add(a @ w_out.T, b_out), output_activation)
 
     outputs = slot_outputs(x, routing, experts, expert)
@@ -175,17 +178,22 @@ def other_formulas(x: Tensor, routing: Routing, experts: Experts, *, combine: st
             return h / 2 * torch.special.erfc(h * -math.sqrt(0.5))
         if name == "silu":
             return h / 2 + h / 2 * torch.tanh(h / 2)
+        if name == "gelu_tanh":
+            return h * torch.sigmoid(h * (1.5957691216057308 + 0.07135481627260025 * h * h))
+        if name == "relu2":
+            return h * torch.maximum(h, torch.zeros_like(h))
         return torch.maximum(h, torch.zeros_like(h))
 
-    def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation):
+    def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation, clamp):
         h = wide(F.linear(rows, w_in, b_in))
         if activation in GATED_ACTIVATIONS:
             gate, up = h.tensor_split(2, dim=1)
             if activation == "swiglu_clamped":
-                gate, up = 7 - F.relu(7 - gate), F.hardtanh(up, -7, 7)
-                a = single(1.702 * gate, "silu") / 1.702 * (up + 1)
+                limit, alpha, offset = clamp
+                gate, up = limit - F.relu(limit - gate), F.hardtanh(up, -limit, limit)
+                a = single(alpha * gate, "silu") / alpha * (up + offset)
             else:
-                a = single(gate, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[activation]) * up
+                a = single(gate, OF_GATES[activation]) * up
         else:
             a = single(h, activation)
         out = F.linear(a.to(rows.dtype), w_out, b_out)
@@ -208,7 +216,7 @@ def gate_on_hidden(x: Tensor, routing: Routing, experts: Experts, *, combine: st
     )
     for part, gate, tokens, (w_in, b_in, w_out, b_out) in parts:
         if len(part) or len(x) == 0:
-            a = wide(activate(F.linear(part, w_in, b_in), experts.activation)) * gate
+            a = wide(activate(F.linear(part, w_in, b_in), experts.activation, experts.clamp)) * gate
             y = y.index_add(0, tokens, wide(F.linear(a.to(x.dtype), w_out)))
             if b_out is not None:
                 y = y.index_add(0, tokens, gate * b_out)
@@ -224,7 +232,7 @@ def gathered_weights(x: Tensor, routing: Routing, experts: Experts, *, combine: 
     for rows, ids in zip(wide(x).split(size), routing.expert_ids.split(size), strict=True):
         own = weights.map(functools.partial(torch.index_select, dim=0, index=ids.flatten()))
         h = torch.bmm(own.w_in, rows.repeat_interleave(K, dim=0).unsqueeze(2)).squeeze(2)
-        a = activate(add(h, own.b_in), experts.activation)
+        a = activate(add(h, own.b_in), experts.activation, experts.clamp)
         out = add(torch.bmm(own.w_out, a.unsqueeze(2)).squeeze(2), own.b_out)
         parts.append(activate_output(out, experts.output_activation).unflatten(0, (len(rows), K)))
     return combine_slots(torch.cat(parts), routing.gates, combine).to(x.dtype)
@@ -262,7 +270,7 @@ def padded_batch(x: Tensor, routing: Routing, experts: Experts, *, combine: str 
     rows = x.new_zeros(E * capacity, x.shape[1]).index_copy(0, cell, sorted_rows(x, order, K))
     h = torch.bmm(rows.unflatten(0, (E, capacity)), experts.w_in.mT)
     h = h if experts.b_in is None else h + experts.b_in.unsqueeze(1)
-    out = torch.bmm(activate(h, experts.activation), experts.w_out.mT)
+    out = torch.bmm(activate(h, experts.activation, experts.clamp), experts.w_out.mT)
     out = out if experts.b_out is None else out + experts.b_out.unsqueeze(1)
     out = activate_output(out, experts.output_activation).flatten(0, 1)[cell]
     return combine_slots(out[order.argsort()].unflatten(0, (T, K)), routing.gates, combine).to(x.dtype)
@@ -294,24 +302,24 @@ def checkpointed(x: Tensor, routing: Routing, experts: Experts, *, combine: str 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, x, gates, w_in, b_in, w_out, b_out, activation, output_activation, combine):
+    def forward(ctx, ids, x, gates, w_in, b_in, w_out, b_out, options, combine):
         ctx.save_for_backward(ids, x, gates, w_in, b_in, w_out, b_out)
-        ctx.options = activation, output_activation, combine
-        experts = Experts(w_in, b_in, w_out, b_out, activation, output_activation)
+        ctx.options = options, combine
+        experts = Experts(w_in, b_in, w_out, b_out, *options)
         return float32_inside(x, Routing(ids, gates), experts, combine=combine)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
         ids, *saved = ctx.saved_tensors
-        activation, output_activation, combine = ctx.options
+        options, combine = ctx.options
         leaves = [None if t is None else t.detach().requires_grad_() for t in saved]
         present = [t for t in leaves if t is not None]
         x, gates = present[:2]
         with torch.enable_grad():
-            experts = Experts(*leaves[2:], activation, output_activation)  # type: ignore[arg-type]
+            experts = Experts(*leaves[2:], *options)  # type: ignore[arg-type]
             y = float32_inside(x, Routing(ids, gates), experts, combine=combine)
         grads = iter(torch.autograd.grad(y, present, dy))
-        return None, *(None if t is None else next(grads) for t in leaves), None, None, None
+        return None, *(None if t is None else next(grads) for t in leaves), None, None
 
 
 def recomputed(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
@@ -319,12 +327,17 @@ def recomputed(x: Tensor, routing: Routing, experts: Experts, *, combine: str = 
     e = experts
     return _Recomputed.apply(
         routing.expert_ids, x, routing.gates,
-        e.w_in, e.b_in, e.w_out, e.b_out, e.activation, e.output_activation, combine,
+        e.w_in, e.b_in, e.w_out, e.b_out, (e.activation, e.output_activation, e.clamp), combine,
     )  # fmt: skip
 
 
-def slope(h: Tensor, activation: str) -> Tensor:
+def slope(h: Tensor, activation: str, clamp: Clamp) -> Tensor:
     """Differentiate the activation by hand: ∂a/∂h, [N, F] as h."""
+    if activation == "relu2":
+        return 2 * h.clamp(min=0)
+    if activation == "gelu_tanh":
+        t = torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h.pow(3)))
+        return (1 + t) / 2 + h / 2 * (1 - t) * (1 + t) * math.sqrt(2 / math.pi) * (1 + 0.134145 * h.square())
     if activation == "relu":
         return (h > 0).to(h.dtype)
     if activation == "gelu":
@@ -335,29 +348,31 @@ def slope(h: Tensor, activation: str) -> Tensor:
         return s * (1 + h * (1 - s))
     gate, up = h.chunk(2, dim=1)
     if activation == "swiglu_clamped":
-        g, u = gate.clamp(max=7), up.clamp(-7, 7)
-        s = torch.sigmoid(1.702 * g)
-        of_gate = s * (1 + 1.702 * g * (1 - s)) * (u + 1) * (gate <= 7)
+        limit, alpha, offset = clamp
+        g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+        s = torch.sigmoid(alpha * g)
+        of_gate = s * (1 + alpha * g * (1 - s)) * (u + offset) * (gate <= limit)
         return torch.cat([of_gate, g * s * (u == up)], dim=1)
-    name = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[activation]
-    return torch.cat([slope(gate, name) * up, activate(gate, name)], dim=1)
+    name = OF_GATES[activation]
+    return torch.cat([slope(gate, name, clamp) * up, activate(gate, name)], dim=1)
 
 
 class _Handwritten(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, x, gates, w_in, b_in, w_out, b_out, activation, output_activation, combine):
-        experts = Experts(w_in, b_in, w_out, b_out, activation, output_activation)
+    def forward(ctx, ids, x, gates, w_in, b_in, w_out, b_out, options, combine):
+        experts = Experts(w_in, b_in, w_out, b_out, *options)
         f = slot_outputs(x, Routing(ids, gates), experts)
         y = wide(combine_slots(wide(f), gates, combine))
         ctx.save_for_backward(ids, x, gates, w_in, b_in, w_out, b_out, f, y)
-        ctx.options = activation, output_activation, combine
+        ctx.options = options, combine
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
         ids, x, gates, w_in, b_in, w_out, b_out, f, y = ctx.saved_tensors
-        activation, output_activation, combine = ctx.options
-        experts = Experts(w_in, b_in, w_out, b_out, activation, output_activation)
+        options, combine = ctx.options
+        activation, output_activation, clamp = options
+        experts = Experts(w_in, b_in, w_out, b_out, *options)
         K = ids.shape[1]
         dy, g = wide(dy).unsqueeze(1), wide(gates).unsqueeze(2)
         if combine == "sum":
@@ -377,10 +392,10 @@ class _Handwritten(torch.autograd.Function):
             if n == 0:
                 continue
             h = F.linear(rows[part], w_in[e], None if b_in is None else b_in[e])
-            a = activate(h, activation)
+            a = activate(h, activation, clamp)
             da = df[part] @ w_out[e]
             per_unit = wide(da) if len(a.T) == len(h.T) else wide(da).repeat(1, 2)
-            dh = (slope(wide(h), activation) * per_unit).to(x.dtype)
+            dh = (slope(wide(h), activation, clamp) * per_unit).to(x.dtype)
             slot_dx[part] = wide(dh @ w_in[e])
             grads["w_in"][e], grads["w_out"][e] = dh.T @ rows[part], df[part].T @ a
             if b_in is not None:
@@ -389,7 +404,7 @@ class _Handwritten(torch.autograd.Function):
                 grads["b_out"][e] = wide(df[part]).sum(dim=0)
         dx = torch.zeros_like(x, dtype=slot_dx.dtype).index_add(0, order // K, slot_dx).to(x.dtype)
         weights = (grads.get(name) for name in ("w_in", "b_in", "w_out", "b_out"))
-        return None, dx, dgates.to(gates.dtype), *weights, None, None, None
+        return None, dx, dgates.to(gates.dtype), *weights, None, None
 
 
 def handwritten_backward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
@@ -397,16 +412,16 @@ def handwritten_backward(x: Tensor, routing: Routing, experts: Experts, *, combi
     e = experts
     return _Handwritten.apply(
         routing.expert_ids, x, routing.gates,
-        e.w_in, e.b_in, e.w_out, e.b_out, e.activation, e.output_activation, combine,
+        e.w_in, e.b_in, e.w_out, e.b_out, (e.activation, e.output_activation, e.clamp), combine,
     )  # fmt: skip
 
 
 def tokens_as_columns(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Multiply weights by columns, w @ xᵀ, as column-major libraries do; the result is a transposed view."""
 
-    def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation):
+    def expert(rows, w_in, b_in, w_out, b_out, activation, output_activation, clamp):
         h = w_in @ rows.mT if b_in is None else torch.addmm(b_in.unsqueeze(1), w_in, rows.mT)  # [F, N]
-        a = activate(h.mT, activation).mT.contiguous()
+        a = activate(h.mT, activation, clamp).mT.contiguous()
         out = w_out @ a if b_out is None else torch.addmm(b_out.unsqueeze(1), w_out, a)
         return activate_output(out, output_activation).mT
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe_impls.dispatcher import SparseDispatcher, sort_by_expert
     from moe_impls.interface import (
+        Clamp,
         Experts,
         Implementation,
         LayerWeights,
@@ -19,10 +20,18 @@ if TYPE_CHECKING:
     from moe_impls.layer import MoE, from_notebook_state_dict, to_notebook_state_dict
     from moe_impls.losses import auxiliary_loss, cv_squared, load_balancing_loss, z_loss
     from moe_impls.registry import IMPLEMENTATIONS, resolve
-    from moe_impls.router import count_load, importance, noisy_top_k, route, smooth_load
+    from moe_impls.router import (
+        count_load,
+        importance,
+        noisy_top_k,
+        route,
+        smooth_load,
+        without_sentinels,
+    )
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Clamp",
     "Experts",
     "Implementation",
     "LayerWeights",
@@ -44,6 +53,7 @@ __all__ = [
     "smooth_load",
     "sort_by_expert",
     "to_notebook_state_dict",
+    "without_sentinels",
     "z_loss",
 ]
 

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from moe_impls.functional import needs_gradients
-from moe_impls.interface import GATED_ACTIVATIONS, Experts, Implementation, Routing, Support, dtype_name
+from moe_impls.interface import (
+    CLAMPED,
+    GATED_ACTIVATIONS,
+    Clamp,
+    Experts,
+    Implementation,
+    Routing,
+    Support,
+    dtype_name,
+)
 from moe_impls.processor import multiplies, processor
 from moe_impls.registry import resolve
 
@@ -129,6 +138,7 @@ class _Needs(NamedTuple):
     dtype: torch.dtype
     gradients: bool
     activation: str
+    clamp: Clamp | None  # of swiglu_clamped
     output_activation: str
     combine: str
     bias: bool
@@ -139,6 +149,7 @@ class _Needs(NamedTuple):
             self.device in support.devices
             and self.dtype in support.dtypes
             and self.activation in support.activations
+            and (self.clamp is None or support.takes_clamp(self.activation, self.clamp))
             and self.output_activation in support.output_activations
             and self.combine in support.combines
             and self.bias in support.biases
@@ -217,8 +228,9 @@ def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") 
     w_in, b_in, w_out, b_out = experts.w_in, experts.b_in, experts.w_out, experts.b_out
     device, expert_ids = x.device.type, routing.expert_ids
     gradients = needs_gradients(x, routing.gates, w_in, b_in, w_out, b_out)
+    clamp = experts.clamp if experts.activation == CLAMPED else None
     found, needs = _on_an_even_load(
-        device, x.dtype, gradients, experts.activation, experts.output_activation, combine,
+        device, x.dtype, gradients, experts.activation, clamp, experts.output_activation, combine,
         b_in is not None or b_out is not None, torch.is_autocast_enabled(device),
         expert_ids.shape, w_in.shape,
     )  # fmt: skip

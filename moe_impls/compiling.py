@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.fx.experimental import _config as symbolic_shapes
 
-from moe_impls.interface import Experts, Forward, Routing
+from moe_impls.interface import CLAMPED, Experts, Forward, Routing
 
 # A compiled backward may take over the buffers that it was given, and then refuses to run a second time
 # (retain_graph=True, as in gradcheck). torch reads this switch when it compiles *and* when it runs the
@@ -35,6 +35,7 @@ def _kind(x: Tensor, routing: Routing, experts: Experts, combine: str) -> tuple:
     return (
         combine,
         experts.activation,
+        experts.clamp if experts.activation == CLAMPED else None,
         experts.output_activation,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -34,7 +34,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     h = F.linear(x, experts.w_in.flatten(0, 1), bias).unflatten(1, (E, -1))  # [T, E, F]
     # Pairs that the router did not choose must not overflow, or 0 * inf would reach their gradients.
     h = torch.where(visits.unsqueeze(-1), h, 0)
-    a = activate(h, experts.activation).transpose(0, 1)  # [E, T, H]
+    a = activate(h, experts.activation, experts.clamp).transpose(0, 1)  # [E, T, H]
     outputs = torch.bmm(a, experts.w_out.mT)  # [E, T, O]
     if experts.b_out is not None:
         outputs = outputs + experts.b_out.unsqueeze(1)

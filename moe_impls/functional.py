@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_impls.interface import GATED_ACTIVATIONS
+from moe_impls.interface import CLAMPED, GATED_ACTIVATIONS, Clamp
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,19 +18,33 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def activate(h: Tensor, activation: str) -> Tensor:
+def _relu2(h: Tensor) -> Tensor:
+    return F.relu(h).square()
+
+
+def _gelu_tanh(h: Tensor) -> Tensor:
+    return F.gelu(h, approximate="tanh")
+
+
+FUNCTIONS = {"relu": F.relu, "relu2": _relu2, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "silu": F.silu}
+OF_GATES = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": _gelu_tanh, "reglu": F.relu}
+
+
+def activate(h: Tensor, activation: str, clamp: Clamp = Clamp()) -> Tensor:
     """Apply the activation of an expert's hidden layer: [..., F] -> [..., H].
 
     Gated activations read the first half of the last dimension as the gate and the second as the value
-    that it multiplies (Shazeer 2020, arXiv:2002.05202); swiglu_clamped is the form of gpt-oss.
+    that it multiplies (Shazeer 2020, arXiv:2002.05202); relu2 is that of So et al. 2021 (arXiv:2109.08668).
+    ``clamp`` holds the numbers of swiglu_clamped: pass on those of the experts.
     """
     if activation not in GATED_ACTIVATIONS:
-        return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](h)
+        return FUNCTIONS[activation](h)
     gate, up = h.chunk(2, dim=-1)
-    if activation == "swiglu_clamped":
-        gate = gate.clamp(max=7.0)
-        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
-    return {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}[activation](gate) * up
+    if activation == CLAMPED:
+        limit, alpha, offset = clamp
+        gate = gate.clamp(max=limit)
+        return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + offset)
+    return OF_GATES[activation](gate) * up
 
 
 def expert_mlp(
@@ -41,9 +55,10 @@ def expert_mlp(
     b_out: Tensor | None,
     activation: str,
     output_activation: str,
+    clamp: Clamp = Clamp(),
 ) -> Tensor:
     """Compute one expert on its rows: x [N, D], w_in [F, D], b_in [F], w_out [O, H], b_out [O] -> [N, O]."""
-    out = F.linear(activate(F.linear(x, w_in, b_in), activation), w_out, b_out)
+    out = F.linear(activate(F.linear(x, w_in, b_in), activation, clamp), w_out, b_out)
     return F.relu(out) if output_activation == "relu" else out
 
 

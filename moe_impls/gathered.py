@@ -25,7 +25,9 @@ def _graph(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum
         out = (weight[ids].to(dtype) * rows.unsqueeze(2)).sum(-1)
         return out if bias is None else out + bias[ids]
 
-    a = activate(layer(x.to(dtype).unsqueeze(1), experts.w_in, experts.b_in), experts.activation)
+    a = activate(
+        layer(x.to(dtype).unsqueeze(1), experts.w_in, experts.b_in), experts.activation, experts.clamp
+    )
     outputs = layer(a, experts.w_out, experts.b_out)  # [T, K, O]
     if experts.output_activation == "relu":
         outputs = F.relu(outputs)

@@ -86,7 +86,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     # An expanded view, so that a token's K gradients are summed in one reduction that accumulates in float32.
     rows = x.unsqueeze(1).expand(T, K, -1)[order // K, order % K]  # [T * K, D]
     h = _GroupedLinear.apply(rows, experts.w_in, experts.b_in, counts, sorted_ids)
-    a = activate(h, experts.activation)
+    a = activate(h, experts.activation, experts.clamp)
     out = _GroupedLinear.apply(a, experts.w_out, experts.b_out, counts, sorted_ids)  # [T * K, O]
     if experts.output_activation == "relu":
         out = F.relu(out)

@@ -30,7 +30,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
         if len(tokens) == 0 and T > 0:  # without tokens every expert runs on no rows: gradients are zeros
             continue
         rows = wide[tokens].to(x.dtype)
-        out = expert_mlp(rows, *weights, experts.activation, experts.output_activation)
+        out = expert_mlp(rows, *weights, experts.activation, experts.output_activation, experts.clamp)
         visits.append((tokens, gates[tokens, slots].unsqueeze(-1), out.to(dtype)))
 
     y = torch.zeros(T, O, dtype=dtype, device=x.device)

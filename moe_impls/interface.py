@@ -20,6 +20,7 @@ O output features, E experts, K experts per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -27,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_clamped")
-ACTIVATIONS = ("relu", "gelu", "silu", *GATED_ACTIVATIONS)
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_clamped", "geglu_tanh")
+ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh", "relu2", *GATED_ACTIVATIONS)
 OUTPUT_ACTIVATIONS = ("none", "relu")
 COMBINES = ("sum", "logsumexp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,6 +54,34 @@ def check_positive(argument: str, value: object) -> None:
         raise ValueError(f"{argument} is {value}; it must be at least 1")
 
 
+class Clamp(NamedTuple):
+    """The numbers of the activation swiglu_clamped, which no other reads.
+
+    gate = min(gate, limit), up = clamp(up, -limit, limit), gate * sigmoid(alpha * gate) * (up + offset).
+
+    gpt-oss and MiniMax-M3 have (7, 1.702, 1); DeepSeek-V4, GLM-5 and HY-V4 (10, 1, 0), the SiLU of a gate
+    that has a limit. A limit of infinity is none.
+    """
+
+    limit: float = 7.0
+    alpha: float = 1.702
+    offset: float = 1.0
+
+
+CLAMPED = "swiglu_clamped"
+
+
+def check_clamp(argument: str, clamp: object, activation: str = CLAMPED) -> None:
+    """Raise TypeError or ValueError unless ``clamp`` is a `Clamp` that the activation can have."""
+    numbers = isinstance(clamp, Clamp) and all(isinstance(n, int | float) for n in clamp)
+    if not isinstance(clamp, Clamp) or not numbers:
+        raise TypeError(f"{argument} is {clamp!r}; it must be a Clamp(limit, alpha, offset) of three numbers")
+    if not clamp.limit > 0 or not math.isfinite(clamp.alpha) or not math.isfinite(clamp.offset):
+        raise ValueError(f"{argument} is {clamp}; its limit must be above 0, alpha and offset finite")
+    if activation != CLAMPED and clamp != Clamp():
+        raise ValueError(f"{argument} is {clamp}; activation {activation!r} reads none, only {CLAMPED!r}")
+
+
 class Routing(NamedTuple):
     """Which experts each token visits, and the weight of each visit.
 
@@ -73,10 +102,10 @@ class Experts:
     b_in: [E, F] or None.
     w_out: [E, O, H].
     b_out: [E, O] or None.
-    activation: relu | gelu (erf) | silu | swiglu | geglu | reglu | swiglu_clamped, where swiglu_clamped
-        is the gpt-oss form: gate = min(gate, 7), up = clamp(up, -7, 7),
-        gate * sigmoid(1.702 * gate) * (up + 1).
+    activation: relu | relu2 (its square) | gelu (erf) | gelu_tanh (approximated by tanh) | silu, or gated:
+        swiglu | geglu | geglu_tanh | reglu | swiglu_clamped.
     output_activation: none | relu, applied to the output of each expert before the combine.
+    clamp: the numbers of swiglu_clamped.
     """
 
     w_in: Tensor
@@ -85,6 +114,7 @@ class Experts:
     b_out: Tensor | None
     activation: str = "relu"
     output_activation: str = "none"
+    clamp: Clamp = Clamp()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -197,6 +227,7 @@ class Support:
         CUDA graph of it go wrong with a new routing; but for a first call of its sizes, which may compile and
         try kernels. On a CPU it is called with fake tensors, for which
         operators of its own need fake implementations (torch.library.register_fake).
+    clamps: of the activation swiglu_clamped; None: any numbers.
     multiple_of: D, H and O must be multiples of it.
     same_width: O must equal D.
     compiles_per_case: each new combination of dtype and options costs a compilation (torch.compile);
@@ -219,8 +250,15 @@ class Support:
     compiles_per_case: bool = False
     multiple_of: int = 1
     same_width: bool = False
+    clamps: tuple[Clamp, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.clamps is not None and (not isinstance(self.clamps, tuple) or not self.clamps):
+            raise TypeError(
+                f"clamps of Support is {self.clamps!r}; it must be a tuple of Clamp, or None for any"
+            )
+        for clamp in self.clamps or ():
+            check_clamp("clamps of Support", clamp)
         check_positive("multiple_of of Support", self.multiple_of)
         for name, valid in (
             ("devices", DEVICES),
@@ -237,6 +275,10 @@ class Support:
                 )
             for value in declared:
                 check_choice(f"{name} of Support", value, valid)
+
+    def takes_clamp(self, activation: str, clamp: Clamp) -> bool:
+        """Tell whether the numbers of an activation are declared; without numbers they are."""
+        return activation != CLAMPED or self.clamps is None or clamp in self.clamps
 
 
 Forward = Callable[..., Tensor]  # forward(x, routing, experts, *, combine="sum") -> y
@@ -307,6 +349,7 @@ def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "
     check_choice("activation", experts.activation, ACTIVATIONS)
     check_choice("output_activation", experts.output_activation, OUTPUT_ACTIVATIONS)
     check_choice("combine", combine, COMBINES)
+    check_clamp("clamp", experts.clamp, experts.activation)
 
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; it must be a tensor of shape [T, D]")
@@ -345,7 +388,12 @@ def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "
     if T:
         low, high = (int(v) for v in expert_ids.aminmax())
         if low < 0 or high >= E:
-            raise ValueError(f"expert_ids holds {low if low < 0 else high}; ids must be in [0, {E})")
+            dropped = (
+                "; moe_impls.router.without_sentinels takes out slots of id E"
+                if low >= 0 and high == E
+                else ""
+            )
+            raise ValueError(f"expert_ids holds {low if low < 0 else high}; ids must be in [0, {E}){dropped}")
         ordered = expert_ids.sort(dim=1).values
         repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
         if repeated.any():

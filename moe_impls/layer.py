@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from moe_impls.functional import accumulation_dtype, needs_gradients
 from moe_impls.interface import (
+    CLAMPED,
     GATED_ACTIVATIONS,
+    Clamp,
     Experts,
     Implementation,
     RouterSpec,
@@ -42,6 +44,7 @@ class MoE(nn.Module):
         combine: sum | logsumexp.
         activation: of the hidden layer, one of `moe_impls.interface.ACTIVATIONS`.
         output_activation: relu | none, applied to each expert's output.
+        clamp: the numbers of the activation "swiglu_clamped".
         bias: whether both layers of the experts have biases.
         router: how logits become gates, in place of ``RouterSpec(k, score="topk_softmax")``; its ``top_k`` is
             then K, and ``k`` is not read. Routers with groups need ``noisy_gating=False``.
@@ -76,6 +79,7 @@ class MoE(nn.Module):
         combine: str = "sum",
         activation: str = "relu",
         output_activation: str = "relu",
+        clamp: Clamp = Clamp(),
         bias: bool = True,
         router: RouterSpec | None = None,
         generator: torch.Generator | None = None,
@@ -107,7 +111,7 @@ class MoE(nn.Module):
         self.router = router or RouterSpec(k, score="topk_softmax")
         self.k = self.router.top_k
         self.combine = combine
-        self.activation, self.output_activation = activation, output_activation
+        self.activation, self.output_activation, self.clamp = activation, output_activation, clamp
         self.generator = generator
         self.implementation = implementation
         self._resolved = self._resolve()
@@ -140,6 +144,8 @@ class MoE(nn.Module):
         routing, _ = self.gate(x)
         check_inputs(x, routing, self.experts, self.combine)
         check_choice(f"activation {of}", self.activation, support.activations)
+        if not support.takes_clamp(self.activation, self.clamp):
+            check_choice(f"clamp {of}", self.clamp, support.clamps or ())
         check_choice(f"output_activation {of}", self.output_activation, support.output_activations)
         check_choice(f"combine {of}", self.combine, support.combines)
         check_choice(f"bias {of}", self.b_in is not None, support.biases)
@@ -162,7 +168,8 @@ class MoE(nn.Module):
     @property
     def experts(self) -> Experts:
         """Return the experts' parameters in the form that implementations take."""
-        return Experts(self.w_in, self.b_in, self.w_out, self.b_out, self.activation, self.output_activation)
+        options = self.activation, self.output_activation, self.clamp
+        return Experts(self.w_in, self.b_in, self.w_out, self.b_out, *options)
 
     def gate(self, x: Tensor) -> tuple[Routing, Tensor]:
         """Route tokens x [T, D], and estimate the load of each expert [E].
@@ -242,7 +249,8 @@ class MoE(nn.Module):
         return (
             f"{sizes}, noisy_gating={self.noisy_gating}, k={self.k}, implementation={self._resolved.name!r}, "
             f"combine={self.combine!r}, activation={self.activation!r}, "
-            f"output_activation={self.output_activation!r}, bias={self.b_in is not None}, "
+            f"output_activation={self.output_activation!r}, "
+            f"{f'clamp={self.clamp}, ' if self.activation == CLAMPED else ''}bias={self.b_in is not None}, "
             f"dtype={dtype_name(self.w_in.dtype)}"
         )
 

@@ -212,7 +212,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     y = torch.empty(T if sums else T * K, O, dtype=torch.float32)  # of tokens, or of their slots
     for group in _groups(begin, T * K, max(D, F)):
         h = _products(rows, tokens, w_in, b_in, group)
-        hidden = _rows(activate(h, experts.activation), w_out.dtype)
+        hidden = _rows(activate(h, experts.activation, experts.clamp), w_out.dtype)
         out = _products(hidden, None, w_out, b_out, group)
         if sums:
             _add_slots(out, slots, tokens, gates, y, group, positive)

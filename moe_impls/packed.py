@@ -62,7 +62,7 @@ def prepare(experts: Experts) -> Prepared:
         parts = zip(rows.split(counts.tolist()), order.split(counts.tolist()), layers, strict=True)
         for part, slots, (w_in, b_in, w_out, b_out) in parts:
             if len(part):
-                a = activate(product(part, w_in, b_in), experts.activation)
+                a = activate(product(part, w_in, b_in), experts.activation, experts.clamp)
                 outputs[slots] = product(a, w_out, b_out)
         if experts.output_activation == "relu":
             outputs = F.relu(outputs)

@@ -34,7 +34,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     h = torch.bmm(padded, experts.w_in.mT)  # [E, C, F]
     if experts.b_in is not None:
         h = h + experts.b_in.unsqueeze(1)
-    outputs = torch.bmm(activate(h, experts.activation), experts.w_out.mT)  # [E, C, O]
+    outputs = torch.bmm(activate(h, experts.activation, experts.clamp), experts.w_out.mT)  # [E, C, O]
     if experts.b_out is not None:
         outputs = outputs + experts.b_out.unsqueeze(1)
     if experts.output_activation == "relu":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import accumulation_dtype, activate, needs_gradients
-from moe_impls.interface import Experts, Routing, Support, check_choice
+from moe_impls.interface import Clamp, Experts, Routing, Support, check_choice
 from moe_impls.kept_memory import take
 from moe_impls.processor import multiplies
 
@@ -61,6 +61,7 @@ class _Sum(torch.autograd.Function):
         b_out: Tensor | None,
         expert_ids: Tensor,
         activation: str,
+        clamp: Clamp,
         keep: bool,
     ) -> Tensor:
         order, counts = sort_by_expert(expert_ids, len(w_in))  # [T * K], [E]
@@ -79,10 +80,12 @@ class _Sum(torch.autograd.Function):
             h = F.linear(x[tokens].to(w.dtype), w, None if b_in is None else b_in[e].to(w.dtype))
             if kept_part is not None:
                 kept_part.copy_(h)
-            f = F.linear(activate(h, activation), of_out[e], None if b_out is None else b_out[e].to(w.dtype))
+            f = F.linear(
+                activate(h, activation, clamp), of_out[e], None if b_out is None else b_out[e].to(w.dtype)
+            )
             y.index_add_(0, tokens, gate * f)
         ctx.save_for_backward(x, w_in, w_out, b_out, order, slot_gates, kept)
-        ctx.sizes, ctx.K, ctx.activation, ctx.gates_dtype = sizes, K, activation, gates.dtype
+        ctx.sizes, ctx.K, ctx.activation, ctx.gates_dtype = sizes, K, (activation, clamp), gates.dtype
         return y.to(x.dtype)
 
     @staticmethod
@@ -112,7 +115,7 @@ class _Sum(torch.autograd.Function):
             rows, dy_rows = x[tokens].to(w.dtype), dy[tokens].to(w.dtype)
             with torch.enable_grad():
                 h = h.detach().to(w.dtype).requires_grad_()
-                a = activate(h, ctx.activation)  # [N, H]
+                a = activate(h, *ctx.activation)  # [N, H]
             da = dy_rows @ w  # [N, H], without the gate
             if wants_gates:
                 torch.sum(da.to(wide) * a.detach(), 1, out=d_gates)
@@ -131,7 +134,7 @@ class _Sum(torch.autograd.Function):
                 if wants_w_in:
                     of_in.write_product(dh.mT, rows, dw_in[e])
         dgates = torch.empty_like(d_slot_gates).scatter_(0, order, d_slot_gates).view(-1, ctx.K)
-        found = (dx.to(x.dtype), dgates.to(ctx.gates_dtype), dw_in, db_in, dw_out, db_out, None, None, None)
+        found = (dx.to(x.dtype), dgates.to(ctx.gates_dtype), dw_in, db_in, dw_out, db_out, *[None] * 4)
         return tuple(g if want else None for g, want in zip(found, ctx.needs_input_grad, strict=True))
 
 
@@ -141,4 +144,5 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     check_choice("output_activation of recompute", experts.output_activation, SUPPORT.output_activations)
     weights = experts.w_in, experts.b_in, experts.w_out, experts.b_out
     keep = needs_gradients(x, routing.gates, *weights)
-    return _Sum.apply(x, routing.gates, *weights, routing.expert_ids, experts.activation, keep)
+    options = experts.activation, experts.clamp, keep
+    return _Sum.apply(x, routing.gates, *weights, routing.expert_ids, *options)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import accumulation_dtype
-from moe_impls.interface import SPARSEMIXER_REACH, RouterSpec, Routing
+from moe_impls.interface import SPARSEMIXER_REACH, RouterSpec, Routing, check_positive
 
 NOISE_EPSILON = 1e-2  # the least standard deviation of the gate's noise, in units of logits
 
@@ -217,6 +217,38 @@ def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
 def count_load(routing: Routing, num_experts: int) -> Tensor:
     """Count the tokens that visit each expert: [E] int64, without a gradient. A gate of zero is a visit."""
     return sort_by_expert(routing.expert_ids, num_experts)[1]
+
+
+def without_sentinels(routing: Routing, num_experts: int) -> Routing:
+    """Replace slots that a router dropped, of id E, by experts that the row does not visit, with gates of 0.
+
+    Expert-parallel code and routers with a capacity mark a slot that no expert computes so; implementations
+    take ids in [0, E) only. The replaced slots add 0 times an output, and no gradient flows into their gates.
+    They count as visits: take the load of the routing as it was. Experts are taken in turn, the first after
+    number t of those that token t does not visit, so that none becomes busy by it.
+
+    Args:
+        routing: expert_ids [T, K] in [0, E]; E may be repeated in a row, the others are distinct. K <= E.
+        num_experts: E.
+
+    Raises:
+        TypeError: num_experts is no int, or expert_ids are not int64.
+        ValueError: num_experts is below 1 or below K. Of the ids no values are read on the host.
+    """
+    check_positive("num_experts", num_experts)
+    ids, gates = routing
+    if ids.dtype != torch.int64:
+        raise TypeError(f"expert_ids has dtype {ids.dtype}; it must be torch.int64")
+    (T, K), E = ids.shape, num_experts
+    if K > E:
+        raise ValueError(f"num_experts is {E}; it must be at least K, {K}")
+    dropped = ids == E  # [T, K]
+    token, expert = torch.arange(T, device=ids.device).unsqueeze(1), torch.arange(E, device=ids.device)
+    visited = torch.zeros(T, E + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)[:, :E]
+    distance = (expert - token) % E + E * visited  # [T, E], all different in a row
+    free = distance.argsort(dim=1)[:, :K]  # [T, K], those that are not visited first
+    rank = (dropped.cumsum(dim=1) - 1).clamp(min=0)  # of a slot among the dropped ones of its row
+    return Routing(torch.where(dropped, free.gather(1, rank), ids), torch.where(dropped, 0, gates))
 
 
 def dense_gates(routing: Routing, num_experts: int) -> Tensor:

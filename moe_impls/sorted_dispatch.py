@@ -26,10 +26,10 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     # one reduction, which accumulates in float32, and not one by one in the dtype of x.
     rows = x.unsqueeze(1).expand(T, K, -1)[order // K, order % K]  # [T * K, D]
 
-    outputs = []
+    outputs, options = [], (experts.activation, experts.output_activation, experts.clamp)
     for part, weights in zip(rows.split(counts.tolist()), experts.unbind(), strict=True):
         if len(part) or T == 0:  # without tokens every expert runs on no rows, so that gradients are zeros
-            outputs.append(expert_mlp(part, *weights, experts.activation, experts.output_activation))
+            outputs.append(expert_mlp(part, *weights, *options))
     sorted_outputs = torch.cat(outputs)  # [T * K, O]
 
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))

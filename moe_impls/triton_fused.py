@@ -29,13 +29,24 @@ from torch import Tensor
 
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import combine_slots, needs_gradients
-from moe_impls.interface import GATED_ACTIVATIONS, Experts, Routing, Support
+from moe_impls.interface import GATED_ACTIVATIONS, Clamp, Experts, Routing, Support
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SUPPORT = Support(
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    activations=("relu", "gelu", "silu", "swiglu", "geglu", "reglu", "swiglu_clamped"),
+    activations=(
+        "relu",
+        "relu2",
+        "gelu",
+        "gelu_tanh",
+        "silu",
+        "swiglu",
+        "geglu",
+        "geglu_tanh",
+        "reglu",
+        "swiglu_clamped",
+    ),
     fullgraph=True,
     no_host_sync=True,
     compiles_per_case=True,
@@ -157,7 +168,7 @@ LARGE = 2**31  # multiply-adds of a call for which tiles are tried
 
 def _blocks_for(
     x: Tensor, expert_ids: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
-    activation: str,
+    activation: str, clamp: Clamp,
 ) -> _Blocks:  # fmt: skip
     """Choose the tiles of a call. The first large one of its kind tries all, which waits for the GPU."""
     (E, F, D), O, N = w_in.shape, w_out.shape[1], expert_ids.numel()
@@ -173,7 +184,7 @@ def _blocks_for(
 
     def products(sizes: _Blocks) -> None:
         plan = _plan(expert_ids, E, sizes)
-        _, hidden = _hidden(x, plan, w_in, b_in, activation, keep=False, activate=True)
+        _, hidden = _hidden(x, plan, w_in, b_in, activation, clamp, keep=False, activate=True)
         _product(hidden, plan, w_out.mT, b_out)
 
     global _TUNING_S
@@ -251,8 +262,9 @@ def _strides(bias: Tensor | None) -> tuple[int, int]:
 
 
 def _hidden(
-    x: Tensor, plan: _Plan, w_in: Tensor, b_in: Tensor | None, activation: str, *, keep: bool, activate: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, plan: _Plan, w_in: Tensor, b_in: Tensor | None, activation: str, clamp: Clamp,
+    *, keep: bool, activate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute what is activated [N, F], unless not kept, and hidden features [N, H], unless not activated."""
     E, F, D = w_in.shape
     gated = activation in GATED_ACTIVATIONS
@@ -261,7 +273,7 @@ def _hidden(
     hidden = x.new_empty(N, H) if activate else x.new_empty(0)
     _kernels().hidden_kernel[_grid(plan, H)](
         x, plan.token, w_in, x if b_in is None else b_in, pre, hidden, *plan.tiles,
-        len(plan.tile_expert), E, D, H, *w_in.stride(), *_strides(b_in),
+        len(plan.tile_expert), E, D, H, *w_in.stride(), *_strides(b_in), *clamp,
         ACTIVATION=activation, GATED=gated, HAS_BIAS=b_in is not None, KEEP=keep, ACTIVATE=activate,
         GROUP=GROUP, **plan.blocks.launch,
     )  # fmt: skip
@@ -315,19 +327,21 @@ def _needs_outputs(output_activation: str, combine: str) -> bool:
 def _forward(
     x: Tensor, expert_ids: Tensor, gates: Tensor,
     w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
-    activation: str, output_activation: str, combine: str, keep: bool,
+    activation: str, limit: float, alpha: float, offset: float,
+    output_activation: str, combine: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute y [T, O] and, for the backward, pre [N, F] and outputs [N, O], each empty unless needed."""
-    (T, D), K = x.shape, expert_ids.shape[1]
+    (T, D), K, clamp = x.shape, expert_ids.shape[1], Clamp(limit, alpha, offset)
     E, O, H = w_out.shape
     _check(x, E)
     if T == 0:
         return x.new_empty(0, O), x.new_empty(0), x.new_empty(0)
     x, gates = x.contiguous(), gates.contiguous()
     with _on(x):
-        plan = _plan(expert_ids, E, _blocks_for(x, expert_ids, w_in, b_in, w_out, b_out, activation))
+        blocks = _blocks_for(x, expert_ids, w_in, b_in, w_out, b_out, activation, clamp)
+        plan = _plan(expert_ids, E, blocks)
         keep_pre = keep and _keeps_pre(D, w_in.shape[1], H)
-        pre, hidden = _hidden(x, plan, w_in, b_in, activation, keep=keep_pre, activate=True)
+        pre, hidden = _hidden(x, plan, w_in, b_in, activation, clamp, keep=keep_pre, activate=True)
         outputs = _product(hidden, plan, w_out.mT, b_out, relu=output_activation == "relu")
         if combine == "sum":
             y = x.new_empty(T, O)
@@ -343,7 +357,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, expert_ids, gates, w_in, b_in, w_out, b_out, activation, output_activation, combine, keep):
+def _(x, expert_ids, gates, w_in, b_in, w_out, b_out, *options):
+    *_, output_activation, combine, keep = options
     (T, D), N = x.shape, expert_ids.numel()
     (_, O, H), F = w_out.shape, w_in.shape[1]
     pre = x.new_empty(N, F) if keep and _keeps_pre(D, F, H) else x.new_empty(0)
@@ -366,10 +381,11 @@ def _combine_grads(dy: Tensor, outputs: Tensor, gates: Tensor, combine: str) -> 
 def _backward(
     dy: Tensor, x: Tensor, expert_ids: Tensor, gates: Tensor,
     w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, pre: Tensor, outputs: Tensor,
-    activation: str, output_activation: str, combine: str, wanted: list[bool],
+    activation: str, limit: float, alpha: float, offset: float,
+    output_activation: str, combine: str, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Compute the gradients of x, gates, w_in, b_in, w_out, b_out; those that are not wanted are empty."""
-    (T, D), K = x.shape, expert_ids.shape[1]
+    (T, D), K, clamp = x.shape, expert_ids.shape[1], Clamp(limit, alpha, offset)
     (E, O, H), F = w_out.shape, w_in.shape[1]
     leaves = (x, gates, w_in, b_in, w_out, b_out)
     grads = [x.new_empty(0) for _ in leaves]
@@ -383,9 +399,10 @@ def _backward(
     x, gates, dy = x.contiguous(), gates.contiguous(), dy.contiguous()
     gated = activation in GATED_ACTIVATIONS
     with _on(x):
-        plan = _plan(expert_ids, E, _blocks_for(x, expert_ids, w_in, b_in, w_out, b_out, activation))
+        blocks = _blocks_for(x, expert_ids, w_in, b_in, w_out, b_out, activation, clamp)
+        plan = _plan(expert_ids, E, blocks)
         if not _keeps_pre(D, F, H):
-            pre, _ = _hidden(x, plan, w_in, b_in, activation, keep=True, activate=False)
+            pre, _ = _hidden(x, plan, w_in, b_in, activation, clamp, keep=True, activate=False)
         if _needs_outputs(output_activation, combine):
             d_outputs, grads[1] = _combine_grads(dy, outputs.view(T, K, O), gates, combine)
             if output_activation == "relu":
@@ -398,7 +415,7 @@ def _backward(
         parts = torch.empty(T * K, -(-H // plan.blocks.n), device=x.device)
         _kernels().hidden_grad_kernel[_grid(plan, H)](
             dy, rows, gates, plan.order, w_out, x if b_out is None else b_out, pre, hidden, d_pre, parts,
-            *plan.tiles, len(plan.tile_expert), E, O, H, *w_out.stride(), *_strides(b_out),
+            *plan.tiles, len(plan.tile_expert), E, O, H, *w_out.stride(), *_strides(b_out), *clamp,
             ACTIVATION=activation, GATED=gated, HAS_BIAS=b_out is not None,
             HAS_GATES=gates_of_rows is not None, GROUP=GROUP, **plan.blocks.launch,
         )  # fmt: skip
@@ -424,9 +441,9 @@ def _(dy, x, expert_ids, gates, w_in, b_in, w_out, b_out, *rest):
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, activation, output_activation, combine, _ = inputs
+    tensors, options = inputs[:7], inputs[7:-1]
     ctx.save_for_backward(*tensors, output[1], output[2])
-    ctx.options = activation, output_activation, combine
+    ctx.options = options
     ctx.set_materialize_grads(False)  # of what is kept there are none, and zeros would take as much memory
 
 
@@ -437,7 +454,7 @@ def _gradients(ctx: Any, dy: Tensor, d_pre: Tensor, d_outputs: Tensor) -> tuple[
         grad if want else None
         for grad, want in zip(_backward(dy, *ctx.saved_tensors, *ctx.options, wanted), wanted, strict=True)
     ]
-    return dx, None, *grads, None, None, None, None
+    return dx, None, *grads, *[None] * (len(ctx.options) + 1)
 
 
 torch.library.register_autograd("moe_impls::triton_fused", _gradients, setup_context=_setup)
@@ -453,5 +470,6 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     """
     weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
     keep = needs_gradients(x, routing.gates, *weights)
-    y, _, _ = _forward(x, *routing, *weights, experts.activation, experts.output_activation, combine, keep)
+    options = (experts.activation, *experts.clamp, experts.output_activation, combine)
+    y, _, _ = _forward(x, *routing, *weights, *options, keep)
     return y

@@ -55,16 +55,34 @@ def _gelu_slope(z):
 
 
 @_inlined
-def _clamped(gate, up):
-    """Bring the inputs of swiglu_clamped within its bounds."""
-    return tl.where(gate > 7.0, 7.0, gate), tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+def _tanh_cdf(z):
+    """Approximate the CDF of the standard Normal as gelu_tanh does: (1 + tanh(u)) / 2 is sigmoid(2 u)."""
+    return _sigmoid(z * (1.5957691216057308 + 0.07135481627260025 * z * z))
 
 
 @_inlined
-def _activated(gate, up, ACTIVATION: tl.constexpr):
-    """Compute hidden features; ``up`` is read only if the activation is gated."""
+def _gelu_tanh_slope(z):
+    s = _tanh_cdf(z)
+    return s + z * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * z * z)
+
+
+@_inlined
+def _clamped(gate, up, limit):
+    """Bring the inputs of swiglu_clamped within its bounds."""
+    return tl.where(gate > limit, limit, gate), tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+
+
+@_inlined
+def _activated(gate, up, limit, alpha, offset, ACTIVATION: tl.constexpr):
+    """Compute hidden features; ``up`` is read only if the activation is gated, the numbers if clamped."""
     if ACTIVATION == "relu":
         return _relu(gate)
+    elif ACTIVATION == "relu2":
+        return _relu(gate) * _relu(gate)
+    elif ACTIVATION == "gelu_tanh":
+        return gate * _tanh_cdf(gate)
+    elif ACTIVATION == "geglu_tanh":
+        return gate * _tanh_cdf(gate) * up
     elif ACTIVATION == "gelu":
         return gate * _normal_cdf(gate)
     elif ACTIVATION == "silu":
@@ -77,15 +95,21 @@ def _activated(gate, up, ACTIVATION: tl.constexpr):
         return _relu(gate) * up
     else:
         tl.static_assert(ACTIVATION == "swiglu_clamped")
-        g, u = _clamped(gate, up)
-        return g * _sigmoid(1.702 * g) * (u + 1.0)
+        g, u = _clamped(gate, up, limit)
+        return g * _sigmoid(alpha * g) * (u + offset)
 
 
 @_inlined
-def _slopes(gate, up, ACTIVATION: tl.constexpr):
+def _slopes(gate, up, limit, alpha, offset, ACTIVATION: tl.constexpr):
     """Compute the derivatives of the hidden features by ``gate`` and by ``up``."""
     if ACTIVATION == "relu":
         return tl.where(gate > 0, 1.0, 0.0), up
+    elif ACTIVATION == "relu2":
+        return 2.0 * _relu(gate), up
+    elif ACTIVATION == "gelu_tanh":
+        return _gelu_tanh_slope(gate), up
+    elif ACTIVATION == "geglu_tanh":
+        return _gelu_tanh_slope(gate) * up, gate * _tanh_cdf(gate)
     elif ACTIVATION == "gelu":
         return _gelu_slope(gate), up
     elif ACTIVATION == "silu":
@@ -98,10 +122,10 @@ def _slopes(gate, up, ACTIVATION: tl.constexpr):
         return tl.where(gate > 0, up, 0.0), _relu(gate)
     else:
         tl.static_assert(ACTIVATION == "swiglu_clamped")
-        g, u = _clamped(gate, up)
-        s = _sigmoid(1.702 * g)
-        by_gate = tl.where(gate > 7.0, 0.0, (u + 1.0) * s * (1.0 + 1.702 * g * (1.0 - s)))
-        by_up = tl.where((up > 7.0) | (up < -7.0), 0.0, g * s)
+        g, u = _clamped(gate, up, limit)
+        s = _sigmoid(alpha * g)
+        by_gate = tl.where(gate > limit, 0.0, (u + offset) * s * (1.0 + alpha * g * (1.0 - s)))
+        by_up = tl.where((up > limit) | (up < -limit), 0.0, g * s)
         return by_gate, by_up
 
 
@@ -146,6 +170,7 @@ def hidden_kernel(
     x, row_of, w, bias, pre, hidden, tile_expert, tile_begin, ends,
     tiles, E, D, H,
     stride_e, stride_f, stride_d, stride_be, stride_bf,
+    limit, alpha, offset,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr, ACTIVATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -191,7 +216,7 @@ def hidden_kernel(
         if GATED:
             tl.store(places + H, up.to(pre.dtype.element_ty), mask=mask)
     if ACTIVATE:
-        a = _activated(gate, up, ACTIVATION)
+        a = _activated(gate, up, limit, alpha, offset, ACTIVATION)
         tl.store(hidden + n[:, None] * H + h[None, :], a.to(hidden.dtype.element_ty), mask=mask)
 
 
@@ -230,6 +255,7 @@ def hidden_grad_kernel(
     dy, row_of, gates, slot_of, w, bias, pre, hidden, d_pre, d_gates, tile_expert, tile_begin, ends,
     tiles, E, O, H,
     stride_e, stride_o, stride_h, stride_be, stride_bo,
+    limit, alpha, offset,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -266,14 +292,14 @@ def hidden_grad_kernel(
     up = gate
     if GATED:
         up = tl.load(pre + places + H, mask=mask, other=0.0).to(tl.float32)
-    a = _activated(gate, up, ACTIVATION)
+    a = _activated(gate, up, limit, alpha, offset, ACTIVATION)
     tl.store(hidden + n[:, None] * H + h[None, :], a.to(hidden.dtype.element_ty), mask=mask)
     if HAS_GATES:
         part = tl.sum(tl.where(mask, total * a, 0.0), axis=1) + by_bias
         tl.store(d_gates + n * tl.cdiv(H, BLOCK_N) + block, part, mask=valid)
         slot = tl.load(slot_of + n, mask=valid, other=0)
         total *= tl.load(gates + slot, mask=valid, other=0.0).to(tl.float32)[:, None]
-    by_gate, by_up = _slopes(gate, up, ACTIVATION)
+    by_gate, by_up = _slopes(gate, up, limit, alpha, offset, ACTIVATION)
     tl.store(d_pre + places, (total * by_gate).to(d_pre.dtype.element_ty), mask=mask)
     if GATED:
         tl.store(d_pre + places + H, (total * by_up).to(d_pre.dtype.element_ty), mask=mask)

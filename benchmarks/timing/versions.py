@@ -19,6 +19,7 @@ from correctness.judging import compare
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
 from correctness.session.child import Child, Ended
+from moe_impls.interface import Clamp
 from reporting.provenance import IS_CHECKOUT, ROOT
 
 WHICH = ("base", "here")
@@ -110,7 +111,12 @@ class Version:
 def write_inputs(path: Path, problem: Problem, inputs: Inputs, gradients: bool) -> None:
     """The file that a version reads its call from."""
     experts = inputs.experts
-    options = {"activation": experts.activation, "output_activation": experts.output_activation}
+    options: dict[str, Any] = {
+        "activation": experts.activation,
+        "output_activation": experts.output_activation,
+    }
+    if experts.clamp != Clamp():  # which earlier versions do not know
+        options["clamp"] = tuple(experts.clamp)
     torch.save(
         {
             "tensors": inputs.tensors, "expert_ids": inputs.routing.expert_ids, "dy": inputs.dy,

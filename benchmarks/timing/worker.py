@@ -30,7 +30,10 @@ def ready(root: str, name: str, path: str):
         gradients = given["gradients"]
         leaves = {n: t.requires_grad_(gradients) for n, t in given["tensors"].items()}
         weights = {n: leaves.get(n) for n in ("w_in", "b_in", "w_out", "b_out")}
-        experts = moe_impls.Experts(**weights, **given["options"])
+        options = given["options"]
+        if "clamp" in options:
+            options["clamp"] = moe_impls.Clamp(*options["clamp"])
+        experts = moe_impls.Experts(**weights, **options)
         routing = moe_impls.Routing(given["expert_ids"], leaves["gates"])
 
         def call():

@@ -12,8 +12,14 @@ from correctness.judging.calling import Graph, finish, run, start
 from correctness.judging.compare import require_right, require_right_calls
 from correctness.judging.finding import CheckFailed, what
 from correctness.problems.inputs import make_inputs
-from correctness.problems.problem import EXACT_ACTIVATIONS, Problem, unsupported
-from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, Implementation, Support
+from correctness.problems.problem import (
+    Problem,
+    exact_activations,
+    is_rounded,
+    unsupported,
+    with_activation,
+)
+from moe_impls.interface import GATED_ACTIVATIONS, Implementation, Support
 
 
 def after_inference(subject: Implementation, problem: Problem) -> None:
@@ -100,19 +106,16 @@ def several_graphs(subject: Implementation, problem: Problem) -> None:
 def _other_options(problem: Problem, support: Support) -> list[Problem]:
     """Replace one option of the problem at a time by another that is declared, of the same shapes."""
     p = problem
-    alike = [
-        a
-        for a in (EXACT_ACTIVATIONS if p.exact else ACTIVATIONS)
-        if (a in GATED_ACTIVATIONS) == (p.activation in GATED_ACTIVATIONS)
-    ]
-    others = []
+    gated = p.activation in GATED_ACTIVATIONS
+    alike = exact_activations(support) if p.exact else support.activations
+    same = (a for a in alike if a != p.activation and (a in GATED_ACTIVATIONS) == gated)
+    others = [with_activation(p, a) for a in itertools.islice(same, 1)]
     for option, values in (
-        ("activation", alike),
         ("output_activation", support.output_activations if p.bias else ()),
         ("combine", () if p.exact else support.combines),
     ):
         others += [replace(p, **{option: value}) for value in values if value != getattr(p, option)][:1]
-    return [p for p in others if unsupported(support, p) is None]
+    return [p for p in others if unsupported(support, p) is None and not is_rounded(p)]
 
 
 def backward_twice(subject: Implementation, problem: Problem) -> None:

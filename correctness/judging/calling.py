@@ -101,6 +101,7 @@ def assemble(inputs: Inputs, tensors: dict[str, Tensor]) -> tuple[Tensor, Routin
         tensors.get("b_out"),
         experts.activation,
         experts.output_activation,
+        experts.clamp,
     )
     return tensors["x"], Routing(inputs.routing.expert_ids, tensors["gates"]), named
 

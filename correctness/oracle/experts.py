@@ -18,54 +18,69 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_impls.interface import Experts, check_choice
+from moe_impls.interface import Clamp, Experts, check_choice
 
 
 class Form(NamedTuple):
     """What is known of an activation.
 
     function: of its gate. gated: whether that is multiplied by a value.
-    gate_kinks, value_kinks: where its derivative by the gate or the value jumps.
-    saturates: whether for large gates it is relu (or reglu) to the last bit, so that exact problems exist.
+    kinked: whether its derivative jumps where the gate is 0.
+    clamped: whether gate and value have a limit, at which the derivatives jump.
+    smooth: whether it is relu (or reglu) to the last bit for large gates alone.
     """
 
     function: str
     gated: bool = False
-    gate_kinks: tuple[float, ...] = ()
-    value_kinks: tuple[float, ...] = ()
-    saturates: bool = True
+    kinked: bool = False
+    clamped: bool = False
+    smooth: bool = True
+
+    def kinks(self, clamp: Clamp) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return where the derivative by the gate jumps, and where that by the value."""
+        if self.clamped:
+            return (clamp.limit,), (-clamp.limit, clamp.limit)
+        return (0.0,) * self.kinked, ()
 
 
 # What is not here has no equation.
 FORMS = {
-    "relu": Form("relu", gate_kinks=(0,)),
+    "relu": Form("relu", kinked=True, smooth=False),
+    "relu2": Form("relu2", smooth=False),
     "gelu": Form("gelu"),
+    "gelu_tanh": Form("gelu_tanh"),
     "silu": Form("silu"),
     "swiglu": Form("silu", gated=True),
     "geglu": Form("gelu", gated=True),
-    "reglu": Form("relu", gated=True, gate_kinks=(0,)),
-    "swiglu_clamped": Form(
-        "swiglu_clamped", gated=True, gate_kinks=(7,), value_kinks=(-7, 7), saturates=False
-    ),
+    "geglu_tanh": Form("gelu_tanh", gated=True),
+    "reglu": Form("relu", gated=True, kinked=True, smooth=False),
+    "swiglu_clamped": Form("silu", gated=True, clamped=True),
 }
 
 
-def act(h: Tensor, name: str) -> Tensor:
+def act(h: Tensor, name: str, clamp: Clamp = Clamp()) -> Tensor:
     """Compute the activation from its definition: [N, F] -> [N, H].
 
     Raises:
         ValueError: it has no equation here.
     """
     check_choice("activation", name, tuple(FORMS))
-    if name == "swiglu_clamped":  # gpt-oss: limit 7, alpha 1.702
+    function, gated, _, clamped, _ = FORMS[name]
+    if clamped:
+        limit, alpha, offset = clamp
         gate, value = h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
-        gate = torch.minimum(gate, torch.full_like(gate, 7))
-        value = torch.maximum(torch.minimum(value, torch.full_like(value, 7)), torch.full_like(value, -7))
-        return gate * torch.sigmoid(1.702 * gate) * (value + 1)
-    function, gated, *_ = FORMS[name]
+        gate = torch.minimum(gate, torch.full_like(gate, limit))
+        value = torch.maximum(
+            torch.minimum(value, torch.full_like(value, limit)), torch.full_like(value, -limit)
+        )
+        return gate * torch.sigmoid(alpha * gate) * (value + offset)
     gate = h[:, : h.shape[1] // 2] if gated else h
     if function == "relu":
         result = gate * (gate > 0)
+    elif function == "relu2":
+        result = gate * gate * (gate > 0)
+    elif function == "gelu_tanh":
+        result = gate * (1 + torch.tanh(_tanh_argument(gate))) / 2
     elif function == "gelu":
         result = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
     else:
@@ -73,40 +88,45 @@ def act(h: Tensor, name: str) -> Tensor:
     return result * h[:, h.shape[1] // 2 :] if gated else result
 
 
-def act_derivative(h: Tensor, name: str) -> Tensor:
+def _tanh_argument(gate: Tensor) -> Tensor:
+    """Compute √(2/π) (g + 0.044715 g³): Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+    return math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
+
+
+def act_derivative(h: Tensor, name: str, clamp: Clamp = Clamp()) -> Tensor:
     """Take ∂a/∂h for each entry of h, [N, F]; a gated activation has two entries for each unit of a."""
     with torch.enable_grad():
         h = h.detach().requires_grad_()
-        return torch.autograd.grad(act(h, name).sum(), h)[0]
+        return torch.autograd.grad(act(h, name, clamp).sum(), h)[0]
 
 
-def act_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
+def act_squares(h: Tensor, h_squares: Tensor, name: str, clamp: Clamp = Clamp()) -> Tensor:
     """Compute the squared scale of a (see ``Evaluation``), [N, H], from that of h, [N, F].
 
     An error of h reaches a by the slope.
     """
-    a = act(h, name)
-    squares = a.square() + _reached(act_derivative(h, name), h_squares, a.shape[1])
-    gate, factor = _gate_and_factor(h, name)
-    return squares + _step_squares(gate, name) * (gate * factor).square()
+    a = act(h, name, clamp)
+    squares = a.square() + _reached(act_derivative(h, name, clamp), h_squares, a.shape[1])
+    gate, factor = _gate_and_factor(h, name, clamp)
+    return squares + _step_squares(gate, name, clamp) * (gate * factor).square()
 
 
-def slope_squares(h: Tensor, h_squares: Tensor, name: str) -> Tensor:
+def slope_squares(h: Tensor, h_squares: Tensor, name: str, clamp: Clamp = Clamp()) -> Tensor:
     """Compute the squared scale of ∂a/∂h, [N, F], from that of h.
 
     An error of h reaches the slope by the curvature.
     """
     with torch.enable_grad():
         h = h.detach().requires_grad_()
-        a = act(h, name)
+        a = act(h, name, clamp)
         slope = torch.autograd.grad(a.sum(), h, create_graph=True)[0]
         H = a.shape[1]
         curvatures = [
             torch.autograd.grad(part.sum(), h, retain_graph=True)[0] if part.requires_grad else 0 * slope
             for part in slope.split(H, dim=1)  # of the gate, and of the value that it multiplies
         ]
-    gate, factor = _gate_and_factor(h.detach(), name)
-    step = _step_squares(gate, name)
+    gate, factor = _gate_and_factor(h.detach(), name, clamp)
+    step = _step_squares(gate, name, clamp)
     own = torch.cat([step * factor.square(), step * gate.square()], dim=1)[:, : h.shape[1]]
     reached = torch.cat([_reached(curvature.detach(), h_squares, H) for curvature in curvatures], dim=1)
     return slope.detach().square() + reached + own
@@ -117,26 +137,29 @@ def _reached(derivative: Tensor, h_squares: Tensor, H: int) -> Tensor:
     return (derivative.square() * h_squares).unflatten(1, (-1, H)).sum(dim=1)
 
 
-def _step_squares(gate: Tensor, name: str) -> Tensor:
+def _step_squares(gate: Tensor, name: str, clamp: Clamp) -> Tensor:
     """Square the terms of (1 + t) / 2, which smooth activations multiply the gate by.
 
-    t is erf(gate / √2) for gelu and tanh(gate / 2) for silu. Where the gate is negative the terms cancel.
+    t is erf(gate / √2) for gelu, tanh(gate / 2) for silu and another tanh for gelu_tanh. Where the gate is
+    negative the terms cancel.
     """
-    function = FORMS[name].function
-    if function == "relu":
+    function, _, _, clamped, smooth = FORMS[name]
+    if not smooth:
         return torch.zeros_like(gate)
     if function == "gelu":
         t = torch.erf(gate / math.sqrt(2))
+    elif function == "gelu_tanh":
+        t = torch.tanh(_tanh_argument(gate))
     else:
-        t = torch.tanh(gate * (1.702 if function == "swiglu_clamped" else 1) / 2)
+        t = torch.tanh(gate * (clamp.alpha if clamped else 1) / 2)
     return (1 + t.square()) / 4
 
 
-def _gate_and_factor(h: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def _gate_and_factor(h: Tensor, name: str, clamp: Clamp) -> tuple[Tensor, Tensor]:
     """Return the gate, [N, H], and what multiplies its function: 1 if the activation is not gated."""
-    if name == "swiglu_clamped":
+    if FORMS[name].clamped:
         gate, value = h.chunk(2, dim=1)
-        return gate.clamp(max=7), value.clamp(-7, 7) + 1
+        return gate.clamp(max=clamp.limit), value.clamp(-clamp.limit, clamp.limit) + clamp.offset
     if FORMS[name].gated:
         gate, value = h.chunk(2, dim=1)
         return gate, value
@@ -148,7 +171,7 @@ def hidden_and_output(x: Tensor, experts: Experts, expert: int) -> tuple[Tensor,
     h = x @ experts.w_in[expert].to(x.dtype).T
     if experts.b_in is not None:
         h = h + experts.b_in[expert].to(x.dtype)
-    out = act(h, experts.activation) @ experts.w_out[expert].to(x.dtype).T
+    out = act(h, experts.activation, experts.clamp) @ experts.w_out[expert].to(x.dtype).T
     if experts.b_out is not None:
         out = out + experts.b_out[expert].to(x.dtype)
     return h, out
@@ -204,6 +227,7 @@ def evaluate(
     def kept(t: Tensor) -> Tensor:
         return t.to(dtype).to(wide)
 
+    form = experts.activation, experts.clamp
     T, K = expert_ids.shape
     E, O, _ = experts.w_out.shape
     keep = list(range(E)) if keep is None else keep
@@ -223,7 +247,7 @@ def evaluate(
 
     for expert, (t, k) in slots.items():
         h = hidden(expert, t)
-        a = kept(act(h, experts.activation))
+        a = kept(act(h, *form))
         w_out = weights["w_out"](expert)
         out = a @ w_out.T
         if "b_out" in weights:
@@ -231,7 +255,7 @@ def evaluate(
         out = kept(out)
         f[t, k] = out * (out > 0) if experts.output_activation == "relu" else out
         if scales:
-            a2 = act_squares(h, hidden_squares(expert, t), experts.activation)
+            a2 = act_squares(h, hidden_squares(expert, t), *form)
             squares = a2 @ w_out.square().T
             squares = squares + weights["b_out"](expert).square() if "b_out" in weights else squares
             f_squares[t, k] = squares.mean(dim=1)
@@ -265,10 +289,10 @@ def evaluate(
 
     for expert, (t, k) in slots.items():
         h, w_in, w_out = hidden(expert, t), weights["w_in"](expert), weights["w_out"](expert)
-        a = kept(act(h, experts.activation))
+        a = kept(act(h, *form))
         d_out = df[t, k] * (f[t, k] > 0) if experts.output_activation == "relu" else df[t, k]
         da = kept(d_out @ w_out)  # [N, H]
-        slope = act_derivative(h, experts.activation)  # [N, F]
+        slope = act_derivative(h, *form)  # [N, F]
         repeats = slope.shape[1] // da.shape[1]
         dh = kept(slope * da.repeat(1, repeats))
         values["x"].index_add_(0, t, kept(dh @ w_in))
@@ -287,11 +311,11 @@ def evaluate(
         if combine == "logsumexp":
             d_out2 = d_out2 + (UNDERFLOW * g[t, k].unsqueeze(-1) * dy[t]).square()
         da2 = (d_out2 @ w_out.square()).repeat(1, repeats)
-        dh2 = slope_squares(h, h2, experts.activation) * da2
+        dh2 = slope_squares(h, h2, *form) * da2
         scale["x"].index_add_(0, t, (dh2 @ w_in.square().mean(dim=1)))
         if row is not None:
             scale["w_in"][row] = _with_mean(dh2.T @ x[t].square())
-            a2 = act_squares(h, h2, experts.activation)
+            a2 = act_squares(h, h2, *form)
             scale["w_out"][row] = _with_mean(d_out2.T @ a2)
             if "b_in" in weights:
                 scale["b_in"][row] = _with_mean(dh2.sum(dim=0))

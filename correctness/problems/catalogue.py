@@ -9,31 +9,50 @@ from dataclasses import replace
 
 import torch
 
-from correctness.problems.problem import LOW_PRECISION, Problem, fit
+from correctness.problems.problem import EXACT_CLAMP, LOW_PRECISION, Problem, fit
 from moe_impls.interface import (
     ACTIVATIONS,
+    CLAMPED,
     COMBINES,
     DTYPES,
     OUTPUT_ACTIVATIONS,
+    Clamp,
     Support,
 )
 from moe_impls.models import MODELS
 
 SMALL = Problem("small", T=37, D=12, H=10, O=7, E=5, K=2, gates="unnormalised")
 
+# Forms of others in this list, with which problems are taken in turn and not every one of them.
+IN_TURN = ("gelu_tanh", "relu2", "geglu_tanh")
+DEEPSEEK_V4 = Clamp(10.0, 1.0, 0.0)
+NEAR = Clamp(1.5, 0.75, 0.25)  # which inputs of unit scale reach
+
+
+def clamped(p: Problem) -> Problem:
+    """Choose the numbers of swiglu_clamped, and an x that reaches the limits of gate and value on every side.
+
+    Those of gpt-oss with biases and of DeepSeek-V4 without, as in the models, where outputs may be large.
+    """
+    if p.activation != CLAMPED:
+        return p
+    if p.combine == "logsumexp" or p.output_activation == "relu":
+        return replace(p, clamp=NEAR)
+    return replace(p, clamp=Clamp() if p.bias else DEEPSEEK_V4, x_scale=8.0)
+
+
 # Every combination of options, on one small problem.
 OPTIONS = tuple(
-    replace(SMALL, activation=a, output_activation=o, combine=c, bias=b, dtype=d)
-    for a, o, c, b, d in itertools.product(ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES, (True, False), DTYPES)
+    clamped(replace(SMALL, activation=a, output_activation=o, combine=c, bias=b, dtype=d))
+    for a in ACTIVATIONS
+    for n, (o, c, b, d) in enumerate(itertools.product(OUTPUT_ACTIVATIONS, COMBINES, (True, False), DTYPES))
+    if a not in IN_TURN or n % 5 == 0  # seven, with every option
 )
 
-# Inputs that reach the clamps of swiglu_clamped on every side, and outputs whose exp overflows float32.
-LARGE = (
-    *(replace(SMALL, activation="swiglu_clamped", x_scale=8.0, dtype=d) for d in DTYPES),
-    *(replace(SMALL, activation="swiglu_clamped", x_scale=60.0, dtype=d) for d in DTYPES[:2]),
-) + tuple(
+# Inputs far beyond the limits of swiglu_clamped, and outputs whose exp overflows float32.
+LARGE = (*(replace(SMALL, activation=CLAMPED, x_scale=60.0, dtype=d) for d in DTYPES[:2]),) + tuple(
     replace(SMALL, activation=a, combine="logsumexp", x_scale=300.0, dtype=d)
-    for a in ("silu", "relu", "gelu")
+    for a in ("silu", "relu", "gelu", "gelu_tanh")
     for d in (torch.float64, torch.float32, torch.bfloat16)
 )
 
@@ -80,7 +99,9 @@ def _with_each_activation(
     """Yield each problem with each activation, output activations in turn, and ``others`` by number."""
     for (i, activation), (j, p) in itertools.product(enumerate(ACTIVATIONS), enumerate(problems)):
         output_activation = OUTPUT_ACTIVATIONS[(i + j) % len(OUTPUT_ACTIVATIONS)]
-        yield replace(p, activation=activation, output_activation=output_activation, **others(i, j))
+        if activation not in IN_TURN or j % len(IN_TURN) == IN_TURN.index(activation):
+            p = replace(p, activation=activation, output_activation=output_activation, **others(i, j))
+            yield clamped(p)
 
 
 _LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnormalised", low_gates=True)
@@ -109,6 +130,9 @@ _EXACT = (
     replace(_INTEGERS, name="integers_gelu", activation="gelu", bias=False),
     replace(_INTEGERS, name="integers_swiglu", K=3, activation="swiglu", bias=False),
     replace(_INTEGERS, name="integers_geglu", K=3, activation="geglu", bias=False),
+    replace(_INTEGERS, name="integers_gelu_tanh", activation="gelu_tanh", bias=False),
+    replace(_INTEGERS, name="integers_relu2", activation="relu2", bias=False),
+    replace(_INTEGERS, name="integers_clamped", K=3, activation=CLAMPED, bias=False, clamp=EXACT_CLAMP),
     replace(_INTEGERS, name="integers_hot", T=1025, D=16, H=8, O=24, E=7, K=4, load="one_hot_expert"),
     replace(
         _INTEGERS,
@@ -127,6 +151,7 @@ _EXACT = (
     replace(_INTEGERS, name="integers_12_choices", T=30, D=6, H=5, O=16, E=13, K=12, gates="cancelling"),
     replace(_INTEGERS, name="integers_many", T=600, D=10, H=6, O=7, E=300, K=2, bias=False, load="zipf"),
 )
+_CANCELLING = tuple(p for p in _EXACT if p.gates == "cancelling")
 # Sizes beyond the tiles, counters and grids of most kernels. Sums over so many tokens need float32.
 _BEYOND = tuple(
     replace(_INTEGERS, name=f"integers_{name}", **sizes)
@@ -166,6 +191,8 @@ EXACT = (
     _FINE,
     *_OPPOSED,
     replace(_INTEGERS, low_gates=True, dtype=torch.float64),
+    # Gates in low precision, whose sums over K and over tokens are still kept in float32.
+    *(replace(p, low_gates=True, dtype=d) for p in _CANCELLING for d in LOW_PRECISION),
     *_BEYOND,
     *_RELEASED,
 )
@@ -186,35 +213,39 @@ def named(name: str) -> Problem:
 
 GRADCHECK = tuple(
     Problem("gradcheck", T=4, D=3, H=3, O=2, E=4, K=2, activation=a, output_activation=o, combine=c,
-            dtype=torch.float64, gates="unnormalised", load="half_empty")
-    for a, o, c in itertools.product(ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES)
+            dtype=torch.float64, gates="unnormalised", load="half_empty", clamp=NEAR)
+    for a in ACTIVATIONS
+    for n, (o, c) in enumerate(itertools.product(OUTPUT_ACTIVATIONS, COMBINES))
+    if a not in IN_TURN or n % len(IN_TURN) == IN_TURN.index(a)
 )  # fmt: skip
 
 # What an implementation that compiles anew for each case is tested on: every dtype, activation, combine,
 # output activation and bias setting; with the first of these all sizes, loads and gates; and exact sums in
 # float16, since Triton's interpreter cuts bfloat16 off where GPUs round it.
-REPRESENTATIVE = (
-    ("swiglu", "none", "sum", True, torch.float32),
-    ("relu", "none", "sum", True, torch.float16),
-    ("gelu", "none", "logsumexp", True, torch.float64),
-    ("geglu", "none", "logsumexp", False, torch.bfloat16),
-    ("silu", "relu", "sum", False, torch.float32),
-    ("reglu", "none", "sum", False, torch.bfloat16),
+REPRESENTATIVE = tuple(
+    replace(SMALL, activation=activation, output_activation=output, combine=combine, bias=bias, dtype=dtype)
+    for activation, output, combine, bias, dtype in (
+        ("swiglu", "none", "sum", True, torch.float32),
+        ("relu", "none", "sum", True, torch.float16),
+        ("gelu", "none", "logsumexp", True, torch.float64),
+        ("geglu", "none", "logsumexp", False, torch.bfloat16),
+        ("silu", "relu", "sum", False, torch.float32),
+        ("reglu", "none", "sum", False, torch.bfloat16),
+    )
 )
-# And every other activation.
+# And every other activation, the clamped one with the numbers of both models.
 REPRESENTATIVE += tuple(
-    (activation, "none", "sum", True, torch.float32)
-    for activation in ACTIVATIONS
-    if activation not in {options[0] for options in REPRESENTATIVE}
+    p
+    for p in OPTIONS
+    if p.activation not in {other.activation for other in REPRESENTATIVE}
+    and (p.output_activation, p.combine, p.dtype) == ("none", "sum", torch.float32)
 )
 
 
 @functools.cache
 def representatives(support: Support) -> tuple[tuple, ...]:
     """Fit REPRESENTATIVE to what ``support`` declares, as every problem is."""
-    names = ("activation", "output_activation", "combine", "bias", "dtype")
-    fitted = (fit(replace(SMALL, **dict(zip(names, o, strict=True))), support) for o in REPRESENTATIVE)
-    return tuple(dict.fromkeys(map(_options, fitted)))
+    return tuple(dict.fromkeys(_options(fit(p, support)) for p in REPRESENTATIVE))
 
 
 def is_representative(problem: Problem, support: Support) -> bool:
@@ -234,7 +265,8 @@ def _is_first(problem: Problem, support: Support) -> bool:
 
 
 def _options(p: Problem) -> tuple:
-    return p.activation, p.output_activation, p.combine, p.bias, p.dtype
+    clamp = p.clamp if p.activation == CLAMPED else None
+    return p.activation, clamp, p.output_activation, p.combine, p.bias, p.dtype
 
 
 def _is_degenerate(p: Problem) -> bool:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from correctness.problems.problem import (
-    EXACT_ACTIVATIONS,
-    KINKED_ACTIVATIONS,
+    EXACT_CLAMP,
     NARROW,
-    SATURATION,
     Inputs,
     Problem,
+    gate_scale,
 )
 from moe_impls.interface import (
+    CLAMPED,
     Experts,
     Routing,
 )
@@ -26,13 +26,13 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
 
     Hidden pre-activations are never zero: with biases they are half-integers; without, they are odd, since
     one feature of x and its weights are odd and all other weights even. So no derivative is taken at a kink.
-    Smooth activations get gates so large that they and their derivatives are those of relu to the last bit.
+    Smooth activations get gates so large that they and their derivatives are those of relu to the last bit;
+    a clamped one an alpha so large.
     """
-    if p.activation not in EXACT_ACTIVATIONS or p.combine != "sum":
-        raise ValueError(
-            f"exact problems need {' or '.join(EXACT_ACTIVATIONS)} and combine 'sum', "
-            f"not {p.activation}, {p.combine}"
-        )
+    if p.combine != "sum":
+        raise ValueError(f"exact problems need combine 'sum', not {p.combine!r}")
+    if p.activation == CLAMPED and p.clamp != EXACT_CLAMP:
+        raise ValueError(f"exact problems of {CLAMPED} need clamp {EXACT_CLAMP}, not {p.clamp}")
     if p.output_activation == "relu" and not p.bias:
         raise ValueError("exact problems with an output relu need biases, which keep outputs off its kink")
     wide = p
@@ -57,9 +57,9 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
     w_in[..., 0] = signs(p.E, p.F)
     b_in = sparse(p.E, p.F, nonzeros=p.F, values=halves)
     b_out = sparse(p.E, p.O, nonzeros=p.O, values=(-0.125, 0.125))
-    w_in[:, : p.H] *= _gate_scale(p)
-    b_in[:, : p.H] *= _gate_scale(p)
-    b_out *= _gate_scale(p)
+    w_in[:, : p.H] *= gate_scale(p)
+    b_in[:, : p.H] *= gate_scale(p)
+    b_out *= gate_scale(p)
     experts = Experts(
         w_in=w_in,
         b_in=b_in if p.bias else None,
@@ -67,6 +67,7 @@ def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> 
         b_out=b_out if p.bias else None,
         activation=p.activation,
         output_activation=p.output_activation,
+        clamp=p.clamp,
     )
     powers = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     gates = powers[torch.randint(3, (p.T, p.K), generator=generator)] * signs(p.T, p.K)
@@ -93,7 +94,7 @@ def _opposed(p: Problem, x: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
     w_in = torch.cat([experts.w_in, 2 * experts.w_in[..., :1] * more_features.abs()], dim=2)
     row = torch.zeros(p.E, len(more_units), w_in.shape[2])
     row[..., 0] = 1
-    scales = (_gate_scale(p), 1)[: p.F // p.H]  # of gate rows and up rows
+    scales = (gate_scale(p), 1)[: p.F // p.H]  # of gate rows and up rows
 
     def longer(t: Tensor, more: Tensor) -> Tensor:
         parts = zip(t.chunk(len(scales), dim=1), scales, strict=True)
@@ -105,8 +106,3 @@ def _opposed(p: Problem, x: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
         b_in=None if experts.b_in is None else longer(experts.b_in, 1.5 * row[..., 0]),  # 0.5 or 2.5 in all
         w_out=torch.cat([experts.w_out, 2 * more_units.expand(p.E, p.O, -1)], dim=2),
     )
-
-
-def _gate_scale(p: Problem) -> float:
-    """Tell how much larger gates are than with relu: a smooth activation is then relu to the last bit."""
-    return 1.0 if p.activation in KINKED_ACTIVATIONS else SATURATION[p.dtype]

@@ -20,15 +20,16 @@ from correctness.problems.gates import GATES
 from correctness.problems.inputs import make_inputs
 from correctness.problems.loads import LOADS
 from correctness.problems.problem import (
-    EXACT_ACTIVATIONS,
+    EXACT_CLAMP,
     LEAST_WITHOUT_BIAS,
     LOW_PRECISION,
     Problem,
+    exact_activations,
     possible,
     resize,
 )
 from correctness.problems.routers import RouterProblem
-from moe_impls.interface import BIASED, DTYPES, GROUP_SCORES, SCORES, RouterSpec, Support
+from moe_impls.interface import BIASED, CLAMPED, DTYPES, GROUP_SCORES, SCORES, Clamp, RouterSpec, Support
 
 # Sizes are below 2**n, with n from here. One size of a problem may be larger, which keeps each one fast.
 USUAL = {"T": 6, "D": 6, "H": 6, "O": 6, "E": 4, "K": 3}
@@ -71,11 +72,11 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
     p = Problem("generated", T=1, D=1, H=1, O=1, E=1, K=1, device=device)
     if support.compiles_per_case:
         support = _one_combination(support, p)
-    exact_activations = [a for a in support.activations if a in EXACT_ACTIVATIONS]
-    if exact_activations and "sum" in support.combines:
+    exact_of = exact_activations(support)
+    if exact_of and "sum" in support.combines:
         p = replace(p, exact=_choose(draw, "exact", (False, True)))
     declared = {
-        "activation": exact_activations if p.exact else support.activations,
+        "activation": exact_of if p.exact else support.activations,
         "output_activation": support.output_activations,
         "combine": ("sum",) if p.exact else support.combines,
         "bias": support.biases,
@@ -97,19 +98,36 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
     gates = [g for g in GATES if possible(replace(p, gates=g))]
     if p.combine == "logsumexp":
         gates.remove("zero_rows")  # whose gradients are no numbers
-    reaches_clamps = p.activation == "swiglu_clamped" and p.combine == "sum" and p.dtype != torch.float16
+    if p.activation == CLAMPED:
+        p = replace(p, clamp=EXACT_CLAMP) if p.exact else draw(_clamped(p, support))
     p = replace(
         p,
         load=_choose(draw, "load", LOADS, p.load),
         gates=_choose(draw, "gates", gates, p.gates),
         low_gates=_choose(draw, "low_gates", (False, True)) if may_be_low else False,
-        x_scale=_choose(draw, "x_scale", (1.0, 8.0, 8.0) if reaches_clamps else (1.0,)),
         seed=draw(st.integers(0, 999)),
     )
     if p.exact and first_rounded(p):
         wide = [dtype for dtype in support.dtypes if dtype not in LOW_PRECISION]
         p = replace(p, exact=bool(wide), dtype=wide[0] if wide else p.dtype, low_gates=False)
     return p
+
+
+@st.composite
+def _clamped(draw: st.DrawFn, p: Problem, support: Support) -> Problem:
+    """Draw the numbers of swiglu_clamped, and an x that reaches its limits where that may be large."""
+    may_be_large = p.combine == "sum" and p.dtype != torch.float16
+    if support.clamps is None:
+        limits = (0.5, 1.5, 7.0, 10.0) if may_be_large else (0.5, 1.5)
+        clamp = Clamp(
+            _choose(draw, "limit", limits, 1.5),
+            _choose(draw, "alpha", (1.0, 1.702, 0.5, 2.5)),
+            _choose(draw, "offset", (1.0, 0.0, 0.25, -1.5)),
+        )
+    else:
+        clamp = _choose(draw, "clamp", support.clamps)
+    large = may_be_large and clamp.limit > 3
+    return replace(p, clamp=clamp, x_scale=_choose(draw, "x_scale", (8.0, 1.0, 8.0) if large else (1.0,)))
 
 
 def _one_combination(support: Support, plain: Problem) -> Support:
@@ -162,13 +180,13 @@ def _stored(problem: Problem) -> Iterator[tuple[str, Tensor]]:
     for expert in ids.unique().tolist():
         tokens, slots = torch.where(ids == expert)
         h, out = hidden_and_output(x[tokens], experts, expert)
-        a, gate = act(h, problem.activation), gates[tokens, slots].unsqueeze(1)
+        a, gate = act(h, problem.activation, problem.clamp), gates[tokens, slots].unsqueeze(1)
         yield from {"h": h, "h without bias": x[tokens] @ experts.w_in[expert].T, "a": a}.items()
         yield from {"out": out, "out without bias": a @ experts.w_out[expert].T}.items()
         yield from {"gate * a": gate * a, "gate * out": gate * out}.items()
         d_out = gate * dy[tokens] * ((out > 0) if problem.output_activation == "relu" else 1)
         da = d_out @ experts.w_out[expert]
-        dh = act_derivative(h, problem.activation) * da.repeat(1, h.shape[1] // a.shape[1])
+        dh = act_derivative(h, problem.activation, problem.clamp) * da.repeat(1, h.shape[1] // a.shape[1])
         yield from {"d_out": d_out, "da": da, "dh": dh, "dx": dh @ experts.w_in[expert]}.items()
 
 

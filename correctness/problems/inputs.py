@@ -58,6 +58,7 @@ def _real_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> I
         b_out=normal(p.E, p.O, scale=0.5) if p.bias else None,
         activation=p.activation,
         output_activation=p.output_activation,
+        clamp=p.clamp,
     )
     x, dy = normal(p.T, p.D, scale=p.x_scale), normal(p.T, p.O)
     inputs = Inputs(x, routing, experts, dy)
@@ -79,9 +80,9 @@ def near_kink(p: Problem, inputs: Inputs, tokens: Tensor) -> Tensor:
     for expert in ids.unique().tolist():
         rows = (ids == expert).any(dim=1).nonzero().squeeze(1)
         h, f = hidden_and_output(inputs.x[tokens[rows]].double(), inputs.experts, expert)
-        form = FORMS[p.activation]
-        distances = [(h[:, : p.H] - kink).abs() for kink in form.gate_kinks]
-        distances += [(h[:, p.H :] - kink).abs() for kink in form.value_kinks]
+        gate_kinks, value_kinks = FORMS[p.activation].kinks(p.clamp)
+        distances = [(h[:, : p.H] - kink).abs() for kink in gate_kinks]
+        distances += [(h[:, p.H :] - kink).abs() for kink in value_kinks]
         if p.output_activation == "relu":
             distances.append(f.abs())
         near[rows] |= (torch.cat(distances, dim=1) < p.kink_margin).any(dim=1)

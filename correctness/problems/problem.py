@@ -18,8 +18,10 @@ from torch import Tensor
 
 from correctness.oracle.experts import FORMS
 from moe_impls.interface import (
+    CLAMPED,
     DEVICES,
     GATED_ACTIVATIONS,
+    Clamp,
     Experts,
     Routing,
     Support,
@@ -30,11 +32,13 @@ from moe_impls.interface import (
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Derivatives with a jump. Where rounding differs, a unit near the jump takes the other side: the inputs keep
 # away from it (see `Problem.avoids_kinks`).
-KINKED_ACTIVATIONS = tuple(name for name, form in FORMS.items() if form.gate_kinks or form.value_kinks)
-# What exact problems can be made for, and the size of gate at which a smooth activation is relu to the last
-# bit, derivative included: exp(-size / 2) underflows in the dtype that the activation is computed in.
-EXACT_ACTIVATIONS = tuple(name for name, form in FORMS.items() if form.saturates)
+KINKED_ACTIVATIONS = tuple(name for name, form in FORMS.items() if form.kinked or form.clamped)
+# The size of gate at which a smooth activation is relu to the last bit, derivative included: exp(-size / 2)
+# underflows in the dtype that the activation is computed in.
 SATURATION = dict.fromkeys((torch.float32, *LOW_PRECISION), 256.0) | {torch.float64: 2048.0}
+# With an alpha of that size a clamped activation saturates by itself. Its limit is no half-integer and not
+# odd, so that no gate or value of an exact problem lies on it.
+EXACT_CLAMP = Clamp(4.0, SATURATION[torch.float64], 2.0)
 KINK_MARGIN = 1e-4  # relative to the unit scale of hidden and output values
 LOW_KINK_MARGIN = 8  # the same in low precision, in units of its eps
 LEAST_LOW_TERMS = 8  # of which one with small weights is not near to its kink whatever x is
@@ -82,11 +86,12 @@ class Problem:
 
     load: how tokens spread over experts, a name of `load_named`. gates: their values, a key of GATES.
     low_gates: gates in the lower of the two dtypes that they may have, float32 and that of x.
-    exact: integers and powers of two instead of random reals, for EXACT_ACTIVATIONS with combine "sum".
+    exact: integers and powers of two instead of random reals, with combine "sum".
     x_scale: the standard deviation of x, to reach clamps and large outputs; in exact problems the largest odd
         number in it, to use up the bits of a dtype.
     opposed: in exact problems, features and hidden units beyond NARROW cancel, one half the other, so that
         sums grow on their way beyond what a low dtype holds.
+    clamp: the numbers of swiglu_clamped; in exact problems EXACT_CLAMP.
     """
 
     name: str
@@ -109,6 +114,7 @@ class Problem:
     exact: bool = False
     x_scale: float = 1.0
     opposed: bool = False
+    clamp: Clamp = Clamp()
 
     @property
     def F(self) -> int:
@@ -142,6 +148,8 @@ class Problem:
     def id(self) -> str:
         """A short name that tells what differs from the defaults, for test ids and messages."""
         parts = [self.name, dtype_name(self.dtype), self.activation]
+        if self.activation == CLAMPED and self.clamp != Clamp():
+            parts.append("clamp" + "_".join(f"{number:g}" for number in self.clamp))
         parts += ["out_relu"] * (self.output_activation == "relu") + [self.combine] * (self.combine != "sum")
         parts += ["no_bias"] * (not self.bias) + ["exact"] * self.exact + ["opposed"] * self.opposed
         parts += [self.load] * (self.load != "uniform") + [f"gates_{self.gates}"] * (self.gates != "softmax")
@@ -159,15 +167,34 @@ class Problem:
     __repr__ = code
 
 
+def gate_scale(p: Problem) -> float:
+    """Tell how much larger gates are in exact problems than those of relu."""
+    form = FORMS[p.activation]
+    return SATURATION[p.dtype] if form.smooth and not form.clamped else 1.0
+
+
+def with_activation(p: Problem, activation: str) -> Problem:
+    """Replace the activation, in exact problems with numbers that round nothing."""
+    clamp = EXACT_CLAMP if p.exact and activation == CLAMPED else p.clamp
+    return replace(p, activation=activation, clamp=clamp)
+
+
+def exact_activations(support: Support) -> list[str]:
+    """List the declared activations that exact problems can be made for."""
+    return [a for a in support.activations if support.takes_clamp(a, EXACT_CLAMP)]
+
+
 def fit(problem: Problem, support: Support) -> Problem:
     """Replace options of a problem that ``support`` does not declare by the first that it does.
 
     For problems whose point is not the option. What cannot be replaced stays, and is then `unsupported`.
     """
     p = problem
-    activations = [a for a in support.activations if not p.exact or a in EXACT_ACTIVATIONS]
-    if p.activation not in support.activations and activations:
-        p = replace(p, activation=activations[0])
+    activations = exact_activations(support) if p.exact else support.activations
+    if p.activation not in activations and activations:
+        p = with_activation(p, activations[0])
+    if not p.exact and support.clamps and not support.takes_clamp(p.activation, p.clamp):
+        p = replace(p, clamp=support.clamps[0])
     for name, declared in (
         ("output_activation", support.output_activations),
         ("bias", support.biases),
@@ -182,15 +209,17 @@ def fit(problem: Problem, support: Support) -> Problem:
     impossible = (
         (p.exact and p.output_activation == "relu" and not p.bias)
         or (p.combine == "logsumexp" and p.gates in ("signed", "cancelling"))
-        or (p.exact and p != problem and _is_rounded(p))
+        or (p != problem and is_rounded(p))
     )
     return problem if impossible else p
 
 
-def _is_rounded(p: Problem) -> bool:
+def is_rounded(p: Problem) -> bool:
     """Tell whether an exact problem with replaced options may take more bits than its dtype has."""
-    squares = p.F > p.H and p.bias  # of half-integers, beside eighths
-    large = p.gates == "cancelling" and p.activation not in KINKED_ACTIVATIONS  # saturated, times 256
+    if not p.exact:
+        return False
+    squares = (p.F > p.H or p.activation == "relu2") and p.bias  # of half-integers, beside eighths
+    large = p.gates == "cancelling" and gate_scale(p) > 1  # saturated, times 256
     fine = p.x_scale > 1  # all bits of the dtype are in use
     by_dtype = {torch.bfloat16: squares or fine, torch.float16: large or fine}
     return by_dtype.get(p.dtype, False)
@@ -217,6 +246,8 @@ def unsupported(support: Support, problem: Problem) -> str | None:
     for what, value, claimed in claims:
         if value not in claimed:
             return f"{what} {dtype_name(value) if isinstance(value, torch.dtype) else value} not declared"
+    if not support.takes_clamp(problem.activation, problem.clamp):
+        return f"clamp {tuple(problem.clamp)} not declared"
     if resize(problem, support) != problem:
         limits = [f"multiples of {support.multiple_of}"] + ["O = D"] * support.same_width
         return f"sizes not declared, only {', '.join(limits)}"
@@ -247,7 +278,7 @@ def possible(problem: Problem) -> bool:
     p = problem
     if p.T < 0 or min(p.D, p.H, p.O, p.K) < 1 or p.K > p.E:
         return False
-    if p.exact and (p.activation not in EXACT_ACTIVATIONS or p.combine != "sum"):
+    if p.exact and (p.combine != "sum" or (p.activation == CLAMPED and p.clamp != EXACT_CLAMP)):
         return False
     if p.exact and p.output_activation == "relu" and not p.bias:
         return False

@@ -26,7 +26,9 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     rows = torch.where(chosen.unsqueeze(2), x.to(wide).unsqueeze(1), 0)  # [T, E, D]
     h = torch.einsum("ted,efd->tef", rows, weights.w_in)  # [T, E, F]
     h = h if weights.b_in is None else h + weights.b_in
-    out = torch.einsum("teh,eoh->teo", activate(h, experts.activation), weights.w_out)  # [T, E, O]
+    out = torch.einsum(
+        "teh,eoh->teo", activate(h, experts.activation, experts.clamp), weights.w_out
+    )  # [T, E, O]
     out = out if weights.b_out is None else out + weights.b_out
     f = F.relu(out) if experts.output_activation == "relu" else out
     if combine == "sum":

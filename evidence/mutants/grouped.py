@@ -12,10 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from moe_impls.interface import Experts, Routing, Support, check_choice
+from moe_impls.interface import Clamp, Experts, Routing, Support, check_choice
 
 # Those that are written out here.
-ACTIVATIONS = ("relu", "gelu", "silu", "swiglu", "geglu", "reglu", "swiglu_clamped")
+ACTIVATIONS = (
+    "relu", "gelu", "silu", "gelu_tanh", "relu2", "swiglu", "geglu", "reglu", "swiglu_clamped", "geglu_tanh",
+)  # fmt: skip
 SUPPORT = Support(activations=ACTIVATIONS, autocast=True)
 TILE = 32  # rows of one expert that are computed at once
 
@@ -27,18 +29,23 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     ids, gates = routing
     weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
     return _Grouped.apply(  # pyright: ignore[reportReturnType]
-        x, ids, gates, *weights, experts.activation, experts.output_activation, combine
+        x, ids, gates, *weights, (experts.activation, experts.clamp), experts.output_activation, combine
     )
 
 
-def act(h: Tensor, name: str) -> Tensor:
+def act(h: Tensor, form: tuple[str, Clamp]) -> Tensor:
     """Apply the activation to pre-activations h [N, F]: [N, H]."""
+    name, (limit, alpha, offset) = form
     if name == "relu":
         return h.clamp(min=0)
     if name == "gelu":
         return torch.nn.functional.gelu(h)
     if name == "silu":
         return h * torch.sigmoid(h)
+    if name == "gelu_tanh":
+        return torch.nn.functional.gelu(h, approximate="tanh")
+    if name == "relu2":
+        return h.clamp(min=0).square()
     half = h.shape[1] // 2
     gate, up = h[:, :half], h[:, half:]
     if name == "swiglu":
@@ -47,17 +54,19 @@ def act(h: Tensor, name: str) -> Tensor:
         return torch.nn.functional.gelu(gate) * up
     if name == "reglu":
         return gate.clamp(min=0) * up
+    if name == "geglu_tanh":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
     if name != "swiglu_clamped":
         raise ValueError(f"activation {name!r} is not written out here")
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + offset)
 
 
-def act_backward(h: Tensor, da: Tensor, name: str) -> Tensor:
+def act_backward(h: Tensor, da: Tensor, form: tuple[str, Clamp]) -> Tensor:
     """Compute the gradient of h [N, F] from that of the activation, da [N, H]."""
     with torch.enable_grad():
         leaf = h.detach().requires_grad_()
-        return torch.autograd.grad(act(leaf, name), leaf, da)[0]
+        return torch.autograd.grad(act(leaf, form), leaf, da)[0]
 
 
 def tiles(counts: list[int]) -> list[tuple[int, slice]]:

@@ -29,7 +29,7 @@ def capacity(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "s
     h = torch.einsum("ecd,efd->ecf", rows, experts.w_in)
     if experts.b_in is not None:
         h = h + experts.b_in.unsqueeze(1)
-    out = torch.einsum("ech,eoh->eco", activate(h, experts.activation), experts.w_out)
+    out = torch.einsum("ech,eoh->eco", activate(h, experts.activation, experts.clamp), experts.w_out)
     if experts.b_out is not None:
         out = out + experts.b_out.unsqueeze(1)
     if experts.output_activation == "relu":

@@ -23,7 +23,7 @@ def log_space(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "
     sizes = (gates > 0).sum(0).tolist()
     parts = x[token].split(sizes)
     outputs = [
-        expert_mlp(part, *weights, experts.activation, experts.output_activation)
+        expert_mlp(part, *weights, experts.activation, experts.output_activation, experts.clamp)
         for part, weights in zip(parts, experts.unbind(), strict=True)
     ]
     rows = torch.cat(outputs).exp() * gates[token, expert].unsqueeze(1)

@@ -38,7 +38,7 @@ def parallel_experts(x: Tensor, routing: Routing, experts: Experts, *, combine: 
     h = parallel_linear(
         x, experts.w_in.mT, ids.shape[1], *places, expert_biases=experts.b_in, grouped_out=True
     )
-    a = activate(h, experts.activation)
+    a = activate(h, experts.activation, experts.clamp)
     return parallel_linear(
         a, experts.w_out.mT, 1, *places,
         expert_biases=experts.b_out, gates=gates.to(x.dtype), grouped_in=True,

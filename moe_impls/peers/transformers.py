@@ -23,11 +23,8 @@ from transformers.models.mixtral.modeling_mixtral import (  # pyright: ignore[re
     MixtralExperts,
 )
 
-from moe_impls.functional import activate
+from moe_impls.functional import FUNCTIONS, OF_GATES, activate
 from moe_impls.interface import GATED_ACTIVATIONS, Experts, Forward, Routing, Support
-
-_FUNCTIONS = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
-_GATES = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
 
 
 def _module(experts: Experts) -> SimpleNamespace:
@@ -46,8 +43,8 @@ def _module(experts: Experts) -> SimpleNamespace:
         up_proj_bias=b_in,
         down_proj=experts.w_out,
         down_proj_bias=b_out,
-        act_fn=_FUNCTIONS.get(_GATES.get(experts.activation, experts.activation)),
-        _apply_gate=lambda h: activate(h, experts.activation),
+        act_fn=(OF_GATES if gated else FUNCTIONS).get(experts.activation),
+        _apply_gate=lambda h: activate(h, experts.activation, experts.clamp),
         has_gate=gated,
         has_bias=has_bias,
         has_post_expert_norm=False,
@@ -64,9 +61,8 @@ def _forward(
     return function(_module(experts), x, routing.expert_ids, routing.gates)
 
 
-_ACTIVATIONS = (*_FUNCTIONS, *_GATES, "swiglu_clamped")
-_BATCHED = Support(activations=_ACTIVATIONS, combines=("sum",), output_activations=("none",), same_width=True)
-_LOOP = replace(_BATCHED, activations=tuple(_GATES), biases=(False,))
+_BATCHED = Support(combines=("sum",), output_activations=("none",), same_width=True)
+_LOOP = replace(_BATCHED, activations=tuple(OF_GATES), biases=(False,))
 # The product takes rows of multiples of 16 bytes and no float64.
 _GROUPED = replace(_BATCHED, dtypes=(torch.float32, torch.bfloat16, torch.float16), multiple_of=8)
 _loop = inspect.unwrap(MixtralExperts.forward)  # without the choice of an implementation by configuration

@@ -14,10 +14,18 @@ from correctness.oracle.experts import act, act_derivative, evaluate
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
-from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS, SCORES, LayerWeights, RouterSpec
+from moe_impls.interface import (
+    ACTIVATIONS,
+    COMBINES,
+    OUTPUT_ACTIVATIONS,
+    SCORES,
+    Clamp,
+    LayerWeights,
+    RouterSpec,
+)
 
 
-def scalar_activation(name: str, h: list[float]) -> list[float]:
+def scalar_activation(name: str, h: list[float], clamp: Clamp) -> list[float]:
     """The activation in plain Python floats, one unit at a time."""
 
     def sigmoid(v: float) -> float:
@@ -25,6 +33,8 @@ def scalar_activation(name: str, h: list[float]) -> list[float]:
 
     single = {
         "relu": lambda v: max(v, 0.0),
+        "relu2": lambda v: max(v, 0.0) ** 2,
+        "gelu_tanh": lambda v: v * sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)),
         "gelu": lambda v: v * 0.5 * math.erfc(-v / math.sqrt(2)),
         "silu": lambda v: v * sigmoid(v),
     }
@@ -32,9 +42,11 @@ def scalar_activation(name: str, h: list[float]) -> list[float]:
         return [single[name](v) for v in h]
     pairs = list(zip(h[: len(h) // 2], h[len(h) // 2 :], strict=True))
     if name == "swiglu_clamped":
-        clamped = [(min(g, 7.0), max(-7.0, min(u, 7.0))) for g, u in pairs]
-        return [g * sigmoid(1.702 * g) * (u + 1) for g, u in clamped]
-    function = single[{"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[name]]
+        limit, alpha, offset = clamp
+        clamped = [(min(g, limit), max(-limit, min(u, limit))) for g, u in pairs]
+        return [g * sigmoid(alpha * g) * (u + offset) for g, u in clamped]
+    of_gates = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "geglu_tanh": "gelu_tanh"}
+    function = single[of_gates[name]]
     return [function(g) * u for g, u in pairs]
 
 
@@ -50,7 +62,7 @@ def scalar_layer(problem: Problem) -> list[list[float]]:
             sum(w * v for w, v in zip(ws, row, strict=True)) + b
             for ws, b in zip(w_in[e], b_in[e], strict=True)
         ]
-        a = scalar_activation(experts.activation, h)
+        a = scalar_activation(experts.activation, h, experts.clamp)
         f = [
             sum(w * v for w, v in zip(ws, a, strict=True)) + b
             for ws, b in zip(w_out[e], b_out[e], strict=True)
@@ -82,7 +94,7 @@ def test_oracle_equals_scalar_arithmetic(
 ) -> None:
     problem = Problem(
         "scalar", T=9, D=4, H=3, O=5, E=4, K=2, activation=activation, output_activation=output_activation,
-        combine=combine, bias=bias, dtype=torch.float64, gates="unnormalised",
+        combine=combine, bias=bias, dtype=torch.float64, gates="unnormalised", clamp=catalogue.NEAR,
     )  # fmt: skip
     x, (ids, gates), experts, _ = make_inputs(problem)
     want = torch.tensor(scalar_layer(problem), dtype=torch.float64)
@@ -111,15 +123,20 @@ def test_oracle_gradients_equal_finite_differences(problem: Problem) -> None:
         )
 
 
+CLAMP = Clamp(2.3, 0.8, 0.4)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_derivative_is_that_of_the_definition(activation: str) -> None:
     h = torch.linspace(-9, 9, 38, dtype=torch.float64).view(-1, 2)
     step = 1e-6
-    slope = act_derivative(h, activation)
+    slope = act_derivative(h, activation, CLAMP)
     for unit in (0, 1):
         shift = torch.zeros_like(h)
         shift[:, unit] = step
-        numeric = (act(h + shift, activation) - act(h - shift, activation)).sum(dim=1) / (2 * step)
+        numeric = (act(h + shift, activation, CLAMP) - act(h - shift, activation, CLAMP)).sum(dim=1) / (
+            2 * step
+        )
         assert torch.all((numeric - slope[:, unit]).abs() < 1e-7 * (1 + slope[:, unit].abs()))
 
 

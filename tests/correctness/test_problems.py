@@ -14,7 +14,6 @@ from correctness.problems import catalogue, loads
 from correctness.problems.generated import first_rounded
 from correctness.problems.inputs import make_inputs, near_kink
 from correctness.problems.problem import (
-    EXACT_ACTIVATIONS,
     KINKED_ACTIVATIONS,
     LOW_PRECISION,
     Inputs,
@@ -22,7 +21,7 @@ from correctness.problems.problem import (
     fit,
     unsupported,
 )
-from moe_impls.interface import Support
+from moe_impls.interface import ACTIVATIONS, CLAMPED, Clamp, Support
 
 
 @pytest.mark.parametrize("problem", catalogue.EXACT, ids=lambda p: p.id)
@@ -32,7 +31,7 @@ def test_exact_problems_round_nothing(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", EXACT_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_exact_problems_round_nothing_with_the_options_of_a_subject(activation: str, bias: bool) -> None:
     support = Support(activations=(activation,), biases=(bias,))
     fitted = [fit(p, support) for p in catalogue.EXACT if p.T * p.E < 10_000]
@@ -57,6 +56,37 @@ def test_no_hidden_unit_of_an_exact_problem_lies_on_its_kink(problem: Problem) -
     for expert in range(problem.E):
         h, _ = hidden_and_output(x[(ids == expert).any(dim=1)], experts, expert)
         assert not bool((h == 0).any())
+        if problem.activation == CLAMPED:
+            assert not bool((h.abs() == problem.clamp.limit).any())
+
+
+CLAMPS = [p for p in (*catalogue.OPTIONS, *catalogue.LARGE, *catalogue.EXACT) if p.activation == CLAMPED]
+
+
+@pytest.mark.parametrize("problem", CLAMPS, ids=lambda p: p.id)
+def test_a_problem_with_a_clamp_reaches_every_side_of_it(problem: Problem) -> None:
+    x, (ids, _), experts, _ = make_inputs(problem).map(torch.Tensor.double)
+    tokens = [(x[(ids == e).any(dim=1)], experts, e) for e in range(problem.E)]
+    h = torch.cat([hidden_and_output(*arguments)[0] for arguments in tokens])
+    limit, H = problem.clamp.limit, problem.H
+    for side in (h[:, :H] > limit, h[:, :H] < -limit, h[:, H:] > limit, h[:, H:] < -limit):
+        assert 0.01 < side.double().mean() < 0.5
+
+
+def test_no_problem_is_satisfied_by_the_numbers_of_one_model_alone() -> None:
+    assert len({p.clamp for p in CLAMPS}) >= 4
+    numbers = [{p.clamp[i] for p in CLAMPS} for i in range(3)]
+    assert all(len(values) >= 3 for values in numbers)
+
+
+def test_numbers_that_a_subject_does_not_declare_are_replaced_or_left_out() -> None:
+    support = Support(clamps=(Clamp(),))
+    for problem in CLAMPS:
+        fitted = fit(problem, support)
+        assert fitted.clamp == Clamp() or fitted.activation != CLAMPED
+        assert unsupported(support, fitted) is None
+        if problem.clamp != Clamp():
+            assert unsupported(support, problem) == f"clamp {tuple(problem.clamp)} not declared"
 
 
 @pytest.mark.parametrize("problem", catalogue.EXACT, ids=lambda p: p.id)

@@ -18,7 +18,7 @@ from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
 from moe_impls import triton_fused
-from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, dtype_name
+from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, Clamp, dtype_name
 from moe_impls.registry import resolve
 
 not_interpreted = pytest.mark.skipif(triton_fused.INTERPRETED, reason="Triton's kernels are interpreted")
@@ -73,7 +73,7 @@ def test_both_operators_are_to_torch_what_they_declare(problem: Problem) -> None
     leaves = (x, routing.gates, experts.w_in, experts.b_in, experts.w_out, experts.b_out)
     x, gates, *weights = (None if t is None else t.detach().float().requires_grad_() for t in leaves)
     tensors = (x, routing.expert_ids, gates, *weights)
-    options = (problem.activation, problem.output_activation, problem.combine)
+    options = (problem.activation, *problem.clamp, problem.output_activation, problem.combine)
     torch.library.opcheck(triton_fused._forward, (*tensors, *options, True))
     detached = [None if t is None else t.detach() for t in tensors]
     _, *kept = triton_fused._forward(*detached, *options, True)
@@ -107,7 +107,7 @@ def test_no_more_is_kept_for_the_backward_than_the_rows_of_the_two_products(
         x, ids, gates = torch.empty(T, D), torch.empty(T, K, dtype=torch.int64), torch.empty(T, K)
         w_in, w_out = torch.empty(E, F, D), torch.empty(E, D, H)
         _, pre, outputs = torch.ops.moe_impls.triton_fused(
-            x, ids, gates, w_in, None, w_out, None, activation, "none", "sum", True
+            x, ids, gates, w_in, None, w_out, None, activation, *Clamp(), "none", "sum", True
         )
     assert pre.numel() + outputs.numel() <= T * K * (D + H)
 
@@ -237,7 +237,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> list[Any]:
 
     monkeypatch.setattr(triton_fused, "_milliseconds", milliseconds)
     x, (ids, _), e, _ = make_inputs(problem)
-    arguments = (x, ids, e.w_in, e.b_in, e.w_out, e.b_out, e.activation)
+    arguments = (x, ids, e.w_in, e.b_in, e.w_out, e.b_out, e.activation, e.clamp)
     return [
         triton_fused._blocks_for(*arguments),
         len(asked),
