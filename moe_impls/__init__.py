@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moe_impls.interface import (
         Experts,
         Implementation,
+        LayerSupport,
         LayerWeights,
         RouterSpec,
         Routing,
@@ -25,6 +26,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Experts",
     "Implementation",
+    "LayerSupport",
     "LayerWeights",
     "MoE",
     "RouterSpec",
