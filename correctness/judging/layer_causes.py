@@ -32,7 +32,7 @@ NORM_EPSILONS = (0.0, 1e-5, 1e-6, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
 class Cause(NamedTuple):
     """A layer that would be right, in words that follow "y is right with", and as one of three changes.
 
-    weights: of what `read` returns. gates: of logits [T, E + Z], ids [T, K] and weights, in place of the gates.
+    weights: of what `read` returns. gates: of logits [T, E + Z], ids [T, K] and weights, in place of its own.
     y: of tokens x [T, D] and the right y [T, O].
     """
 
@@ -67,10 +67,8 @@ def _of_shared(weights: LayerWeights) -> Iterator[Cause]:
     if weights.shared_gate is not None:
         yield Cause("the shared experts' gate ignored", lambda w: replace(w, shared_gate=None))
     if (scale := weights.router.scale) != 1:
-        yield Cause(
-            "the shared experts scaled like the routed ones",
-            lambda w: replace(w, shared=_times(w.shared, scale)),
-        )
+        text = "the shared experts scaled like the routed ones"
+        yield Cause(text, lambda w: replace(w, shared=_times(w.shared, scale)))
     if (S := len(weights.shared.w_in)) > 1:
         yield Cause("the shared experts averaged", lambda w: replace(w, shared=_times(w.shared, 1 / S)))
         for s in range(S):
@@ -106,9 +104,7 @@ def _of_router(weights: LayerWeights) -> Iterator[Cause]:
         yield routed("the router's scale applied twice", scale=spec.scale**2)
     others = [(s, r) for s in (spec.score, *SCORES) for r in (not spec.renormalise, spec.renormalise)]
     for score, renormalise in dict.fromkeys(others):
-        if (score, renormalise) != (spec.score, spec.renormalise) and (
-            score != "topk_softmax" or not renormalise
-        ):
+        if (score, renormalise) != (spec.score, spec.renormalise):
             said = [f"score={score!r}"] * (score != spec.score)
             said += [f"renormalise={renormalise}"] * (renormalise != spec.renormalise)
             if score != "sparsemixer" or (spec.groups == 1 and weights.selection_bias is None):
