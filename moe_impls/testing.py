@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from moe_impls import suite
-from moe_impls.interface import Forward, Implementation, LayerWeights, RouterSpec, Routing, Support
+from moe_impls.interface import (
+    Forward,
+    Implementation,
+    LayerSupport,
+    LayerWeights,
+    RouterSpec,
+    Routing,
+    Support,
+)
 from moe_impls.registry import check_signature
 
 if TYPE_CHECKING:
@@ -97,7 +105,8 @@ def verify_layer(
     read: Callable[[Any], LayerWeights],
     *,
     losses: Callable[[Any, torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]] | None = None,
-    support: Support | None = None,
+    routing: Callable[[Any, torch.Tensor], Routing] | None = None,
+    support: LayerSupport | Support | None = None,
 ) -> Verified:
     """Check a whole layer, from x to the gradient of every parameter.
 
@@ -105,6 +114,7 @@ def verify_layer(
         make: returns a new layer, from [..., D] to [..., O].
         read: returns the layer's parameters, or views and stacks of them, as `moe_impls.LayerWeights`.
         losses: returns its balance losses for x and a mask, to have them checked, too.
+        routing: reports the routing of x [T, D], of a layer that drops tokens.
         support: as for `verify`, of the module of ``make``.
 
     Raises:
@@ -119,7 +129,8 @@ def verify_layer(
         from correctness.checks.layers import layer
         from correctness.judging.layer_bench import Layer
 
-        return _run(layer(name, Layer(make, read, losses, _support(make, support))), thorough=True)
+        declared = LayerSupport.of(support or _support(make, None))
+        return _run(layer(name, Layer(make, read, losses, declared, routing)), thorough=True)
 
 
 def rerun(kind: str, name: str, check: str, problem: str = "", *, device: str = "cpu") -> None:

@@ -14,7 +14,8 @@ from hypothesis.strategies import SearchStrategy
 
 from correctness.checks.search import search
 from correctness.judging.blame import as_finding
-from moe_impls.interface import Support
+from correctness.judging.finding import CheckFailed
+from moe_impls.interface import LayerSupport, Support
 
 # Checks that a single call on the problem shows; where several calls tell, the check has to run again.
 OF_ONE_CALL = ("values", "exact", "output", "gradients", "gradcheck")
@@ -61,14 +62,16 @@ class Kind:
     fit: makes a problem one that the subject takes, where it can; None if it is not tested on it.
     unsupported: why a declaration takes a problem out; None if it does not.
     where: what a finding says of its problem before anything else.
+    explain: makes of a case's finding one that tells the cause.
     """
 
     name: str
     checks: tuple[Check, ...]
     arguments: Callable[[Case], tuple[Any, ...]]
     fit: Callable[[Subject, Check, Any], Any] = _as_it_is
-    unsupported: Callable[[Support, Any], str | None] = _everything
+    unsupported: Callable[[Any, Any], str | None] = _everything
     where: Callable[[Any], str] = lambda problem: ""
+    explain: Callable[[Case, CheckFailed], CheckFailed] = lambda case, failure: failure
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Subject:
     kind: Kind
     name: str
     tested: Any
-    support: Support = Support()
+    support: Support | LayerSupport = Support()
     device: str = "cpu"
 
 
@@ -109,7 +112,7 @@ class Case:
         needs, (tested, support) = self.check.needs, (self.subject.tested, self.subject.support)
         if needs and not (getattr(support, needs, False) or getattr(tested, needs, None)):
             return f"{needs} not declared"
-        if self.check.drawn and "cpu" not in support.devices:
+        if self.check.drawn and "cpu" not in getattr(support, "devices", ("cpu",)):
             return "device cpu not declared"
         return None if self.problem is None else self.subject.kind.unsupported(support, self.problem)
 
@@ -136,7 +139,10 @@ class Case:
             return {}
         where = "" if self.problem is None else kind.where(self.problem)
         with as_finding(f"{self.subject.name} fails {check.name!r}{where}", self.code()):
-            return check.function(*kind.arguments(self)) or {}
+            try:
+                return check.function(*kind.arguments(self)) or {}
+            except CheckFailed as failure:
+                raise kind.explain(self, failure) from failure.__cause__
 
 
 def cases(subjects: Iterable[Subject], checks: Iterable[Check] | None = None) -> list[Case]:

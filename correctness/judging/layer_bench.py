@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,81 +12,39 @@ from torch import Tensor, nn
 
 from correctness.judging.budget import entry_budgets, relative_errors
 from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_routing import dropped_slots
+from correctness.judging.layer_tokens import B, S, T, comparable, draw_tokens, is_swayed  # noqa: F401
 from correctness.oracle import layer as oracle
-from correctness.problems.inputs import near_kink
-from correctness.problems.problem import LOW_PRECISION, Inputs, Problem
-from moe_impls.interface import (
-    Experts,
-    LayerWeights,
-    RouterSpec,
-    Routing,
-    Support,
-    check_inputs,
-    dtype_name,
-)
+from correctness.problems.problem import LOW_PRECISION
+from moe_impls.interface import LayerSupport, LayerWeights, Routing, dtype_name
 from moe_impls.registry import one_line
-from moe_impls.router import check_logits, route
 
-B, S = 4, 8  # leading dimensions of the input: T = B * S tokens
-T = B * S
-ROUNDS = 50  # of drawing tokens until enough of them have a clear choice
 SIGNS = 64  # patterns of signs of errors
 COPIES = 163  # of each token in a call with many: more than 4096 tokens, and no multiple of a usual tile
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A way to make a layer, how to read it, and what it declares."""
+    """A way to make a layer, how to read it, and what it declares.
+
+    losses: returns its balance losses. routing: reports the routing of tokens [T, D], where a slot that is
+    dropped has the id E + Z.
+    """
 
     make: Callable[[], nn.Module]
     read: Callable[[Any], LayerWeights]
     losses: Callable[[Any, Tensor, Tensor | None], dict[str, Tensor]] | None = None
-    support: Support = Support()
+    support: LayerSupport = LayerSupport()
+    routing: Callable[[Any, Tensor], Routing] | None = None
 
+    @functools.cached_property
+    def selection_bias(self) -> bool:
+        """Whether `read` returns one."""
+        return self.read(self.make()).selection_bias is not None
 
-def check_weights(weights: object, layer: nn.Module) -> None:
-    """Raise TypeError or ValueError unless ``weights`` is a LayerWeights whose parts fit together."""
-    if not isinstance(weights, LayerWeights):
-        raise TypeError(f"the result is a {type(weights).__name__}; it must be a moe_impls.LayerWeights")
-    for name, valid in (
-        ("experts", Experts),
-        ("router", RouterSpec),
-        ("router_weight", Tensor),
-        ("router_bias", Tensor | None),
-        ("selection_bias", Tensor | None),
-        ("shared", Experts | None),
-        ("shared_gate", Tensor | None),
-    ):
-        value = getattr(weights, name)
-        if not isinstance(value, valid):
-            what = getattr(valid, "__name__", str(valid))
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be {what}")
-    experts, router_weight = weights.experts, weights.router_weight
-    if not isinstance(experts.w_in, Tensor) or experts.w_in.ndim != 3:
-        raise ValueError("w_in must be a tensor [E, F, D]")
-    E, _, D = experts.w_in.shape
-    x = experts.w_in.new_empty(0, D)
-    for part, combine in ((experts, weights.combine), (weights.shared, "sum")):
-        if part is not None:
-            ids = torch.zeros(0, 1, dtype=torch.int64, device=x.device)
-            check_inputs(x, Routing(ids, x.new_zeros(0, 1)), part, combine)
-    wanted: dict[str, tuple[int, ...]] = {"router_weight": (E, D), "router_bias": (E,)}
-    if weights.shared is not None:
-        wanted["shared_gate"] = (len(weights.shared.w_in), D)
-        O = experts.w_out.shape[1]
-        if weights.shared.w_out.shape[1] != O:
-            raise ValueError(f"shared.w_out has {weights.shared.w_out.shape[1]} rows; experts.w_out has {O}")
-    elif weights.shared_gate is not None:
-        raise ValueError("shared_gate is given; without shared experts it must be None")
-    for name, shape in wanted.items():
-        tensor = getattr(weights, name)
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
-    check_logits(router_weight.new_empty(0, E), weights.router, weights.selection_bias)
-    names = dict(layer.named_parameters())
-    for name in weights.training_only:
-        if name not in names:
-            raise ValueError(f"training_only holds {name!r}; the parameters are {', '.join(names)}")
+    def logits_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Say in which dtype at least logits are made where x is of ``dtype``."""
+        return dtype if self.support.router_dtype == "input" and dtype in LOW_PRECISION else torch.float32
 
 
 def build(subject: Layer, dtype: torch.dtype, seed: int = 0) -> nn.Module:
@@ -131,6 +89,7 @@ class Expected:
 
     The names are y, x and those of the layer's parameters. A parameter that `read` does not read is not
     among them. is_swayed: tokens, bool [T], that go to other experts by logits rounded to the dtype of x.
+    weights: what `read` returns, in float64. Of a layer that reports its routing no slot is dropped here.
     """
 
     x: Tensor
@@ -139,50 +98,66 @@ class Expected:
     dy: Tensor
     want: dict[str, Tensor]
     allowed: dict[str, Tensor]
+    weights: LayerWeights
 
 
 @functools.lru_cache(maxsize=64)
 def expected(subject: Layer, dtype: torch.dtype) -> Expected:
     """Return the oracle's answer for a layer as `build` makes it."""
-    twin = build(subject, dtype).to("cpu", torch.float64)
+    return expected_of(subject, build(subject, dtype).to("cpu", torch.float64), dtype)
+
+
+def expected_of(
+    subject: Layer, twin: nn.Module, dtype: torch.dtype, gradients: bool = True, tokens: int = T
+) -> Expected:
+    """Return the oracle's answer, on so many tokens, for a layer whose twin in float64 that is."""
     weights = weights_of(subject, twin)
-    x, ids = _tokens(weights, dtype)
+    x, ids = draw_tokens(weights, dtype, subject.logits_dtype(dtype), tokens)
     generator = torch.Generator().manual_seed(2)
-    dy = torch.randn(T, weights.experts.w_out.shape[1], generator=generator).to(dtype)
-    gradients = subject.support.gradients and _comparable(weights, dtype)
-    want, allowed = judged(x, ids, weights, dy if gradients else None, dtype)
+    dy = torch.randn(tokens, weights.experts.w_out.shape[1], generator=generator).to(dtype)
+    bare = Expected(x, ids, is_swayed(x, weights), dy, {}, {}, weights)
+    return answered(subject, dtype, bare, twin, gradients)
+
+
+def answered(
+    subject: Layer,
+    dtype: torch.dtype,
+    tokens: Expected,
+    twin: nn.Module,
+    gradients: bool = True,
+    dropped: Tensor | None = None,
+) -> Expected:
+    """Fill in what is right for these tokens where the slots ``dropped``, bool [T, K], add nothing."""
+    gradients = gradients and subject.support.gradients and comparable(tokens.weights, dtype)
+    rounded, dy = subject.logits_dtype(dtype), tokens.dy if gradients else None
+    want, allowed = judged(tokens.x, tokens.ids, tokens.weights, dy, dtype, rounded, dropped)
     parameters = onto_parameters(subject, twin, want, allowed) if gradients else {}
-    return Expected(
-        x,
-        ids,
-        _is_swayed(x, weights),
-        dy,
-        {n: want[n] for n in ("y", "x") if n in want} | {n: v for n, (v, _) in parameters.items()},
-        {n: allowed[n] for n in ("y", "x") if n in want} | {n: a for n, (_, a) in parameters.items()},
+    own = [name for name in ("y", "x") if name in want]
+    return replace(
+        tokens,
+        want={n: want[n] for n in own} | {n: value for n, (value, _) in parameters.items()},
+        allowed={n: allowed[n] for n in own} | {n: budget for n, (_, budget) in parameters.items()},
     )
 
 
-def _comparable(weights: LayerWeights, dtype: torch.dtype) -> bool:
-    """Tell whether tokens can be away from all kinks, so that gradients can be compared."""
-    parts = ((weights.experts, weights.router.top_k), (weights.shared, None))
-    problems = [_problem(experts, K, dtype) for experts, K in parts if experts is not None]
-    return all(p.avoids_kinks or not p.has_kinks for p in problems)
-
-
-def _problem(experts: Experts, K: int | None, dtype: torch.dtype) -> Problem:
-    """Describe a layer's experts, of which a token visits K, or all, as a Problem."""
-    E, O, H = experts.w_out.shape
-    D = experts.w_in.shape[2]
-    options = (experts.activation, experts.output_activation)
-    return Problem("layer", T, D, H, O, E, E if K is None else K, *options, dtype=dtype)
-
-
 def judged(
-    x: Tensor, ids: Tensor, weights: LayerWeights, dy: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    ids: Tensor,
+    weights: LayerWeights,
+    dy: Tensor | None,
+    dtype: torch.dtype,
+    logits_dtype: torch.dtype = torch.float32,
+    dropped: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the oracle's results, and the budget of each entry."""
-    right = oracle.evaluate_layer(x, ids, weights, dy)
-    plain = oracle.evaluate_layer(x, ids, weights, dy, dtype=dtype, wide=torch.float32)
+    """Return the oracle's results, and the budget of each entry: what a plain computation in ``dtype`` loses.
+
+    That makes its logits in at least float32, and rounds them to ``logits_dtype``.
+    """
+    rounded = logits_dtype if logits_dtype in LOW_PRECISION else None
+    right = oracle.evaluate_layer(x, ids, weights, dy, dropped=dropped)
+    plain = oracle.evaluate_layer(
+        x, ids, weights, dy, dtype=dtype, wide=torch.float32, rounded=rounded, dropped=dropped
+    )
     return right.values, entry_budgets(right, plain, dtype)
 
 
@@ -214,59 +189,6 @@ def onto_parameters(
     }
 
 
-def _tokens(weights: LayerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Draw T tokens [T, D], and choose their experts [T, K].
-
-    The choice of each is clear and, where gradients are compared, none is near a kink. In low precision up to
-    half of them are such that logits rounded to that precision lead to other experts.
-    """
-    generator = torch.Generator().manual_seed(1)
-    low = dtype in LOW_PRECISION
-    xs, ids = [], []
-    for _ in range(ROUNDS):
-        x = torch.randn(128 * T if low else 2 * T, weights.router_weight.shape[1], generator=generator).to(
-            dtype
-        )
-        if low:
-            x = torch.cat([x[_is_swayed(x, weights)][: T // 2], x[:T]])
-        chosen, good = oracle.choose(x, weights)
-        if _comparable(weights, dtype):
-            good &= ~_kinked(x, chosen, weights)
-        xs.append(x[good])
-        ids.append(chosen[good])
-        if sum(map(len, xs)) >= T:
-            return torch.cat(xs)[:T], torch.cat(ids)[:T]
-    raise CheckFailed(
-        f"only {sum(map(len, xs))} of {2 * T * ROUNDS} random tokens have a clear choice of experts: "
-        "read(layer).router_weight may be zero or equal for several experts"
-    )
-
-
-def _is_swayed(x: Tensor, weights: LayerWeights) -> Tensor:
-    """Tell which tokens go to other experts where logits are rounded to the dtype of x: bool [T]."""
-    z = oracle.logits(x.double(), weights)
-    exact, rounded = (
-        route(v, weights.router, selection_bias=weights.selection_bias).expert_ids.sort().values
-        for v in (z, z.to(x.dtype))
-    )
-    return (exact != rounded).any(dim=1)
-
-
-def _kinked(x: Tensor, ids: Tensor, weights: LayerWeights) -> Tensor:
-    """Tell which tokens are so near a jump of a derivative that rounding decides their gradient: bool [T]."""
-    near = torch.zeros(len(x), dtype=torch.bool)
-    for experts in (weights.experts, weights.shared):
-        if experts is None:
-            continue
-        E, O, _ = experts.w_out.shape
-        visited = ids if experts is weights.experts else torch.arange(E).expand(len(x), E)
-        problem = _problem(experts, visited.shape[1], x.dtype)
-        if problem.has_kinks:
-            inputs = Inputs(x, Routing(visited, x.new_ones(visited.shape)), experts, x.new_zeros(len(x), O))
-            near |= near_kink(problem, inputs, torch.arange(len(x)))
-    return near
-
-
 def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in layer.named_parameters() if p.requires_grad}
 
@@ -289,6 +211,11 @@ class Bench:
     dtype: torch.dtype
     layer: nn.Module
     expected: Expected
+
+    @classmethod
+    def of(cls, subject: Layer, dtype: torch.dtype) -> Bench:
+        """Make a fresh layer of that dtype and what is right for it."""
+        return cls(subject, dtype, build(subject, dtype), expected(subject, dtype))
 
     @property
     def x(self) -> Tensor:
@@ -319,6 +246,35 @@ class Bench:
                 raise CheckFailed(f"{what} returns y of {fact} {got}; it must be {want}")
         return y
 
+    def dropping(self, copies: int = 1) -> Bench:
+        """Return a bench where the slots count as dropped that the layer says it drops in a call.
+
+        copies: of each token in that call; those of `spread` are the ones that are judged.
+        """
+        if self.subject.routing is None:
+            return self
+        tokens, twin = self.expected, build(self.subject, self.dtype).to("cpu", torch.float64)
+        dropped = self.dropped(self.x.repeat(copies, 1), tokens.ids.repeat(copies, 1))
+        assert dropped is not None
+        taken = dropped[spread(copies)]
+        return replace(self, expected=answered(self.subject, self.dtype, tokens, twin, dropped=taken))
+
+    def dropped(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        only: Tensor | slice = slice(None),
+        weights: LayerWeights | None = None,
+    ) -> Tensor | None:
+        """Return the slots that the layer says it drops in a call with x, checked for the tokens ``only``.
+
+        weights: what the layer holds, if not what it did when it was made.
+        """
+        if self.subject.routing is None:
+            return None
+        weights, rounded = weights or self.expected.weights, self.subject.logits_dtype(self.dtype)
+        return dropped_slots(self.subject.routing, self.layer, x, ids, weights, rounded, only)
+
     def require(self, name: str, got: Tensor, want: Tensor, allowed: Tensor, context: str = "") -> None:
         """Raise CheckFailed unless each entry is within its budget."""
         ratio = relative_errors(got.detach().cpu(), want, allowed)
@@ -331,6 +287,31 @@ class Bench:
             f"{int((ratio > 1).sum())} of {ratio.numel()} entries are over theirs ({dtype_name(self.dtype)})"
         )
 
-    def require_y(self, y: Tensor, rows: Tensor | slice = slice(None), context: str = "") -> None:
-        """Raise CheckFailed unless the outputs [N, O] are right for the tokens ``rows``."""
-        self.require("y", y, self.expected.want["y"][rows], self.expected.allowed["y"][rows], context)
+    def require_y(
+        self,
+        y: Tensor,
+        rows: Tensor | slice = slice(None),
+        context: str = "",
+        *,
+        x: Tensor | None = None,
+        only: Tensor | slice = slice(None),
+    ) -> None:
+        """Raise CheckFailed unless the outputs [N, O] of a call are right for its tokens ``rows``.
+
+        x: what the layer was called with, if not those tokens. only: of the N, those that are judged.
+        """
+        right, only_of_y = self.expected, only if isinstance(only, slice) else only.to(y.device)
+        want, allowed, ids = right.want["y"][rows][only], right.allowed["y"][rows][only], right.ids[rows]
+        if self.subject.routing and len(ids):
+            dropped = self.dropped(self.x[rows] if x is None else x, ids, only)
+            with torch.inference_mode(False):
+                arguments = (right.x[rows][only], right.ids[rows][only], right.weights, None, self.dtype)
+                logits_dtype = self.subject.logits_dtype(self.dtype)
+                values, budgets = judged(*arguments, logits_dtype, dropped[only].clone())
+            want, allowed = values["y"], budgets["y"]
+        self.require("y", y[only_of_y], want, allowed, context)
+
+
+def spread(copies: int) -> Tensor:
+    """Pick one copy of each token, in all parts of a call with so many of each: [T]."""
+    return torch.arange(T) + T * (torch.arange(T) * 5 % copies)

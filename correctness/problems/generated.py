@@ -209,7 +209,7 @@ def router_problems(draw: st.DrawFn) -> RouterProblem:
         biased=_choose(draw, "biased", BIASED),
     )
     dtype = _choose(draw, "dtype", DTYPES, torch.float32)
-    # Right for usual logits only: gates in float16, a sum + 1e-20 in the denominator, torch's softplus from 20.
+    # Right for usual logits only: gates in float16, a sum + 1e-20 below, torch's softplus from 20 on.
     rounded = score == "sqrtsoftplus" or (score in ("softmax", "sigmoid") and spec.renormalise)
     moderate = dtype == torch.float16 or rounded
     return RouterProblem(

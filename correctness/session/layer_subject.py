@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 from correctness.checks.case import Subject
 from correctness.checks.layers import layer
-from correctness.judging.layer_bench import Layer, build, check_weights
-from moe_impls.interface import (
-    LayerWeights,
-    RouterSpec,
-    Support,
-)
+from correctness.judging.layer_bench import Layer, build
+from correctness.judging.layer_weights import check_weights
+from moe_impls.interface import LayerSupport, LayerWeights, RouterSpec
 from moe_impls.layer import MoE
 from moe_impls.registry import ResolveError, asking, check_signature, load_function
 
@@ -43,13 +40,16 @@ def resolve_layer(name: str) -> Subject:
     if not callable(getattr(module, "read", None)):
         raise ResolveError(f"{name}: {place} has no function read(layer) that returns moe_impls.LayerWeights")
     check_signature(f"{place}:read", module.read, 1, ())
-    losses = getattr(module, "losses", None)
-    if losses is not None:
-        check_signature(f"{place}:losses", losses, 3, ())
-    support = getattr(module, "SUPPORT", Support())
-    if not isinstance(support, Support):
-        raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
-    tested = Layer(make, module.read, losses, support)
+    optional = {"losses": 3, "routing": 2}
+    found = {function: getattr(module, function, None) for function in optional}
+    for function, arguments in optional.items():
+        if found[function] is not None:
+            check_signature(f"{place}:{function}", found[function], arguments, ())
+    try:
+        support = LayerSupport.of(getattr(module, "SUPPORT", LayerSupport()))
+    except TypeError as error:
+        raise ResolveError(f"{name}: {error}") from error
+    tested = Layer(make, module.read, found["losses"], support, found["routing"])
     file = getattr(module, "__file__", None)
     with asking(f"{name}: {name.rpartition(':')[2]}() failed", file):
         made = tested.make()

@@ -550,7 +550,7 @@ WRONG: dict[str, tuple[Subject, str]] = {
             "forward",
             lambda self, x: self.tokens(x.as_strided((x.numel() // 12, 12), (12, 1))).reshape(x.shape),
         ),
-        "leading_dimensions",
+        "strides",
     ),
     "the router is detached in low precision": (
         edit(

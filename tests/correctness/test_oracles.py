@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from correctness.oracle import layer, router
+from correctness.oracle import layer, layer_losses, router
 from correctness.oracle.experts import act, act_derivative, evaluate
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
@@ -175,7 +175,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "group_score is 'mean'; valid are max, top2_sum": lambda: router.select(
         Z, spec_with(group_score="mean"), None, 0.0
     ),
-    "loss is 'entropy_loss'; valid are load_balancing_loss, ": lambda: layer.loss(
+    "loss is 'entropy_loss'; valid are load_balancing_loss, ": lambda: layer_losses.loss(
         "entropy_loss", X, IDS, layer_of(RouterSpec(1))
     ),
     "score is 'none'; valid are softmax, ": lambda: layer.choose(X, layer_of(spec_with(score="none"))),

@@ -1,0 +1,133 @@
+"""Checks of what a whole layer holds: each parameter counts, nothing else does, all of it can be copied."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_bench import (
+    B,
+    Bench,
+    S,
+    build,
+    copies_of,
+    draw,
+    judged,
+    weights_of,
+)
+from correctness.oracle import layer as oracle
+from moe_impls.registry import one_line
+
+
+def every_parameter_counts(bench: Bench) -> None:
+    """Follow new numbers in each parameter with the output that is right for them.
+
+    A parameter that `read` ignores is a finding unless it is named in training_only, and such a one must not
+    change the output.
+    """
+    subject, x = bench.subject, bench.expected.x
+    twin = build(subject, bench.dtype).to("cpu", torch.float64)
+    before, generator = copies_of(subject, twin), torch.Generator().manual_seed(3)
+    training_only = subject.read(bench.layer).training_only
+    wide = dict(twin.named_parameters())
+    with torch.no_grad():
+        first = bench.call(bench.x.unsqueeze(0)).squeeze(0)
+    for name, parameter in bench.layer.named_parameters():
+        old, new = parameter.detach().clone(), draw(parameter, generator).to(parameter.dtype)
+        with torch.no_grad():
+            parameter.data.copy_(new)  # which leaves its version as it was
+            wide[name].copy_(new)
+            y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
+            after = copies_of(subject, twin)
+            is_read = any(not torch.equal(before[n], after[n]) for n in before)
+            if name in training_only and is_read:
+                raise CheckFailed(f"read(layer) depends on {name}, which training_only holds")
+            if name not in training_only and not is_read:
+                raise CheckFailed(f"read(layer) does not depend on {name}; is it for training_only?")
+            if is_read:
+                weights = weights_of(subject, twin)
+                logits_dtype = subject.logits_dtype(bench.dtype)
+                ids, clear = oracle.choose(x, weights, logits_dtype)
+                if not clear.any():
+                    raise CheckFailed(f"after new numbers in {name} no token has a clear choice of experts")
+                dropped = bench.dropped(bench.x, ids, clear, weights)
+                kept = None if dropped is None else dropped[clear]
+                arguments = (x[clear], ids[clear], weights, None, bench.dtype)
+                want, allowed = judged(*arguments, logits_dtype, kept)
+                where = f" after new numbers in {name}"
+                if torch.equal(y, first):
+                    where += ", with which y stays the same: the layer never reads it, or kept a copy"
+                bench.require("y", y[clear], want["y"], allowed["y"], where)
+            else:
+                bench.require_y(y, context=f" after new numbers in {name}, which is for training only")
+            parameter.data.copy_(old)
+            wide[name].copy_(old.double())
+
+
+def evaluation(bench: Bench) -> None:
+    """Add no noise in eval mode: equal inputs give bit-equal outputs."""
+    x = bench.x.unflatten(0, (B, S))
+    first = bench.call(x)
+    for _ in range(3):
+        if not torch.equal(bench.call(x), first):
+            raise CheckFailed("two calls in eval mode on equal inputs differ")
+
+
+def without_gradients(bench: Bench) -> None:
+    """Return the right output under no_grad and inference_mode, and leave it alone in later calls."""
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
+            bench.require_y(y, context=f" under {mode.__name__}")
+            bench.call(bench.x.flip(0).unsqueeze(0))
+            bench.require_y(y, context=f" under {mode.__name__}, after another call")
+
+
+def inputs_unchanged(bench: Bench) -> None:
+    """Write to neither x nor a parameter, and in eval mode to no buffer that `read` returns."""
+
+    def held() -> dict[str, Tensor]:
+        return {**dict(bench.layer.named_parameters()), **oracle.tensors(bench.subject.read(bench.layer))}
+
+    for training in (False, True):
+        bench.layer.train(training)
+        x, before = bench.x, {name: tensor.detach().clone() for name, tensor in held().items()}
+        bench.call(x.unsqueeze(0))
+        mode = "training" if training else "eval"
+        if not torch.equal(x, bench.x):
+            raise CheckFailed(f"x was written to by a call in {mode} mode")
+        for name, tensor in held().items():
+            may_move = training and name == "selection_bias"
+            if name not in before or not (may_move or torch.equal(tensor, before[name])):
+                raise CheckFailed(f"{name} was written to by a call in {mode} mode")
+
+
+def _state(layer: nn.Module) -> dict[str, Tensor]:
+    """Name all parameters and buffers."""
+    return {name: t.detach() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+
+
+def state(bench: Bench) -> None:
+    """Carry everything in the state dict, and make a deepcopy a layer of its own."""
+    x, other = bench.x.unsqueeze(0), build(bench.subject, bench.dtype, seed=7)
+    with torch.inference_mode():
+        replace(bench, layer=other).call(x)  # what it keeps of this call has to be forgotten
+    try:
+        other.load_state_dict(bench.layer.state_dict())
+        twin = copy.deepcopy(bench.layer)
+    except Exception as error:
+        raise CheckFailed(f"load_state_dict or copy.deepcopy raises {one_line(error)}") from error
+    for layer, how in ((other, "after load_state_dict"), (twin, "in a deepcopy")):
+        for mode in (contextlib.nullcontext, torch.inference_mode):
+            with mode():
+                y = replace(bench, layer=layer).call(x).squeeze(0)
+            bench.require_y(y, context=f" {how}")
+    with torch.no_grad():
+        for tensor in _state(twin).values():
+            tensor.zero_()
+    bench.require_y(bench.call(x).squeeze(0), context=" after its deepcopy was written to")

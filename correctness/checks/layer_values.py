@@ -1,0 +1,110 @@
+"""Checks of what a whole layer returns: right numbers, in each dtype, of any shape that it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from correctness.judging.budget import relative_errors
+from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_bench import COPIES, B, Bench, S, T
+
+
+def values(bench: Bench) -> None:
+    """Return the oracle's output for x [B, S, D] and the weights that `read` returns."""
+    bench.require_y(bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1))
+
+
+def low_precision(bench: Bench) -> None:
+    """Choose the right experts where x is bfloat16, by logits as declared, and keep y within its budget."""
+    y = bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1)
+    try:
+        bench.require_y(y)
+    except CheckFailed as failure:
+        if _rounded_logits_explain(bench, y):
+            raise CheckFailed(f"{failure}{_ROUNDED_LOGITS}") from failure
+        raise
+
+
+_ROUNDED_LOGITS = (
+    "\n  hint: logits in 16 bits send tokens to other experts: make them in float32, or declare in SUPPORT "
+    "the dtypes that the layer is right in"
+)
+
+
+def _rounded_logits_explain(bench: Bench, y: Tensor) -> bool:
+    """Tell whether float32 is right, and only tokens are wrong that rounded logits send elsewhere."""
+    want, allowed = bench.expected.want["y"], bench.expected.allowed["y"]
+    is_wrong = (relative_errors(y.detach().cpu(), want, allowed) > 1).any(dim=1)
+    if bool((is_wrong & ~bench.expected.is_swayed).any()):
+        return False
+    try:
+        values(Bench.of(bench.subject, torch.float32))
+    except CheckFailed:
+        return False
+    return True
+
+
+def half_precision(bench: Bench) -> None:
+    """Choose the right experts where x is float16, too, and keep y within its budget."""
+    low_precision(bench)
+
+
+def double_precision(bench: Bench) -> None:
+    """Return the right y in float64, where the budget leaves room for a router that works in float32."""
+    values(bench)
+
+
+def strides(bench: Bench) -> None:
+    """Be right for an x [B, S, D] that is not contiguous, or refuse it with an error."""
+    x = bench.x.unflatten(0, (B, S))
+    for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):
+        try:
+            y = bench.call(strided)
+        except CheckFailed as failure:
+            if isinstance(failure.__cause__, RuntimeError):
+                continue
+            raise
+        bench.require_y(y.flatten(0, 1), context=f" for x with strides {strided.stride()}")
+
+
+def leading_dimensions(bench: Bench) -> None:
+    """Accept x of shape [D], [T, D], [B, S, D] or longer."""
+    for shape in ((T,), (B, S), (S, B), (2, 2, S)):
+        y = bench.call(bench.x.reshape(*shape, -1))
+        bench.require_y(y.reshape(-1, y.shape[-1]), context=f" for x {[*shape, bench.x.shape[1]]}")
+    bench.require_y(bench.call(bench.x[5]).unsqueeze(0), slice(5, 6), f" for x {[bench.x.shape[1]]}")
+
+
+def no_tokens(bench: Bench) -> None:
+    """Return no outputs for no tokens."""
+    shapes = ((0,), (2, 0)) if bench.subject.support.any_leading else ((1, 0), (2, 0), (0, 3))
+    for shape in shapes:
+        bench.call(bench.x.new_empty(*shape, bench.x.shape[1]))
+
+
+def tokens_apart(bench: Bench) -> None:
+    """Treat each token without regard to the others: in reverse, in parts, among many, alone."""
+    reverse, many = torch.arange(T).flip(0), torch.arange(T).repeat(COPIES)
+    groups = (reverse, torch.arange(1), torch.arange(1, T), torch.arange(T // 2).repeat_interleave(2), many)
+    for rows in groups:
+        y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
+        bench.require_y(y, rows, f" among {len(rows)} tokens, {rows[:3].tolist()}...")
+    y = bench.call(bench.x.unsqueeze(1)).squeeze(1)
+    bench.require_y(y, context=" with each token alone in its sequence")
+
+
+def nan_contained(bench: Bench) -> None:
+    """Refuse a token with NaN with a ValueError, or make its own output NaN and leave the others right."""
+    bench.call(bench.x.unflatten(0, (B, S)))  # or refusing every input would do
+    x, sound = bench.x, torch.arange(T) != 3
+    x[3, -1] = torch.nan
+    try:
+        y = bench.call(x.unflatten(0, (B, S))).flatten(0, 1)
+    except CheckFailed as failure:
+        if isinstance(failure.__cause__, ValueError):
+            return
+        raise
+    bench.require_y(y, context=" in a token beside one with NaN", x=x, only=sound)
+    if not bool(y[3].isnan().all()):
+        raise CheckFailed("a NaN in a token does not make its own output NaN")

@@ -1,0 +1,146 @@
+"""The likely cause of a whole layer's wrong output: tries `layer_causes`, one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+from correctness.judging.budget import entry_budgets, relative_errors
+from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_bench import B, Bench, Expected, Layer, S, trained
+from correctness.judging.layer_causes import Cause, causes
+from correctness.oracle import layer as oracle
+from moe_impls.interface import LayerWeights
+
+FEW = 6  # tokens on which a cause is tried first
+A_LOT = 1e-2  # of y's scale: a cause that is so far off on these is none
+LEAST = 0.5  # of the tokens must have a clear choice of experts for the layer that a cause describes
+
+
+@functools.lru_cache(maxsize=32)
+def cause_of(subject: Layer) -> Cause | None:
+    """Find why y of a layer, as `build` makes it in float32, is wrong; None if nothing explains it."""
+    if torch.float32 not in subject.support.dtypes:
+        return None
+    bench = Bench.of(subject, torch.float32)
+    try:
+        y = bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1).detach().cpu()
+        dropped = bench.dropped(bench.x, bench.expected.ids)
+    except CheckFailed:
+        return None  # which says more than y could
+    with contextlib.suppress(CheckFailed):
+        bench.require_y(y)
+        return None
+    right = bench.expected
+    for cause in causes(right.weights):
+        if _explains(cause, right, y, dropped):
+            return cause
+    return _of_whole_rows(right, y) or (_of_whole_experts(right, y) if dropped is None else None)
+
+
+def _explains(cause: Cause, right: Expected, y: Tensor, dropped: Tensor | None) -> bool:
+    """Tell whether all tokens with a clear choice have the y [T, O] of the layer that a cause describes."""
+    weights = right.weights if cause.weights is None else cause.weights(right.weights)
+    ids, clear = oracle.choose(right.x, weights)
+    if dropped is not None and (ids.shape != right.ids.shape or not torch.equal(ids, right.ids)):
+        return False
+    few = clear.nonzero().flatten()[:FEW]
+    if int(clear.sum()) < LEAST * len(y):
+        return False
+    for rows in (few, clear.nonzero().flatten()):
+        want, allowed = _judged(
+            cause, right.x[rows], ids[rows], weights, None if dropped is None else dropped[rows]
+        )
+        if len(rows) == len(few) and not bool(((y[rows] - want).abs() <= A_LOT * want.abs().max()).all()):
+            return False
+        if bool((relative_errors(y[rows], want, allowed) > 1).any()):
+            return False
+    return True
+
+
+def _judged(
+    cause: Cause, x: Tensor, ids: Tensor, weights: LayerWeights, dropped: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y of the layer that a cause describes, and the budget of each entry."""
+    both = []
+    for dtype in (torch.float64, torch.float32):
+        wide = x.to(dtype)
+        given = None if cause.gates is None else cause.gates(oracle.logits(wide, weights), ids, weights)
+        terms = oracle.evaluate_layer(
+            x, ids, weights, None, dtype=dtype, wide=dtype, given=given, dropped=dropped
+        )
+        if cause.y is not None:
+            terms.values["y"] = cause.y(wide, terms.values["y"])
+        both.append(terms)
+    return both[0].values["y"], entry_budgets(both[0], both[1], torch.float32)["y"]
+
+
+def _of_whole_rows(right: Expected, y: Tensor) -> Cause | None:
+    """Find that rows of y are the right ones of other tokens, or that all are multiplied by one number."""
+    want, allowed = right.want["y"], right.allowed["y"]
+    agree = (relative_errors(y.unsqueeze(1), want, allowed) <= 1).all(dim=2)  # [T, T]
+    if bool(agree.any(dim=1).all()):
+        t = int((~agree.diagonal()).nonzero()[0])
+        return Cause(f"tokens in another order: y of token {t} is that of token {int(agree[t].nonzero()[0])}")
+    if not bool(y.any()):
+        return Cause("zeros in place of all of it")
+    factor = float((y.double() * want).sum() / want.square().sum())
+    if bool((relative_errors(y, factor * want, allowed * max(1.0, abs(factor))) <= 1).all()):
+        return Cause(f"all of it times {factor:.6g}")
+    return None
+
+
+def _of_whole_experts(right: Expected, y: Tensor) -> Cause | None:
+    """Find which expert stands in for which: y is a sum of experts' outputs, whose shares follow from it."""
+    weights = right.weights
+    E, K = len(weights.experts.w_in), weights.router.top_k
+    if weights.combine != "sum" or weights.gates_on != "output" or y.numel() < 2 * E * E:
+        return None
+    x = right.x.double()
+    g = oracle.gates(oracle.logits(x, weights), right.ids, weights.router)
+    g = g * oracle.slot_scale(right.ids, weights, x)
+
+    def output(ids: Tensor, gates: Tensor) -> Tensor:
+        return oracle.evaluate_layer(x, ids, weights, None, given=gates).values["y"]
+
+    rest = output(right.ids, g * (right.ids >= E))  # shared and identity experts
+    each = [
+        output(torch.full((len(x), K), e), torch.eye(1, K, dtype=x.dtype).expand(len(x), K))
+        - output(right.ids, 0 * g)
+        for e in range(E)
+    ]
+    outputs = torch.stack(each, dim=1)  # [T, E, O]: of every expert for every token
+    table = x.new_zeros(len(x), E).scatter_add(1, right.ids.clamp(max=E - 1), g * (right.ids < E))
+    terms = torch.einsum("te,tfo->toef", table, outputs).reshape(-1, E * E)
+    shares = torch.linalg.lstsq(terms, (y.double() - rest).reshape(-1, 1), driver="gelsd").solution.view(E, E)
+    whole = shares.round()
+    found = rest + torch.einsum("te,ef,tfo->to", table, whole, outputs)
+    if not bool((relative_errors(y, found, right.allowed["y"]) <= 1).all()):
+        return None
+    pairs = [(e, whole[e].nonzero().flatten().tolist()) for e in range(E)]
+    said = [
+        f"expert {', '.join(map(str, others)) or 'none'} in place of {e}"
+        for e, others in pairs
+        if others != [e]
+    ]
+    return Cause(f"other experts: {'; '.join(said)}") if said else None
+
+
+def unread(subject: Layer) -> list[str]:
+    """Name the parameters of which y is independent though the right one depends on them."""
+    if torch.float32 not in subject.support.dtypes or not subject.support.gradients:
+        return []
+    bench = Bench.of(subject, torch.float32)
+    parameters = trained(bench.layer)
+    try:
+        y = bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1)
+        dy = bench.expected.dy.to(y)
+        grads = torch.autograd.grad(y, list(parameters.values()), dy, allow_unused=True)
+    except (CheckFailed, RuntimeError):
+        return []
+    depends = {n for n, g in zip(parameters, grads, strict=True) if g is not None and bool(g.any())}
+    want = bench.expected.want
+    return [name for name in parameters if name in want and bool(want[name].any()) and name not in depends]
