@@ -50,7 +50,8 @@ def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = N
     logits themselves (topk_softmax, sparsemixer). The largest are chosen; with ``selection_bias``, the
     largest score + bias, as in DeepSeek-V3 (arXiv:2412.19437, equation 16), or logit + bias where the spec
     says so; the gates never contain the bias. Without a bias the logits decide: they order the experts as the
-    scores do, and do not run into ties where a score saturates. Equal scores are told apart as torch.topk does it: always the same way, always distinct experts.
+    scores do, and do not run into ties where a score saturates. Equal scores are told apart as torch.topk
+    does it: always the same way, always distinct experts.
 
     With top_k = 1 a renormalised gate is 1 whatever the logits are (topk_softmax, too), and the output
     then gives the router no gradient.
