@@ -15,7 +15,7 @@ from hypothesis.strategies import SearchStrategy
 from correctness.checks.search import search
 from correctness.judging.blame import as_finding
 from correctness.judging.finding import CheckFailed
-from moe_impls.interface import LayerSupport, Support
+from moe_impls.interface import Support
 
 # Checks that a single call on the problem shows; where several calls tell, the check has to run again.
 OF_ONE_CALL = ("values", "exact", "output", "gradients", "gradcheck")
@@ -79,13 +79,13 @@ class Subject:
     """What is under test.
 
     tested: an Implementation, a router's function, a Layer, or a module with balance losses.
-    support: what it declares; nothing else is skipped.
+    support: what it declares, a Support or LayerSupport; nothing else is skipped.
     """
 
     kind: Kind
     name: str
     tested: Any
-    support: Support | LayerSupport = Support()
+    support: Any = Support()
     device: str = "cpu"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,8 +30,8 @@ def low_precision(bench: Bench) -> None:
 
 
 _ROUNDED_LOGITS = (
-    "\n  hint: logits in 16 bits send tokens to other experts: make them in float32, or declare in SUPPORT "
-    "the dtypes that the layer is right in"
+    "\n  hint: logits in 16 bits send tokens to other experts: make them in float32, or declare "
+    "SUPPORT = LayerSupport(router_dtype='input')"
 )
 
 
@@ -70,17 +73,31 @@ def strides(bench: Bench) -> None:
 
 def leading_dimensions(bench: Bench) -> None:
     """Accept x of shape [D], [T, D], [B, S, D] or longer."""
-    for shape in ((T,), (B, S), (S, B), (2, 2, S)):
-        y = bench.call(bench.x.reshape(*shape, -1))
-        bench.require_y(y.reshape(-1, y.shape[-1]), context=f" for x {[*shape, bench.x.shape[1]]}")
-    bench.require_y(bench.call(bench.x[5]).unsqueeze(0), slice(5, 6), f" for x {[bench.x.shape[1]]}")
+    empty = [(0,)] if bench.subject.support.no_tokens else []
+    for shape in ((T,), (B, S), (S, B), (2, 2, S), (), *empty):
+        rows = slice(0) if 0 in shape else slice(None) if shape else slice(5, 6)
+        with _told(len(shape) != 2, "leading='batch_sequence'", "takes [B, S, D] only"):
+            y = bench.call(bench.x[rows].reshape(*shape, -1))
+        bench.require_y(y.reshape(-1, y.shape[-1]), rows, f" for x {[*shape, bench.x.shape[1]]}")
 
 
 def no_tokens(bench: Bench) -> None:
     """Return no outputs for no tokens."""
-    shapes = ((0,), (2, 0)) if bench.subject.support.any_leading else ((1, 0), (2, 0), (0, 3))
-    for shape in shapes:
-        bench.call(bench.x.new_empty(*shape, bench.x.shape[1]))
+    for shape in ((2, 0), (0, 3)):
+        with _told(True, "no_tokens=False", "always has tokens"):
+            bench.call(bench.x.new_empty(*shape, bench.x.shape[1]))
+
+
+@contextlib.contextmanager
+def _told(applies: bool, declaration: str, means: str) -> Iterator[None]:
+    """Say after a finding which declaration of `LayerSupport` would make it none."""
+    try:
+        yield
+    except CheckFailed as failure:
+        if not applies:
+            raise
+        hint = f"\n  hint: SUPPORT = LayerSupport({declaration}) declares a layer that {means}"
+        raise CheckFailed(f"{failure}{hint}") from failure.__cause__
 
 
 def tokens_apart(bench: Bench) -> None:

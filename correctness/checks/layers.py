@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from correctness.checks.case import Case, Check, Kind, Subject
+from correctness.checks.layer_bias import selection_bias
 from correctness.checks.layer_gradients import (
     frozen,
     gradients,
@@ -68,6 +69,7 @@ CHECKS = (
     Check(frozen, _FLOAT32, needs="gradients"),
     Check(training, _FLOAT32, needs="training"),
     Check(every_parameter_counts, _FLOAT32),
+    Check(selection_bias, _FLOAT32, needs="selection_bias"),
     Check(evaluation, _FLOAT32, needs="deterministic"),
     Check(without_gradients, _FLOAT32),
     Check(inputs_unchanged, _FLOAT32),

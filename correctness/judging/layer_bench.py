@@ -302,8 +302,8 @@ class Bench:
         """
         right, only_of_y = self.expected, only if isinstance(only, slice) else only.to(y.device)
         want, allowed, ids = right.want["y"][rows][only], right.allowed["y"][rows][only], right.ids[rows]
-        if self.subject.routing and len(ids):
-            dropped = self.dropped(self.x[rows] if x is None else x, ids, only)
+        x = self.x[rows] if x is None else x
+        if len(ids) and (dropped := self.dropped(x, ids, only)) is not None:
             with torch.inference_mode(False):
                 arguments = (right.x[rows][only], right.ids[rows][only], right.weights, None, self.dtype)
                 logits_dtype = self.subject.logits_dtype(self.dtype)

@@ -50,9 +50,11 @@ def causes(weights: LayerWeights) -> Iterator[Cause]:
         yield Cause(text, lambda w: replace(w, gates_on=other))
     yield from _of_shared(weights)
     yield from _of_router(weights)
-    yield from _of_experts("experts", weights.experts)
+    yield from _of_experts(weights.experts, "experts")
     if weights.shared is not None:
-        yield from _of_experts("shared", weights.shared)
+        yield from _of_experts(weights.shared, "shared")
+        if weights.shared.activation == weights.experts.activation:  # where one function serves both
+            yield from _of_experts(weights.experts, "experts", "shared")
     yield from _of_gates(weights)
     if weights.experts.w_out.shape[1] == weights.experts.w_in.shape[2]:
         yield Cause("x added to it, as by a residual connection", y=lambda x, y: y + x)
@@ -110,10 +112,10 @@ def _of_router(weights: LayerWeights) -> Iterator[Cause]:
             if score != "sparsemixer" or (spec.groups == 1 and weights.selection_bias is None):
                 yield routed(f"a router of {', '.join(said)}", score=score, renormalise=renormalise)
     if spec.groups > 1:
-        yield routed("the groups of experts ignored", groups=1, keep_groups=1)
         for group_score in GROUP_SCORES:
             if group_score != spec.group_score:
                 yield routed(f"group_score={group_score!r}", group_score=group_score)
+        yield routed("the groups of experts ignored", groups=1, keep_groups=1)
         for n in (spec.keep_groups - 1, spec.keep_groups + 1):
             if 1 <= n <= spec.groups:
                 yield routed(f"keep_groups={n}", keep_groups=n)
@@ -129,11 +131,12 @@ def _of_router(weights: LayerWeights) -> Iterator[Cause]:
         yield Cause("router_weight transposed", lambda w: replace(w, router_weight=w.router_weight.mT))
 
 
-def _of_experts(field: str, experts: Experts) -> Iterator[Cause]:
-    """Permute, transpose or leave out an expert's weights, or change its activation."""
+def _of_experts(experts: Experts, *fields: str) -> Iterator[Cause]:
+    """Permute, transpose or leave out the weights of experts, or change their activation."""
+    field = " and ".join(fields)
 
     def made_of(text: str, change: Callable[[Experts], Experts]) -> Cause:
-        return Cause(text, lambda w: replace(w, **{field: change(getattr(w, field))}))
+        return Cause(text, lambda w: replace(w, **{name: change(getattr(w, name)) for name in fields}))
 
     def rows(change: Callable[[Tensor], Tensor]) -> Callable[[Experts], Experts]:
         """Change the order of the rows of w_in and b_in, [..., F, D] and [..., F]."""
@@ -144,20 +147,24 @@ def _of_experts(field: str, experts: Experts) -> Iterator[Cause]:
 
         return of
 
+    def halves(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Make rows [..., 2H] anew of the H of the gate and the H of up."""
+        return lambda t: change(*t.tensor_split(2, dim=-1))
+
     E, F, D = experts.w_in.shape
     _, O, H = experts.w_out.shape
     if gated := experts.activation in GATED_ACTIVATIONS:
-        swapped = rows(lambda t: torch.cat([t[..., H:], t[..., :H]], dim=-1))
+        swapped = rows(halves(lambda gate, up: torch.cat([up, gate], dim=-1)))
         yield made_of(f"gate and up swapped in {field}.w_in", swapped)
         alternate = rows(lambda t: torch.cat([t[..., 0::2], t[..., 1::2]], dim=-1))
         yield made_of(f"rows of gate and up that alternate in {field}.w_in, as read returns it", alternate)
-        apart = rows(lambda t: t.unflatten(-1, (2, H)).transpose(-1, -2).flatten(-2))
+        apart = rows(halves(lambda gate, up: torch.stack([gate, up], dim=-1).flatten(-2)))
         yield made_of(f"rows of gate and up that do not alternate in {field}.w_in", apart)
     if F == D:
         yield made_of(f"{field}.w_in transposed", lambda e: replace(e, w_in=e.w_in.mT))
     if gated and H == D:
-        halves = lambda t: torch.cat([t[:, :H].mT, t[:, H:].mT], dim=1)  # noqa: E731
-        yield made_of(f"gate and up of {field}.w_in transposed", lambda e: replace(e, w_in=halves(e.w_in)))
+        square = lambda t: t.unflatten(1, (2, H)).mT.flatten(1, 2)  # noqa: E731
+        yield made_of(f"gate and up of {field}.w_in transposed", lambda e: replace(e, w_in=square(e.w_in)))
     if O == H:
         yield made_of(f"{field}.w_out transposed", lambda e: replace(e, w_out=e.w_out.mT))
     for name in ("b_in", "b_out"):

@@ -44,38 +44,33 @@ def cause_of(subject: Layer) -> Cause | None:
 def _explains(cause: Cause, right: Expected, y: Tensor, dropped: Tensor | None) -> bool:
     """Tell whether all tokens with a clear choice have the y [T, O] of the layer that a cause describes."""
     weights = right.weights if cause.weights is None else cause.weights(right.weights)
-    ids, clear = oracle.choose(right.x, weights)
-    if dropped is not None and (ids.shape != right.ids.shape or not torch.equal(ids, right.ids)):
-        return False
-    few = clear.nonzero().flatten()[:FEW]
-    if int(clear.sum()) < LEAST * len(y):
-        return False
-    for rows in (few, clear.nonzero().flatten()):
-        want, allowed = _judged(
-            cause, right.x[rows], ids[rows], weights, None if dropped is None else dropped[rows]
-        )
-        if len(rows) == len(few) and not bool(((y[rows] - want).abs() <= A_LOT * want.abs().max()).all()):
+    for rows in (slice(FEW), slice(None)):
+        ids, clear = oracle.choose(right.x[rows], weights)
+        if dropped is not None and not torch.equal(ids, right.ids[rows]):
             return False
-        if bool((relative_errors(y[rows], want, allowed) > 1).any()):
+        if int(clear.sum()) < LEAST * len(ids):
             return False
-    return True
+        arguments = (right.x[rows], ids, weights, None if dropped is None else dropped[rows])
+        exact = _evaluated(cause, *arguments, torch.float64)
+        want, got = exact.values["y"][clear], y[rows][clear]
+        if not bool(((got - want).abs() <= A_LOT * want.abs().max()).all()):
+            return False
+    plain = _evaluated(cause, *arguments, torch.float32)
+    allowed = entry_budgets(exact, plain, torch.float32)["y"]
+    return bool((relative_errors(got, want, allowed[clear]) <= 1).all())
 
 
-def _judged(
-    cause: Cause, x: Tensor, ids: Tensor, weights: LayerWeights, dropped: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return y of the layer that a cause describes, and the budget of each entry."""
-    both = []
-    for dtype in (torch.float64, torch.float32):
-        wide = x.to(dtype)
-        given = None if cause.gates is None else cause.gates(oracle.logits(wide, weights), ids, weights)
-        terms = oracle.evaluate_layer(
-            x, ids, weights, None, dtype=dtype, wide=dtype, given=given, dropped=dropped
-        )
-        if cause.y is not None:
-            terms.values["y"] = cause.y(wide, terms.values["y"])
-        both.append(terms)
-    return both[0].values["y"], entry_budgets(both[0], both[1], torch.float32)["y"]
+def _evaluated(
+    cause: Cause, x: Tensor, ids: Tensor, weights: LayerWeights, dropped: Tensor | None, dtype: torch.dtype
+) -> oracle.Terms:
+    """Evaluate the layer that a cause describes."""
+    wide = x.to(dtype)
+    given = None if cause.gates is None else cause.gates(oracle.logits(wide, weights), ids, weights)
+    options = {"dtype": dtype, "wide": dtype, "given": given, "dropped": dropped}
+    terms = oracle.evaluate_layer(x, ids, weights, None, **options)
+    if cause.y is not None:
+        terms.values["y"] = cause.y(wide, terms.values["y"])
+    return terms
 
 
 def _of_whole_rows(right: Expected, y: Tensor) -> Cause | None:

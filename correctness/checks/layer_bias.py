@@ -1,0 +1,59 @@
+"""The check of a whole layer's selection bias: of any sign, whatever groups it decides between."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_bench import Bench, judged, weights_of
+from correctness.judging.layer_tokens import draw_tokens
+
+# What biases are drawn around, and how far apart: little where all are of one sign.
+DRAWN = {"all below zero": (-1.0, 0.1), "all above zero": (1.0, 0.1), "large, of either sign": (0.0, 0.5)}
+
+
+def selection_bias(bench: Bench) -> None:
+    """Choose experts by score plus selection bias also where all biases are below zero, or large."""
+    subject, dtype = bench.subject, bench.dtype
+    names = _made_of(bench)
+    if not names:
+        raise CheckFailed("selection_bias, as read(layer) returns it, is made of no parameter and no buffer")
+    for what, (center, spread) in DRAWN.items():
+        generator, held = torch.Generator().manual_seed(6), _tensors(bench.layer)
+        with torch.no_grad():
+            for name in names:
+                drawn = torch.randn(held[name].shape, generator=generator)
+                held[name].copy_(center + spread * drawn)
+        weights = weights_of(subject, copy.deepcopy(bench.layer).to("cpu", torch.float64))
+        x, ids = draw_tokens(weights, dtype, subject.logits_dtype(dtype))
+        dropped = bench.dropped(x.to(bench.device), ids, weights=weights)
+        want, allowed = judged(x, ids, weights, None, dtype, subject.logits_dtype(dtype), dropped)
+        y = bench.call(x.to(bench.device).unsqueeze(0)).squeeze(0)
+        bench.require("y", y, want["y"], allowed["y"], f" with selection biases {what}")
+
+
+def _tensors(layer: nn.Module) -> dict[str, Tensor]:
+    named = (*layer.named_parameters(), *layer.named_buffers())
+    return {name: t for name, t in named if t.is_floating_point()}
+
+
+def _made_of(bench: Bench) -> list[str]:
+    """Name the parameters and buffers that the selection bias is made of."""
+    found = []
+    for name in _tensors(bench.layer):
+        twin = copy.deepcopy(bench.layer)
+        before = _bias(bench, twin)
+        with torch.no_grad():
+            _tensors(twin)[name].add_(1)
+        if not torch.equal(before, _bias(bench, twin)):
+            found.append(name)
+    return found
+
+
+def _bias(bench: Bench, layer: nn.Module) -> Tensor:
+    bias = bench.subject.read(layer).selection_bias
+    assert bias is not None
+    return bias.detach().clone()
