@@ -290,6 +290,10 @@ class Support:
         ):
             _check_declared(f"{name} of Support", getattr(self, name), valid)
 
+    def takes_clamp(self, activation: str, clamp: Clamp) -> bool:
+        """Tell whether the numbers of an activation are declared; without numbers they are."""
+        return activation != CLAMPED or self.clamps is None or clamp in self.clamps
+
 
 @dataclass(frozen=True)
 class LayerSupport:
@@ -356,10 +360,6 @@ def _check_declared(name: str, declared: object, valid: tuple) -> None:
         raise TypeError(f"{name} is {declared!r}; it must be a tuple of {valid}, not empty")
     for value in declared:
         check_choice(name, value, valid)
-
-    def takes_clamp(self, activation: str, clamp: Clamp) -> bool:
-        """Tell whether the numbers of an activation are declared; without numbers they are."""
-        return activation != CLAMPED or self.clamps is None or clamp in self.clamps
 
 
 Forward = Callable[..., Tensor]  # forward(x, routing, experts, *, combine="sum") -> y

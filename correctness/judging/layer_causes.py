@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +19,18 @@ from correctness.oracle import layer as oracle
 from correctness.oracle import router
 from moe_impls.interface import (
     ACTIVATIONS,
+    CLAMPED,
     GATED_ACTIVATIONS,
     GROUP_SCORES,
     OUTPUT_ACTIVATIONS,
     SCORES,
+    Clamp,
     Experts,
     LayerWeights,
 )
 
+NO_LIMIT = 1e30
+NUMBERS = ((7.0, 10.0, NO_LIMIT), (1.702, 1.0), (1.0, 0.0))  # limits, alphas and offsets of clamps
 NORM_EPSILONS = (0.0, 1e-5, 1e-6, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
 
 
@@ -170,10 +175,15 @@ def _of_experts(experts: Experts, *fields: str) -> Iterator[Cause]:
     for name in ("b_in", "b_out"):
         if getattr(experts, name) is not None:
             yield made_of(f"{field}.{name} left out", lambda e, name=name: replace(e, **{name: None}))
+    if experts.activation == CLAMPED:
+        for limit, alpha, offset in dict.fromkeys(product(*NUMBERS)):
+            if (clamp := Clamp(limit, alpha, offset)) != experts.clamp:
+                text = f"{clamp} in {field}" if limit < NO_LIMIT else f"{clamp} in {field}, which is no limit"
+                yield made_of(text, lambda e, c=clamp: replace(e, clamp=c))
     for activation in ACTIVATIONS:
         if activation != experts.activation and (activation in GATED_ACTIVATIONS) == gated:
             text = f"the activation {activation!r} in {field}, not {experts.activation!r}"
-            yield made_of(text, lambda e, a=activation: replace(e, activation=a))
+            yield made_of(text, lambda e, a=activation: replace(e, activation=a, clamp=Clamp()))
     for activation in OUTPUT_ACTIVATIONS:
         if activation != experts.output_activation:
             text = f"the output activation {activation!r} in {field}"

@@ -29,7 +29,9 @@ def _problem(experts: Experts, K: int | None, dtype: torch.dtype) -> Problem:
     E, O, H = experts.w_out.shape
     D = experts.w_in.shape[2]
     options = (experts.activation, experts.output_activation)
-    return Problem("layer", T, D, H, O, E, E if K is None else min(K, E), *options, dtype=dtype)
+    return Problem(
+        "layer", T, D, H, O, E, E if K is None else min(K, E), *options, dtype=dtype, clamp=experts.clamp
+    )
 
 
 def draw_tokens(
