@@ -4,22 +4,38 @@ A page of memory that is new to a process is found and zeroed by the system when
 experts have few rows each, that is a third of a training step: all weight gradients are new pages. PyTorch
 keeps what was freed on a GPU, but not on a CPU.
 
+As much is kept as was in use at one time, so the gradients of all layers of a model from one training step to
+the next, up to a quarter of the memory that the process may have.
+
 Whether a block is in use is what its count of references says, those of views, numpy arrays and other graphs
 included. Memory that another process may see is not taken again.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+
+def memory_of_process() -> int:
+    """Return how many bytes this process may have: those of the machine, or of its control group."""
+    if not hasattr(os, "sysconf"):  # not on every system
+        return 2**33
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup/memory.max")
+    limit = group.read_text(encoding="ascii").strip() if group.exists() else "max"
+    return min(machine, int(limit)) if limit.isdigit() else machine
+
+
 LEAST_BYTES = 2**20  # less is kept by the C library
-MOST_BYTES = 2**31  # of all blocks together; what would be beyond is freed when nobody uses it any more
+MOST_BYTES = memory_of_process() // 4  # of all blocks; what is beyond is freed when nobody uses it any more
 
 
 class _Block(NamedTuple):

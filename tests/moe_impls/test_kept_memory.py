@@ -90,6 +90,18 @@ def test_the_gradients_of_a_parameter_are_taken_again_once_they_are_dropped() ->
     assert take().data_ptr() == address
 
 
+def test_the_gradients_of_all_layers_are_taken_again_in_the_next_step() -> None:
+    shapes = [(3, 2**20), (2, 2**20)] * 4
+    first = [take(shape) for shape in shapes]
+    addresses = {t.data_ptr() for t in first}
+    del first
+    assert {t.data_ptr() for t in [take(shape) for shape in shapes]} == addresses
+
+
+def test_what_is_kept_is_bounded_by_the_memory_of_the_process() -> None:
+    assert 0 < 4 * kept_memory.MOST_BYTES <= kept_memory.memory_of_process()
+
+
 @pytest.mark.parametrize("check", {c: 0 for c in CHECKS if not c.drawn}, ids=lambda c: c.name)
 def test_recompute_is_right_where_every_gradient_takes_kept_memory(
     monkeypatch: pytest.MonkeyPatch, check: Check
