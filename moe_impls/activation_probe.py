@@ -9,23 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_impls.functional import activate
-from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS
-
-try:
-    from moe_impls.interface import Clamp  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # until the contract holds it
-
-    class Clamp(NamedTuple):
-        limit: float = 7.0
-        alpha: float = 1.702
-        offset: float = 1.0
-
+from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, Clamp
 
 CLAMPED = "swiglu_clamped"
 NEAR, FAR = 0.125, 1e6  # on this and on the other side of every limit
@@ -68,7 +57,7 @@ def activation_of(
     for name in (a for a in ACTIVATIONS if (a in GATED_ACTIVATIONS) == gated):
         if name == CLAMPED and clamp is None:
             continue
-        right = _run(lambda h, name=name: _activate(h, name, clamp), gate, up, gated, False)
+        right = _run(lambda h, name=name: activate(h, name, clamp or Clamp()), gate, up, gated, False)
         errors = ((found - right).abs() / size).nan_to_num(math.inf)
         if float(errors.max()) <= (ROUNDED if rounded else EXACT):
             return name, clamp if name == CLAMPED and clamp else Clamp()
@@ -116,14 +105,6 @@ def _run(function: Activation, gate: Tensor, up: Tensor, gated: bool, interleave
     return out.double().flatten()
 
 
-def _activate(h: Tensor, name: str, clamp: Clamp | None) -> Tensor:
-    if name == CLAMPED and clamp not in (None, Clamp()):  # until `activate` takes it
-        gate, up = h.chunk(2, dim=-1)
-        gate = gate.clamp(max=clamp.limit)
-        return gate * torch.sigmoid(clamp.alpha * gate) * (up.clamp(-clamp.limit, clamp.limit) + clamp.offset)
-    return activate(h, name)
-
-
 def _measure_clamp(
     function: Activation, interleaved: bool, numbers: tuple[float, ...], device: torch.device | str
 ) -> Clamp | None:
@@ -134,8 +115,8 @@ def _measure_clamp(
     """
 
     def value(gate: float, up: float) -> float:
-        pair = (torch.full((WIDTH,), v, dtype=torch.float64, device=device) for v in (gate, up))
-        return float(_run(function, *pair, True, interleaved)[0])
+        row = torch.ones(WIDTH, dtype=torch.float64, device=device)
+        return float(_run(function, gate * row, up * row, True, interleaved)[0])
 
     at_zero = value(NEAR, 0.0)
     slope = (value(NEAR, NEAR) - at_zero) / NEAR

@@ -51,7 +51,14 @@ NEIGHBOURS = 4
 LEFT_OUT = 1.5  # times the fastest: who takes longer is not in a cell, and counts as that slow there
 
 
-_resolved = functools.cache(resolve)
+_implementations: dict[str, Implementation] = {}
+
+
+def _resolved(name: str) -> Implementation:
+    """Resolve a name once; not by functools.cache, which torch.compile traces into and imports by."""
+    if name not in _implementations:
+        _implementations[name] = resolve(name)
+    return _implementations[name]
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def _experts_in_use(expert_ids: Tensor, E: int) -> int:
 @torch.compiler.assume_constant_result
 def _in_one_graph(device: str, dtype: torch.dtype, autocast: bool) -> str:
     """Choose what a compiled layer takes: it reads nothing on the host."""
-    fused = _resolved(UNMEASURED["cuda"])
+    fused, _ = _resolved(UNMEASURED["cuda"]), _resolved(ALL_EXPERTS)  # so that neither is looked up in it
     takes = device == "cuda" and dtype in fused.support.dtypes and fused.is_available()
     return fused.name if takes and not autocast else ALL_EXPERTS
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from moe_impls.activation_probe import Clamp, UnknownActivation, activation_of
-from moe_impls.interface import DTYPES, Experts
+from moe_impls.activation_probe import UnknownActivation, activation_of
+from moe_impls.interface import DTYPES, Clamp, Experts
 
-HAS_CLAMP = "clamp" in Experts.__dataclass_fields__  # until the contract holds it
 ARGUMENTS = 4  # of forward: self, hidden_states [T, D], ids [T, K], gates [T, K]
 
 
@@ -56,8 +55,7 @@ class Form(NamedTuple):
             w_in = w_in.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
         if self.transposed:
             w_in, w_out = w_in.mT, w_out.mT
-        numbers: dict[str, Any] = {"clamp": self.clamp} if HAS_CLAMP else {}
-        return Experts(w_in, b_in, w_out, tensors.get("b_out"), self.activation, **numbers)
+        return Experts(w_in, b_in, w_out, tensors.get("b_out"), self.activation, clamp=self.clamp)
 
 
 def experts_of(module: nn.Module) -> Experts:
@@ -96,8 +94,6 @@ def form_of(module: Any) -> Form:
             numbers=[v for v in vars(module).values() if isinstance(v, int | float)],
             device=getattr(module, first).device,
         )
-        if clamp != Clamp() and not HAS_CLAMP:
-            raise Refused(f"its activation has the numbers {clamp}")
     except UnknownActivation as error:
         reason = f"its activation is none of the contract's: {error}"
         raise Refused(f"{type(module).__name__}: {reason}") from error

@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 
-from moe_impls.activation_probe import Clamp, UnknownActivation, activation_of
-from moe_impls.interface import Experts, Routing
+from moe_impls.activation_probe import UnknownActivation, activation_of
+from moe_impls.interface import Clamp, Experts, Routing
 from moe_impls.sorted_dispatch import forward
 from moe_impls.transformers import Refused, experts_of, form_of
 
@@ -25,10 +25,6 @@ MODELS = Path(transformers.__file__).parent / "models"
 CLASS = re.compile(r"^@use_experts_implementation[^\n]*\nclass (\w+)", re.MULTILINE)
 # Classes whose experts the contract cannot say, with a word of the reason.
 NOT_EXPRESSIBLE = {"Inkling2Experts": "activation", "MuseSparkExperts": "post_expert_norm"}
-# Until the contract has their activations.
-NOT_EXPRESSIBLE |= dict.fromkeys(
-    ("DeepseekV4Experts", "DiffusionGemmaTextExperts", "Gemma4TextExperts", "Glm5NextTextExperts",
-     "HYV4Experts", "NemotronHExperts"), "activation")  # fmt: skip
 
 
 class Config(SimpleNamespace):
