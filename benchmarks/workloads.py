@@ -16,7 +16,7 @@ import torch
 from correctness.problems.loads import LOADS, load_named
 from correctness.problems.problem import Problem
 from moe_impls import models
-from moe_impls.interface import GATED_ACTIVATIONS, RouterSpec, check_choice
+from moe_impls.interface import GATED_ACTIVATIONS, Clamp, RouterSpec, check_choice
 
 # forward: inference, no gradients recorded. forward_backward: y, then the gradients of x, the gates and
 # every weight from a random dy.
@@ -36,6 +36,7 @@ class Workloads:
     O: int | None = None  # D unless given
     load: tuple[str, ...] = ("uniform",)
     activation: str = "swiglu"
+    clamp: Clamp = Clamp()  # of swiglu_clamped
     output_activation: str = "none"
     bias: bool = False
     router: RouterSpec | None = None  # of a model; None is softmax over the logits, top K
@@ -46,7 +47,7 @@ class Workloads:
             if K <= E:
                 yield Problem(
                     self.name, T, D, H, self.O or D, E, K,
-                    activation=self.activation, output_activation=self.output_activation,
+                    activation=self.activation, clamp=self.clamp, output_activation=self.output_activation,
                     bias=self.bias, load=load,
                 )  # fmt: skip
 
@@ -56,7 +57,8 @@ class Workloads:
 MODELS = {
     model.name: Workloads(
         model.name, T=(16,), D=(model.D,), H=(model.H,), E=(model.E,), K=(model.K,), bias=model.bias,
-        activation=model.activation, output_activation=model.output_activation, router=model.router,
+        activation=model.activation, clamp=model.clamp, output_activation=model.output_activation,
+        router=model.router,
     )
     for model in models.MODELS.values()
     if not model.gap

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moe_impls.interface import RouterSpec
+from moe_impls.interface import Clamp, RouterSpec
 
 HUB = "https://huggingface.co"
 
@@ -35,6 +35,7 @@ class Model:
     router: RouterSpec | None
     selection_bias: bool = False
     activation: str = "swiglu"
+    clamp: Clamp = Clamp()
     output_activation: str = "none"
     bias: bool = False
     shared: int = 0
@@ -80,6 +81,7 @@ _MODELS = (
                    "group_score": "top2_sum"}),
     _model("deepseek-v4-flash", 4096, 2048, 256, 6, "deepseek-ai/DeepSeek-V4-Flash-Base", selection_bias=True,
            router={**_SIGMOID_TO_ONE, "score": "sqrtsoftplus", "scale": 1.5}, shared=2048,
+           activation="swiglu_clamped", clamp=Clamp(10.0, 1.0, 0.0),
            gap="the first layers route by a table of token ids"),
     _model("kimi-k2", 7168, 2048, 384, 8, "moonshotai/Kimi-K2-Instruct", selection_bias=True, shared=2048,
            router={**_SIGMOID_TO_ONE, "scale": 2.827}),

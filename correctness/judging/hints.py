@@ -20,7 +20,7 @@ from torch import Tensor
 
 from correctness.oracle.experts import Evaluation, evaluate
 from correctness.problems.problem import Inputs
-from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, OUTPUT_ACTIVATIONS, Routing
+from moe_impls.interface import ACTIVATIONS, CLAMPED, GATED_ACTIVATIONS, OUTPUT_ACTIVATIONS, Clamp, Routing
 
 # A property is reported only if the wrong rows could have been any of so many sets of rows, for each of the
 # properties of one kind that are tried.
@@ -326,6 +326,11 @@ def _changes(wrong: Wrong, rows: Tensor) -> Iterator[tuple[str, Computation]]:
     for activation in ACTIVATIONS:
         if (activation in GATED_ACTIVATIONS) == gated:
             yield f"for activation {activation!r}", made_of(activation=activation)
+    clamp = experts.clamp
+    others = {"the numbers of gpt-oss": Clamp(), "no limit": clamp._replace(limit=math.inf),
+              "alpha 1": clamp._replace(alpha=1.0), "offset 0": clamp._replace(offset=0.0)}  # fmt: skip
+    for text, other in others.items() if experts.activation == CLAMPED else ():
+        yield f"for a clamp with {text}", made_of(clamp=other)
     if experts.w_in.numel() > MOST_WORK:
         return
     for text, size, cut in (

@@ -298,7 +298,8 @@ def evaluate(
         values["x"].index_add_(0, t, kept(dh @ w_in))
         row = keep.index(expert) if expert in keep else None
         if row is not None:
-            values["w_in"][row], values["w_out"][row] = dh.T @ x[t], d_out.T @ a
+            values["w_in"][row] = running_product(dh, x[t])
+            values["w_out"][row] = running_product(d_out, a)
             if "b_in" in weights:
                 values["b_in"][row] = _running_sum(dh)
             if "b_out" in weights:
@@ -330,6 +331,31 @@ def _running_sum(rows: Tensor) -> Tensor:
     """Add row by row into one accumulator, which of all orders loses most: [N, n] -> [n]."""
     total = rows.new_zeros(1, rows.shape[1])
     return total.index_add_(0, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), rows)[0]
+
+
+# Multiply-adds of one product in the order of its rows; of a larger one some rows of the result are such.
+MOST_IN_ORDER = 2**27
+BLOCK = 2**20  # numbers at a time
+
+
+def running_product(left: Tensor, right: Tensor) -> Tensor:
+    """Sum left[n] rightᵀ[n] over n, [P, Q], of rows [N, P] and [N, Q], one after the other where it rounds.
+
+    A matrix library adds in an order of its own on each processor, and a plain loop, which is as right, loses
+    several times as much. In float64, which is what right means, the order does not matter.
+    """
+    product = left.T @ right
+    (N, P), Q = left.shape, right.shape[1]
+    if left.dtype == torch.float64 or N * P * Q == 0:
+        return product
+    rows = torch.arange(0, P, -(-N * P * Q // MOST_IN_ORDER), device=left.device)
+    total = product.new_zeros(1, len(rows) * Q)
+    step = max(1, BLOCK // total.shape[1])
+    for some_left, some_right in zip(left[:, rows].split(step), right.split(step), strict=True):
+        terms = some_left.unsqueeze(2) * some_right.unsqueeze(1)  # [step, rows, Q]
+        total.index_add_(0, torch.zeros_like(terms[:, 0, 0], dtype=torch.int64), terms.flatten(1))
+    product[rows] = total.view(len(rows), Q)
+    return product
 
 
 def _with_mean(squares: Tensor) -> Tensor:

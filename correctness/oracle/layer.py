@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from correctness.oracle import router
-from correctness.oracle.experts import evaluate
+from correctness.oracle.experts import evaluate, running_product
 from moe_impls.interface import LayerWeights, RouterSpec
 
 PLAIN = ("router_weight", "router_bias", "selection_bias", "expert_scale", "router_norm", "shared_gate")
@@ -256,7 +256,7 @@ def add_router(
         _add_linear(sums, "router_weight", n, weight, sums.kept(dz), dz_scale)
         return
     squares = dz_scale.square().T @ n.square()
-    sums.add("router_weight", sums.kept(dz).T @ n, squares + squares.mean(dim=1, keepdim=True))
+    sums.add("router_weight", running_product(sums.kept(dz), n), squares + squares.mean(dim=1, keepdim=True))
     dn, dn_squares = sums.kept(dz) @ weight, dz_scale.square() @ weight.square()  # [T, D]
     unit, norm = _normalised(x, weights), weights.router_norm.to(x.dtype)
     squares = (dn_squares * unit.square()).sum(dim=0)
@@ -290,5 +290,5 @@ def _add_shared(sums: Sums, x: Tensor, weights: LayerWeights, dy: Tensor | None)
 def _add_linear(sums: Sums, name: str, x: Tensor, weight: Tensor, d: Tensor, d_scale: Tensor) -> None:
     """Add what x @ weight.T with the gradient ``d`` [T, N] gives weight [N, D] and x [T, D]."""
     terms = d_scale.square().T @ x.square()
-    sums.add(name, d.T @ x, terms + terms.mean(dim=1, keepdim=True))
+    sums.add(name, running_product(d, x), terms + terms.mean(dim=1, keepdim=True))
     sums.add("x", d @ weight, d_scale.square() @ weight.square().mean(dim=1))

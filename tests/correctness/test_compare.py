@@ -19,7 +19,8 @@ from correctness.judging.finding import CheckFailed
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import LOW_PRECISION, Problem
-from moe_impls import sorted_dispatch
+from moe_impls import index_add, sorted_dispatch
+from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Implementation, Routing
 from tests.correctness.wrong import dropped_token
 
@@ -46,6 +47,44 @@ def test_bfloat16_sum_over_k_shows_in_exact_mode(name: str, size: int) -> None:
     problem = next(p for p in catalogue.EXACT if p.name == name and p.dtype == torch.bfloat16)
     assert errors(sorted_dispatch.forward, problem)["y"] == 0
     assert errors(low_precision_sum, problem)["y"] > 1
+
+
+def test_low_precision_gates_do_not_make_sums_of_low_precision() -> None:
+    """Of the gradient of x, too: dx summed in the dtype of the gates is right where nothing cancels."""
+
+    def as_the_gates(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        return index_add.forward(x.to(routing.gates.dtype), routing, experts, combine=combine)
+
+    def sums_gradients(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        parts = zip(*(t.split(1, dim=1) for t in routing), strict=True)  # each adds to x.grad in its dtype
+        wide = experts.map(Tensor.float)
+        y = sum(
+            index_add.forward(x.clone().float(), Routing(i, g.float()), wide, combine=combine)
+            for i, g in parts
+        )
+        return torch.as_tensor(y).to(x.dtype)
+
+    low = [p for p in catalogue.EXACT if p.low_gates and p.gates == "cancelling"]
+    assert {p.dtype for p in low} == set(LOW_PRECISION)
+    for problem in low:
+        assert max(errors(as_the_gates, problem).values()) == 0
+    found = [errors(sums_gradients, problem) for problem in low if problem.dtype == torch.bfloat16]
+    assert all(f["y"] == 0 for f in found) and max(f["x"] for f in found) > 1
+
+
+def test_a_weight_gradient_that_adds_one_slot_after_the_other_is_far_within_its_budget() -> None:
+    """Whatever order the matrix products of this processor add in."""
+
+    def gathered(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -> Tensor:
+        own = experts.map(lambda w: w[routing.expert_ids])  # whose gradient adds each slot's in turn
+        assert own.b_in is not None and own.b_out is not None
+        h = (own.w_in @ x[:, None, :, None]).squeeze(-1) + own.b_in
+        outputs = (own.w_out @ activate(h, experts.activation).unsqueeze(-1)).squeeze(-1) + own.b_out
+        return combine_slots(outputs, routing.gates, combine)
+
+    problem = next(p for p in catalogue.SIZES if p.name == "prefill" and p.activation == "gelu")
+    found = errors(gathered, problem)
+    assert max(found["w_in"], found["w_out"]) < 0.25
 
 
 @pytest.mark.parametrize("size", ["D", "H"])

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from correctness.judging import calling, compare, hints
 from correctness.judging.finding import CheckFailed
+from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
 from moe_impls import sorted_dispatch
-from moe_impls.interface import Experts, Forward, Routing
+from moe_impls.interface import Clamp, Experts, Forward, Routing
 
 REAL = Problem("hints", T=61, D=12, H=10, O=7, E=9, K=3, load="zipf", gates="unnormalised")
 EXACT = replace(REAL, exact=True, activation="relu")
@@ -22,6 +23,7 @@ SIGNED = replace(REAL, gates="signed")
 ZEROS = replace(REAL, gates="one_zero")
 EXPERTS = replace(REAL, E=20)
 HALF_EMPTY = replace(EXPERTS, load="half_empty")
+CLAMP = replace(REAL, activation="swiglu_clamped", clamp=catalogue.NEAR)
 SQUARE = replace(REAL, D=8, H=8, O=8, activation="silu")
 ALL = slice(None)
 
@@ -210,6 +212,12 @@ CASES = (
      EVERY + "would be right for activation 'geglu'"),
     (made_of(lambda e: replace(e, output_activation="none")), replace(REAL, output_activation="relu"), "y",
      EVERY + "would be right for output_activation 'none'"),
+    (made_of(lambda e: replace(e, clamp=Clamp())), CLAMP, "y",
+     EVERY + "would be right for a clamp with the numbers of gpt-oss"),
+    (made_of(lambda e: replace(e, clamp=e.clamp._replace(limit=torch.inf))), CLAMP, "y",
+     EVERY + "would be right for a clamp with no limit"),
+    (made_of(lambda e: replace(e, clamp=e.clamp._replace(offset=0))), CLAMP, "y",
+     EVERY + "would be right for a clamp with offset 0"),
     (made_of(lambda e: mixed(e, torch.arange(20).roll(10))), REAL, "y",
      EVERY + "would be right with gate and up rows exchanged"),
     (made_of(lambda e: mixed(e, torch.arange(20).view(10, 2).T.flatten())), REAL, "y",

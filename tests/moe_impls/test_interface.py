@@ -9,7 +9,7 @@ import torch
 
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
-from moe_impls import Experts, RouterSpec, Routing, Support, check_inputs
+from moe_impls import Clamp, Experts, RouterSpec, Routing, Support, check_inputs
 
 T, D, H, O, E, K = 37, 12, 10, 7, 5, 2  # problems.SMALL
 
@@ -29,6 +29,7 @@ def check(given: dict[str, Any]) -> None:
 
 def test_valid_arguments_pass() -> None:
     check(arguments())
+    check(arguments(activation="swiglu_clamped", clamp=Clamp(float("inf"), 1, 0)))
     check(arguments(b_in=None, b_out=None))
     check(arguments(x=torch.zeros(0, D), expert_ids=torch.zeros(0, K).long(), gates=torch.zeros(0, K)))
 
@@ -76,6 +77,15 @@ IDS = torch.zeros(T, K, dtype=torch.int64) + torch.tensor([0, 1])
         ({"combine": "mean"}, ValueError, "combine is 'mean'; valid are sum, logsumexp"),
         ({"activation": "tanh"}, ValueError, "activation is 'tanh'; valid are relu, "),
         ({"output_activation": "silu"}, ValueError, "output_activation is 'silu'; valid are none, relu"),
+        (
+            {"clamp": (7.0, 1.0, 0.0)},
+            TypeError,
+            r"clamp is \(7.0, .*; it must be a Clamp\(limit, alpha, offset",
+        ),
+        ({"clamp": Clamp(0.0)}, ValueError, "clamp is Clamp.limit=0.0, .*; its limit must be above 0, alpha"),
+        ({"clamp": Clamp(float("nan"))}, ValueError, "clamp is .*; its limit must be above 0, alpha"),
+        ({"clamp": Clamp(alpha=float("inf"))}, ValueError, "clamp is .*; .* alpha and offset finite"),
+        ({"clamp": Clamp(10.0)}, ValueError, "clamp is .*; activation 'swiglu' reads none, only 'swiglu_cl"),
     ],
 )
 def test_check_inputs_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -88,6 +98,12 @@ def test_declarations_and_specs_refuse_what_is_not_valid() -> None:
         Support(dtypes=())
     with pytest.raises(ValueError, match="devices of Support is 'tpu'; valid are cpu, cuda"):
         Support(devices=("tpu",))
+    with pytest.raises(
+        TypeError, match=r"clamps of Support is \(\); it must be a tuple of Clamp, or None for"
+    ):
+        Support(clamps=())
+    with pytest.raises(TypeError, match="clamps of Support is 7.0; it must be a Clamp"):
+        Support(clamps=(7.0,))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="keep_groups is 3; it must not exceed groups, 2"):
         RouterSpec(1, groups=2, keep_groups=3)
     with pytest.raises(TypeError, match="top_k is True; it must be an int"):

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from correctness.checks.balance import EPS32, EPS64, require_close
 from evidence.notebook import NotebookMoE
 from moe_impls import (
     IMPLEMENTATIONS,
+    Clamp,
     Implementation,
     MoE,
     RouterSpec,
@@ -140,6 +142,8 @@ def test_experts_start_like_linear_layers() -> None:
         ({"activation": "tanh"}, ValueError, "activation is 'tanh'; valid are relu, .*swiglu"),
         ({"output_activation": "gelu"}, ValueError, "output_activation is 'gelu'; valid are none, relu"),
         ({"combine": "mean"}, ValueError, "combine is 'mean'; valid are sum, logsumexp"),
+        ({"clamp": Clamp(2.0)}, ValueError, "clamp is .*; activation .relu. reads none, only .swiglu_clamped"),
+        ({"clamp": 7.0, "activation": "swiglu_clamped"}, TypeError, "clamp is 7.0; it must be a Clamp"),
         ({"implementation": "fastest"}, ValueError, "unknown implementation 'fastest'; valid .*index_add"),
         ({"router": RouterSpec(7)}, ValueError, "top_k is 7; .* at most .* 6"),
         ({"router": RouterSpec(1, groups=4), "noisy_gating": False}, ValueError, "groups is 4; .* divide"),
@@ -150,6 +154,26 @@ def test_the_constructor_names_what_is_wrong(options: dict, error: type[Exceptio
     sizes = {"input_size": 5, "output_size": 3, "num_experts": 6, "hidden_size": 7, "k": 2}
     with pytest.raises(error, match=message):
         MoE(**{**sizes, **options})
+
+
+def test_the_numbers_of_a_clamp_are_those_that_the_layer_was_given() -> None:
+    clamp = Clamp(0.1, 1.0, 0.25)
+    model = layer(activation="swiglu_clamped", output_activation="none", clamp=clamp, noisy_gating=False)
+    x = tokens(9)
+    want = resolve("index_add").forward(x, model.gate(x)[0], replace(model.experts, clamp=clamp))
+    torch.testing.assert_close(model(x)[0], want)
+    other = resolve("index_add").forward(x, model.gate(x)[0], replace(model.experts, clamp=Clamp()))
+    assert not torch.allclose(model(x)[0], other)
+    assert "clamp=Clamp(limit=0.1, alpha=1.0, offset=0.25)" in repr(model) and "clamp" not in repr(layer())
+
+
+def test_numbers_of_a_clamp_that_an_implementation_does_not_declare_are_refused() -> None:
+    mine = Implementation("mine", resolve("sorted_dispatch").forward, Support(clamps=(Clamp(),)))
+    layer(implementation=mine, activation="swiglu_clamped")
+    with pytest.raises(
+        ValueError, match="clamp of implementation mine is Clamp.limit=2.0, .*; valid are Clamp"
+    ):
+        layer(implementation=mine, activation="swiglu_clamped", clamp=Clamp(2.0))
 
 
 @pytest.mark.parametrize(
