@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from correctness.judging import calling, compare
+from correctness.judging.finding import CheckFailed
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
@@ -302,3 +303,68 @@ def test_every_configuration_is_right_and_not_only_the_one_that_is_fastest_here(
     if dtype == torch.float16:
         problem = replace(problem, activation="gelu", output_activation="relu", bias=False)
     assert max(compare.require_right_calls(resolve("triton_fused"), problem).values()) <= 1
+
+
+ACTIVATED = Problem("activated", T=23, D=9, H=10, O=7, E=3, K=2, gates="unnormalised")
+CLAMPED = replace(ACTIVATED, activation="swiglu_clamped", clamp=catalogue.DEEPSEEK_V4, x_scale=8.0)
+NEAR = replace(CLAMPED, clamp=catalogue.NEAR, x_scale=1.0)
+GELU, GEGLU, RELU2 = (replace(ACTIVATED, activation=name) for name in ("gelu", "geglu_tanh", "relu2"))
+
+
+def of_another(activation: str) -> Callable[[Any], Any]:
+    """Make a function of the kernels that computes another activation."""
+    return lambda right: lambda *given: right(*given[:-1], activation)
+
+
+def with_number(place: int, number: float) -> Callable[[Any], Any]:
+    """Make one that has a number of its own for limit (2), alpha (3) or offset (4)."""
+    return lambda right: lambda *given: right(*given[:place], number, *given[place + 1 :])
+
+
+def below_too(right: Any) -> Any:
+    def clamped(gate: Any, up: Any, limit: Any) -> tuple[Any, Any]:
+        return right(up, gate, limit)[1], right(gate, up, limit)[1]
+
+    return clamped
+
+
+WRONG = {
+    "the limit of the gate ignored": (
+        "_clamped", lambda right: lambda g, u, l: (g, right(g, u, l)[1]), CLAMPED),
+    "the limit of the value ignored": (
+        "_clamped", lambda right: lambda g, u, l: (right(g, u, l)[0], u), CLAMPED),
+    "the limit of the value from above only": (
+        "_clamped", lambda right: lambda g, u, l: (right(g, u, l)[0], right(u, u, l)[0]), CLAMPED),
+    "the limit of the gate from below too": ("_clamped", below_too, NEAR),
+    "the limit of gpt-oss for all": ("_activated", with_number(2, 7.0), CLAMPED),
+    "the alpha of gpt-oss for all": ("_activated", with_number(3, 1.702), NEAR),
+    "the offset of gpt-oss for all": ("_activated", with_number(4, 1.0), CLAMPED),
+    "alpha ignored": ("_activated", with_number(3, 1.0), NEAR),
+    "slopes beyond the limits": ("_slopes", with_number(2, 1e30), CLAMPED),
+    "slopes of another alpha": ("_slopes", with_number(3, 1.0), NEAR),
+    "slopes of another offset": ("_slopes", with_number(4, 0.0), NEAR),
+    "erf for tanh": ("_tanh_cdf", lambda right: kernels()._normal_cdf, GEGLU),
+    "tanh for erf": ("_normal_cdf", lambda right: kernels()._tanh_cdf, GELU),
+    "the slope of erf for that of tanh": ("_gelu_tanh_slope", lambda right: kernels()._gelu_slope, GEGLU),
+    "no square": ("_activated", of_another("relu"), RELU2),
+    "no slope of the square": ("_slopes", of_another("relu"), RELU2),
+}  # fmt: skip
+
+
+def kernels() -> Any:
+    return triton_fused._kernels()
+
+
+@interpreted
+@pytest.mark.parametrize("problem", [CLAMPED, NEAR, GELU, GEGLU, RELU2], ids=lambda p: p.id)
+def test_the_kernels_activate_as_the_oracle_does(problem: Problem) -> None:
+    assert max(compare.require_right_calls(resolve("triton_fused"), problem).values()) <= 1
+
+
+@interpreted
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_activation_of_the_kernels_is_found(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    name, wrong, problem = WRONG[mistake]
+    monkeypatch.setattr(kernels(), name, wrong(getattr(kernels(), name)))
+    with pytest.raises(CheckFailed, match="wrong|NaN"):
+        compare.require_right_calls(resolve("triton_fused"), problem)
