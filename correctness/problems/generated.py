@@ -91,6 +91,8 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
     p = resize(replace(p, **size), support)
     if p.exact and p.output_activation == "relu" and not p.bias:
         p = replace(p, exact=False)
+    if p.activation == CLAMPED:
+        p = replace(p, clamp=EXACT_CLAMP) if p.exact else draw(_clamped(p, support))
     if not possible(p):
         p = replace(p, D=max(p.D, LEAST_WITHOUT_BIAS), H=max(p.H, LEAST_WITHOUT_BIAS))
     # A gate of zero may have a gradient that float16 cannot hold.
@@ -98,8 +100,6 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
     gates = [g for g in GATES if possible(replace(p, gates=g))]
     if p.combine == "logsumexp":
         gates.remove("zero_rows")  # whose gradients are no numbers
-    if p.activation == CLAMPED:
-        p = replace(p, clamp=EXACT_CLAMP) if p.exact else draw(_clamped(p, support))
     p = replace(
         p,
         load=_choose(draw, "load", LOADS, p.load),
@@ -110,6 +110,8 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
     if p.exact and first_rounded(p):
         wide = [dtype for dtype in support.dtypes if dtype not in LOW_PRECISION]
         p = replace(p, exact=bool(wide), dtype=wide[0] if wide else p.dtype, low_gates=False)
+        if p.activation == CLAMPED and not p.exact:  # beside real numbers so large an alpha is a step
+            p = replace(p, clamp=support.clamps[0] if support.clamps else Clamp())
     return p
 
 
