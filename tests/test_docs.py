@@ -143,6 +143,7 @@ def verified(page: str, subject: str, folder: Path, *options: str) -> subprocess
             "values-small or prepared- or without_gradients",
         ),
         ("docs/layers-and-routers.md", "--layer=layer.py:Layer", ""),
+        ("docs/verify-your-layer.md", "--layer=layer.py:Layer", ""),
     ],
 )
 def test_the_subjects_of_pages_are_right(page: str, subject: str, some: str, tmp_path: Path) -> None:

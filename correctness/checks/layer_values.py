@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from correctness.judging.budget import relative_errors
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import COPIES, B, Bench, S, T
+from correctness.judging.layer_rounding import rounded_tensor
 
 
 def values(bench: Bench) -> None:
@@ -24,23 +23,14 @@ def low_precision(bench: Bench) -> None:
     try:
         bench.require_y(y)
     except CheckFailed as failure:
-        if _rounded_logits_explain(bench, y):
-            raise CheckFailed(f"{failure}{_ROUNDED_LOGITS}") from failure
-        raise
+        if bench.subject.routing or not _is_right_in_float32(bench) or not (name := rounded_tensor(bench, y)):
+            raise
+        declared = ", or declare SUPPORT = LayerSupport(router_dtype='input')"
+        what = f"{name} in 16 bits send tokens to other experts: make them in float32"
+        raise CheckFailed(f"{failure}\n  hint: {what}{declared}") from failure
 
 
-_ROUNDED_LOGITS = (
-    "\n  hint: logits in 16 bits send tokens to other experts: make them in float32, or declare "
-    "SUPPORT = LayerSupport(router_dtype='input')"
-)
-
-
-def _rounded_logits_explain(bench: Bench, y: Tensor) -> bool:
-    """Tell whether float32 is right, and only tokens are wrong that rounded logits send elsewhere."""
-    want, allowed = bench.expected.want["y"], bench.expected.allowed["y"]
-    is_wrong = (relative_errors(y.detach().cpu(), want, allowed) > 1).any(dim=1)
-    if bool((is_wrong & ~bench.expected.is_swayed).any()):
-        return False
+def _is_right_in_float32(bench: Bench) -> bool:
     try:
         values(Bench.of(bench.subject, torch.float32))
     except CheckFailed:
@@ -76,39 +66,49 @@ def leading_dimensions(bench: Bench) -> None:
     empty = [(0,)] if bench.subject.support.no_tokens else []
     for shape in ((T,), (B, S), (S, B), (2, 2, S), (), *empty):
         rows = slice(0) if 0 in shape else slice(None) if shape else slice(5, 6)
-        with _told(len(shape) != 2, "leading='batch_sequence'", "takes [B, S, D] only"):
-            y = bench.call(bench.x[rows].reshape(*shape, -1))
+        with _told(len(shape) != 2, _declares("leading='batch_sequence'", "takes [B, S, D] only")):
+            y = bench.call(bench.x[rows].reshape(*shape, bench.x.shape[1]))
         bench.require_y(y.reshape(-1, y.shape[-1]), rows, f" for x {[*shape, bench.x.shape[1]]}")
 
 
 def no_tokens(bench: Bench) -> None:
     """Return no outputs for no tokens."""
     for shape in ((2, 0), (0, 3)):
-        with _told(True, "no_tokens=False", "always has tokens"):
+        with _told(True, _declares("no_tokens=False", "always has tokens")):
             bench.call(bench.x.new_empty(*shape, bench.x.shape[1]))
 
 
 @contextlib.contextmanager
-def _told(applies: bool, declaration: str, means: str) -> Iterator[None]:
-    """Say after a finding which declaration of `LayerSupport` would make it none."""
+def _told(applies: bool, hint: str) -> Iterator[None]:
+    """Add to a finding what would make it none."""
     try:
         yield
     except CheckFailed as failure:
         if not applies:
             raise
-        hint = f"\n  hint: SUPPORT = LayerSupport({declaration}) declares a layer that {means}"
-        raise CheckFailed(f"{failure}{hint}") from failure.__cause__
+        raise CheckFailed(f"{failure}\n  hint: {hint}") from failure.__cause__
+
+
+def _declares(declaration: str, means: str) -> str:
+    return f"SUPPORT = LayerSupport({declaration}) declares a layer that {means}"
 
 
 def tokens_apart(bench: Bench) -> None:
     """Treat each token without regard to the others: in reverse, in parts, among many, alone."""
     reverse, many = torch.arange(T).flip(0), torch.arange(T).repeat(COPIES)
     groups = (reverse, torch.arange(1), torch.arange(1, T), torch.arange(T // 2).repeat_interleave(2), many)
-    for rows in groups:
-        y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
-        bench.require_y(y, rows, f" among {len(rows)} tokens, {rows[:3].tolist()}...")
-    y = bench.call(bench.x.unsqueeze(1)).squeeze(1)
-    bench.require_y(y, context=" with each token alone in its sequence")
+    values(bench)  # where tokens are wrong by themselves, it is not for the others
+    with _told(bench.subject.routing is None, _REPORTS):
+        for rows in groups:
+            y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
+            bench.require_y(y, rows, f" among {len(rows)} tokens, {rows[:3].tolist()}...")
+        y = bench.call(bench.x.unsqueeze(1)).squeeze(1)
+        bench.require_y(y, context=" with each token alone in its sequence")
+
+
+_REPORTS = (
+    "tokens decide about each other; of a layer that drops some its file reports which: routing(layer, x)"
+)
 
 
 def nan_contained(bench: Bench) -> None:

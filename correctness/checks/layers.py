@@ -102,7 +102,8 @@ def _explained(case: Case, failure: CheckFailed) -> CheckFailed:
         return CheckFailed("".join([str(failure), *(f"\n  hint: {hint}" for hint in hints)]))
     if cause is None:
         return failure
-    if change := cause.weights:
+    change = cause.weights
+    if change and not cause.y:
         other = replace(tested, read=lambda layer: change(tested.read(layer)))
         try:
             check(Bench.of(other, case.problem.dtype))

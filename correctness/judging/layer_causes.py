@@ -31,20 +31,20 @@ from moe_impls.interface import (
 
 NO_LIMIT = 1e30
 NUMBERS = ((7.0, 10.0, NO_LIMIT), (1.702, 1.0), (1.0, 0.0))  # limits, alphas and offsets of clamps
-NORM_EPSILONS = (0.0, 1e-5, 1e-6, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
+NORM_EPSILONS = (1e-6, 1e-5, 1e-8, 1e-12, 0.0, torch.finfo(torch.float32).eps)
 
 
 class Cause(NamedTuple):
     """A layer that would be right, in words that follow "y is right with", and as one of three changes.
 
     weights: of what `read` returns. gates: of logits [T, E + Z], ids [T, K] and weights, in place of its own.
-    y: of tokens x [T, D] and the right y [T, O].
+    y: of tokens x [T, D], their ids [T, K], what the layer holds, and the right y [T, O].
     """
 
     text: str
     weights: Callable[[LayerWeights], LayerWeights] | None = None
     gates: Callable[[Tensor, Tensor, LayerWeights], Tensor] | None = None
-    y: Callable[[Tensor, Tensor], Tensor] | None = None
+    y: Callable[[Tensor, Tensor, LayerWeights, Tensor], Tensor] | None = None
 
 
 def causes(weights: LayerWeights) -> Iterator[Cause]:
@@ -60,9 +60,21 @@ def causes(weights: LayerWeights) -> Iterator[Cause]:
         yield from _of_experts(weights.shared, "shared")
         if weights.shared.activation == weights.experts.activation:  # where one function serves both
             yield from _of_experts(weights.experts, "experts", "shared")
+    if weights.experts.b_out is not None and weights.combine == "sum":
+        yield Cause("experts.b_out not multiplied by the gates", _without_b_out, y=_add_b_out)
     yield from _of_gates(weights)
     if weights.experts.w_out.shape[1] == weights.experts.w_in.shape[2]:
-        yield Cause("x added to it, as by a residual connection", y=lambda x, y: y + x)
+        yield Cause("x added to it, as by a residual connection", y=lambda x, ids, w, y: y + x)
+
+
+def _without_b_out(weights: LayerWeights) -> LayerWeights:
+    return replace(weights, experts=replace(weights.experts, b_out=None))
+
+
+def _add_b_out(x: Tensor, ids: Tensor, weights: LayerWeights, y: Tensor) -> Tensor:
+    b_out = weights.experts.b_out
+    assert b_out is not None
+    return y + (b_out.to(y)[ids.clamp(max=len(b_out) - 1)] * (ids < len(b_out)).unsqueeze(2)).sum(dim=1)
 
 
 def _of_shared(weights: LayerWeights) -> Iterator[Cause]:

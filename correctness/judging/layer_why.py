@@ -50,7 +50,7 @@ def _explains(cause: Cause, right: Expected, y: Tensor, dropped: Tensor | None) 
             return False
         if int(clear.sum()) < LEAST * len(ids):
             return False
-        arguments = (right.x[rows], ids, weights, None if dropped is None else dropped[rows])
+        arguments = (right.weights, right.x[rows], ids, weights, None if dropped is None else dropped[rows])
         exact = _evaluated(cause, *arguments, torch.float64)
         want, got = exact.values["y"][clear], y[rows][clear]
         if not bool(((got - want).abs() <= A_LOT * want.abs().max()).all()):
@@ -61,15 +61,21 @@ def _explains(cause: Cause, right: Expected, y: Tensor, dropped: Tensor | None) 
 
 
 def _evaluated(
-    cause: Cause, x: Tensor, ids: Tensor, weights: LayerWeights, dropped: Tensor | None, dtype: torch.dtype
+    cause: Cause,
+    read: LayerWeights,
+    x: Tensor,
+    ids: Tensor,
+    weights: LayerWeights,
+    dropped: Tensor | None,
+    dtype: torch.dtype,
 ) -> oracle.Terms:
-    """Evaluate the layer that a cause describes."""
+    """Evaluate the layer that a cause describes, where the file's own `read` returned ``read``."""
     wide = x.to(dtype)
     given = None if cause.gates is None else cause.gates(oracle.logits(wide, weights), ids, weights)
     options = {"dtype": dtype, "wide": dtype, "given": given, "dropped": dropped}
     terms = oracle.evaluate_layer(x, ids, weights, None, **options)
     if cause.y is not None:
-        terms.values["y"] = cause.y(wide, terms.values["y"])
+        terms.values["y"] = cause.y(wide, ids, read, terms.values["y"])
     return terms
 
 
@@ -111,17 +117,23 @@ def _of_whole_experts(right: Expected, y: Tensor) -> Cause | None:
     table = x.new_zeros(len(x), E).scatter_add(1, right.ids.clamp(max=E - 1), g * (right.ids < E))
     terms = torch.einsum("te,tfo->toef", table, outputs).reshape(-1, E * E)
     shares = torch.linalg.lstsq(terms, (y.double() - rest).reshape(-1, 1), driver="gelsd").solution.view(E, E)
-    whole = shares.round()
-    found = rest + torch.einsum("te,ef,tfo->to", table, whole, outputs)
-    if not bool((relative_errors(y, found, right.allowed["y"]) <= 1).all()):
-        return None
-    pairs = [(e, whole[e].nonzero().flatten().tolist()) for e in range(E)]
-    said = [
-        f"expert {', '.join(map(str, others)) or 'none'} in place of {e}"
-        for e, others in pairs
-        if others != [e]
-    ]
-    return Cause(f"other experts: {'; '.join(said)}") if said else None
+    factor, alone = float(shares.diagonal().mean()), torch.eye(E, dtype=x.dtype)
+    for whole in (shares.round(), factor * alone):
+        found = rest + torch.einsum("te,ef,tfo->to", table, whole, outputs)
+        size = max(1.0, abs(factor))  # the budget is that of y as it should be
+        if bool((relative_errors(y, found, size * right.allowed["y"]) <= 1).all()):
+            return _in_words(whole, factor)
+    return None
+
+
+def _in_words(shares: Tensor, factor: float) -> Cause | None:
+    """Say how often which expert [E, E] counts in place of which."""
+    E = len(shares)
+    if torch.equal(shares, factor * torch.eye(E, dtype=shares.dtype)):
+        return Cause(f"the routed experts times {factor:.6g}") if factor != 1 else None
+    pairs = [(e, shares[e].nonzero().flatten().tolist()) for e in range(E)]
+    told = [f"expert {', '.join(map(str, o)) or 'none'} in place of {e}" for e, o in pairs if o != [e]]
+    return Cause(f"other experts: {'; '.join(told)}") if told else None
 
 
 def unread(subject: Layer) -> list[str]:

@@ -1,4 +1,4 @@
-"""Deliberately wrong implementations, routers and losses: the suite must reject every one."""
+"""Deliberately wrong implementations, routers, layers and losses: the suite must reject every one."""
 
 from evidence.mutants.mutant import KINDS, Mutant, read
 

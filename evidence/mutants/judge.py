@@ -7,11 +7,12 @@ import types
 from collections.abc import Callable
 from typing import NamedTuple
 
-from correctness.checks import balance, routers, table
+from correctness.checks import balance, layers, routers, table
 from correctness.checks.case import Subject, cases
 from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_bench import Layer
 from evidence.mutants.mutant import Mutant
-from moe_impls.interface import Implementation
+from moe_impls.interface import Implementation, LayerSupport
 
 
 class Trial(NamedTuple):
@@ -23,7 +24,12 @@ class Trial(NamedTuple):
 
 
 # What this room knows of the checks: those of each kind, and how a module becomes their subject.
-CHECKS = {"experts": table.CHECKS, "router": routers.CHECKS, "loss": balance.CHECKS}
+CHECKS = {
+    "experts": table.CHECKS,
+    "router": routers.CHECKS,
+    "layer": layers.CHECKS,
+    "loss": balance.CHECKS,
+}
 
 
 def _subject(kind: str, name: str, module: types.ModuleType) -> Subject:
@@ -31,6 +37,10 @@ def _subject(kind: str, name: str, module: types.ModuleType) -> Subject:
         return balance.losses(name, module)
     if kind == "router":
         return routers.router(name, module.route)
+    if kind == "layer":
+        support = LayerSupport.of(getattr(module, "SUPPORT", LayerSupport()))
+        routing = getattr(module, "routing", None)
+        return layers.layer(name, Layer(module.Layer, module.read, support=support, routing=routing))
     return table.implementation(Implementation(name, module.forward, module.SUPPORT))
 
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # What mutants are wrong forms of, and the modules of this folder that they may be edits of.
-KINDS = {"experts": ("grouped", "dense"), "router": ("router",), "loss": ("losses",)}
+LAYERS = ("layer_deepseek", "layer_llama4", "layer_gemma", "layer_switch", "layer_gpt_oss")
+KINDS = {"experts": ("grouped", "dense"), "router": ("router",), "layer": LAYERS, "loss": ("losses",)}
 SIGNS = ("  ", "- ", "+ ")
 
 

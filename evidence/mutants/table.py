@@ -15,7 +15,12 @@ from reporting.pages import markdown_table, write_atomically
 
 CSV = tables.RESULTS / "mutants.csv"
 PAGE = CSV.with_suffix(".md")
-NAMES = {"experts": "expert computations", "router": "routers", "loss": "losses and loads"}
+NAMES = {
+    "experts": "expert computations",
+    "router": "routers",
+    "layer": "whole layers",
+    "loss": "losses and loads",
+}
 BY_NAME = {f"{mutant.kind} {mutant.name}": mutant for mutant in MUTANTS}
 
 
