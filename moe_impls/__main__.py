@@ -26,7 +26,7 @@ usage: moe-impls COMMAND ...
                                    without a name: all of the project's own, several minutes
   bench [NAME ...] [OPTION ...]    measure implementations on a sweep; results go into moe-impls-results/
                                    without a name: all of the project's own, several minutes
-  model MODEL [--against MODEL]    is a checkpoint, or a model, another one; where not, which layer differs and why
+  model MODEL [--against MODEL]    is a checkpoint or model the other one; if not, which layer differs and why
   list                             implementations, peers, models and checks
 {measuring}
 
@@ -34,8 +34,8 @@ NAME is a name of `moe-impls list`, path/file.py:function or package.module:func
 options of a command; verify and bench take those of pytest, too.
 
 Exit status of verify and bench, as pytest's: 0 all is right, 1 something is wrong, 2 interrupted, 4 the
-request is wrong, 5 no test was selected. Of model: 0 equal, 1 different, 2 the request is wrong. Of the others:
-0 done, 1 no result, 2 the request is wrong.
+request is wrong, 5 no test was selected. Of model: 0 equal, 1 different, 2 the request is wrong. Of the
+others: 0 done, 1 no result, 2 the request is wrong.
 """
 # Commands of `python -m benchmarks` that need no checkout.
 MEASURING = {

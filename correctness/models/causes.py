@@ -6,6 +6,7 @@ among all of the reference by its bits; if it is nowhere, it is compared with th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections import defaultdict
@@ -48,7 +49,7 @@ def digest(tensor: Tensor) -> bytes:
     if tensor.is_floating_point() and tensor.element_size() > 1:
         tensor = tensor + 0.0
     made = hashlib.blake2b(str((tuple(tensor.shape), tensor.dtype)).encode(), digest_size=16)
-    made.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    made.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return made.digest()
 
 
@@ -57,40 +58,53 @@ def is_telling(tensor: Tensor) -> bool:
     return tensor.numel() >= LEAST and bool((tensor != tensor.flatten()[0]).any())
 
 
-def undone(tensor: Tensor, pair: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield a tensor turned back by each thing that may have been done to it, with what that is.
+def undone(tensor: Tensor, pair: bool) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield what may have been done to a tensor, each with what turns it back.
 
     Args:
         pair: it holds a gate and an up matrix.
     """
-    yield "", tensor
+    yield "", lambda: tensor
     matrices = [("", tensor)]
     if tensor.dim() == 2:
-        matrices.append(("transposed", tensor.T))
-        yield matrices[1]
+        yield "transposed", lambda: tensor.T
+        matrices.append(("transposed and ", tensor.T))
     halves = "gate and up" if pair else "its halves"
     for before, matrix in matrices:
         for dim in range(matrix.dim()):
             if matrix.shape[dim] < 2 or matrix.shape[dim] % 2:
                 continue
-            first, second = matrix.chunk(2, dim)
-            even = matrix.index_select(dim, torch.arange(0, matrix.shape[dim], 2))
-            odd = matrix.index_select(dim, torch.arange(1, matrix.shape[dim], 2))
             along = f" along dimension {dim}" if dim and not before else ""
-            mixed = torch.stack([first, second], dim + 1).reshape(matrix.shape)
-            swapped_mixed = torch.stack([second, first], dim + 1).reshape(matrix.shape)
-            also = f"{before} and " if before else ""
-            yield f"{also}{halves} swapped{along}", torch.cat([second, first], dim)
-            yield f"{also}{halves} interleaved{along}", torch.cat([even, odd], dim)
-            yield f"{also}{halves} no longer interleaved{along}", mixed
-            yield f"{also}{halves} swapped and interleaved{along}", torch.cat([odd, even], dim)
-            yield f"{also}{halves} no longer interleaved, and swapped{along}", swapped_mixed
+            for words, back in _HALVES.items():
+                yield f"{before}{halves} {words}{along}", functools.partial(back, matrix, dim)
+
+
+def _joined(matrix: Tensor, dim: int, first: int, second: int) -> Tensor:
+    """Put every second row together: those from ``first`` on, then those from ``second``."""
+    places = torch.arange(0, matrix.shape[dim], 2)
+    return matrix.index_select(dim, torch.cat([places + first, places + second]))
+
+
+def _mixed(matrix: Tensor, dim: int, turned: bool) -> Tensor:
+    halves = matrix.chunk(2, dim)
+    return torch.stack([*reversed(halves)] if turned else [*halves], dim + 1).reshape(matrix.shape)
+
+
+_HALVES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "swapped": lambda matrix, dim: torch.cat([*reversed(matrix.chunk(2, dim))], dim),
+    "interleaved": lambda matrix, dim: _joined(matrix, dim, 0, 1),
+    "swapped and interleaved": lambda matrix, dim: _joined(matrix, dim, 1, 0),
+    "no longer interleaved": lambda matrix, dim: _mixed(matrix, dim, turned=False),
+    "no longer interleaved, and swapped": lambda matrix, dim: _mixed(matrix, dim, turned=True),
+}
 
 
 class Finder:
     """Finds where matrices come from, by the digests of the whole reference."""
 
-    def __init__(self, places: Iterator[tuple[Place, Callable[[], Tensor]]], dtypes: set[torch.dtype]) -> None:
+    def __init__(
+        self, places: Iterator[tuple[Place, Callable[[], Tensor]]], dtypes: set[torch.dtype]
+    ) -> None:
         self.places: dict[bytes, list[Place]] = defaultdict(list)
         for place, read in places:
             tensor = read()
@@ -106,8 +120,8 @@ class Finder:
             return None
         ways = sorted(undone(got, pair), key=lambda way: way[0] != self.last)
         ways.sort(key=lambda way: way[0] != "")
-        for words, tensor in ways:
-            if found := self.places.get(digest(tensor)):
+        for words, back in ways:
+            if found := self.places.get(digest(back())):
                 near = sorted(found, key=lambda p: (p != own, p.name != own.name, p.expert != own.expert))
                 self.last = words
                 return Cause(words, near[0])
@@ -145,7 +159,9 @@ def compare(got: Tensor, want: Tensor) -> Cause:
 def _rounded(got: Tensor, want: Tensor) -> str:
     """Name the narrower dtype through which the numbers went."""
     for narrow in NARROW:
-        if torch.finfo(narrow).bits < torch.finfo(want.dtype).bits and torch.equal(want.to(narrow).to(got.dtype), got):
+        if torch.finfo(narrow).bits < torch.finfo(want.dtype).bits and torch.equal(
+            want.to(narrow).to(got.dtype), got
+        ):
             return dtype_name(narrow)
     return ""
 
@@ -202,7 +218,8 @@ def _by_rows(what: str, got: Tensor, want: Tensor, precision: float) -> str:
     norms = (want * want).sum(dim=1, keepdim=True)
     factors = torch.where(norms > 0, (got * want).sum(dim=1, keepdim=True) / norms, 0)
     if min(got.shape) >= LEAST and _close(got, factors * want, precision):
-        return f"{what} scaled, each by a factor of its own ({float(factors.min()):.4g} to {float(factors.max()):.4g})"
+        least, most = float(factors.min()), float(factors.max())
+        return f"{what} scaled, each by a factor of its own ({least:.4g} to {most:.4g})"
     return ""
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from correctness.models import running, subjects
+from correctness.models import adapters, running, subjects
 from correctness.models.comparison import Finding, compare_weights
 from correctness.models.subjects import FAMILY, Checkpoint, Made
 from correctness.models.weights import Weights, stacked
-from moe_impls.interface import dtype_name
 
 EXAMPLE = "moe-impls model converted/ --against original/"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,7 +29,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command: 0 for equal, 1 for different, 2 for bad input, with one line on standard error."""
-    parser = _Parser(prog="moe-impls model", description="Is this model that one?", epilog=f"example: {EXAMPLE}")
+    parser = _Parser(
+        prog="moe-impls model", description="Is this model that one?", epilog=f"example: {EXAMPLE}"
+    )
     add_arguments(parser)
     try:
         return run(parser.parse_args(arguments))
@@ -42,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=(
-        "what is judged: a file or folder of safetensors, transformers:<family> (tiny, random weights; transformers:all "
-        "for each), path/file.py:function or package.module:Class"
+        "what is judged: a file or folder of safetensors, transformers:<family> (tiny, with random weights; "
+        "transformers:all for each), path/file.py:function or package.module:Class"
     ))  # fmt: skip
     add("--against", metavar="MODEL", help=(
         "the reference (default: what the checkpoint's own files hold, and transformers' eager experts)"
@@ -102,12 +103,19 @@ def run(options: argparse.Namespace) -> int:
                 raise
             refused.append(f"{name}: {str(error).partition(chr(10))[0]}")
             continue
-        print(verdicts[-1].show() if len(names) == 1 else f"{name}: {'equal' if verdicts[-1].equal else verdicts[-1].show()}", flush=True)
+        print(
+            verdicts[-1].show()
+            if len(names) == 1
+            else f"{name}: {'equal' if verdicts[-1].equal else verdicts[-1].show()}",
+            flush=True,
+        )
     if refused:
         print(f"{len(verdicts)} of {len(names)} families compared; not:", *refused, sep="\n  ")
     if options.json is not None:
         written = [asdict(v) | {"equal": v.equal} for v in verdicts]
-        options.json.write_text(json.dumps(written[0] if len(names) == 1 else written, indent=1), encoding="utf-8")
+        options.json.write_text(
+            json.dumps(written[0] if len(names) == 1 else written, indent=1), encoding="utf-8"
+        )
     return 0 if all(v.equal for v in verdicts) else 1
 
 
@@ -129,32 +137,54 @@ def judge(options: argparse.Namespace, name: str) -> Verdict:
         subject = find(name, reference.path if isinstance(reference, Checkpoint) else None)
         if isinstance(reference, Made) and isinstance(subject, Checkpoint):
             reference.beside = subject.path
+        if options.adapter is not None and reference is None:
+            raise ValueError("--adapter needs --against: the checkpoint that it was trained on")
         if reference is None and not (isinstance(subject, Checkpoint) and subject.runs):
             raise ValueError(f"{name} needs --against: alone only a folder with a config.json can be judged")
         verdict = Verdict(name, options.against or "its own files")
-        excluded = _compare_weights(options, subject, reference, verdict)
-        if not options.weights and not excluded:
-            _compare_runs(options, subject, reference, verdict)
+        _compare_weights(options, subject, reference, verdict)
+        told = verdict.findings
+        if options.adapter is not None:
+            verdict.remarks.append("tensors only: the reference is not run with the adapter")
+        elif not options.weights:
+            verdict.findings = _compare_runs(options, subject, reference, verdict)
+            if isinstance(subject, Made) or isinstance(reference, Made):
+                told = _of_a_made_model(told, verdict)
+            verdict.findings = told + verdict.findings
         return verdict
 
 
+def _of_a_made_model(told: list[Finding], verdict: Verdict) -> list[Finding]:
+    """Leave out what tells of names and layouts alone, where what is computed agrees."""
+    of_names = [finding for finding in told if finding.of_names]
+    if not verdict.rows or not of_names:
+        return told
+    if not verdict.findings:
+        verdict.remarks.append("names or layouts of tensors are not the reference's; what is computed agrees")
+    moved = [f for f in of_names if f.words.startswith("named ")]
+    return [f for f in told if f not in (moved if verdict.findings else of_names)]
+
+
 def _compare_weights(
-    options: argparse.Namespace, subject: Checkpoint | Made, reference: Checkpoint | Made | None, verdict: Verdict
-) -> bool:
-    """Compare the tensors of both, where their names can be the same; return whether they cannot be run."""
+    options: argparse.Namespace,
+    subject: Checkpoint | Made,
+    reference: Checkpoint | Made | None,
+    verdict: Verdict,
+) -> None:
+    """Compare the tensors of both, under the names of transformers' modules where there is a config."""
     if reference is None:
         reference, loaded = subject, Made(subject.name, None, made=subject.model(_stored(subject.tensors())))
         loaded.config = subject.config
         subject = loaded
-    configs = [one.config for one in (reference, subject) if one.config is not None]
     mine, theirs = subject.tensors(), reference.tensors()
+    configs = [one.config for one in (reference, subject) if one.config is not None]
     skeleton = None
     if configs and ({*mine} != {*theirs} or isinstance(subject, Made)):
         skeleton = subjects.formats().skeleton(configs[0])
     elif configs and not isinstance(subject, Made) and getattr(configs[0], "tie_word_embeddings", False):
         skeleton = subjects.formats().skeleton(configs[0])
-    if len(configs) == 2:
-        verdict.findings += [Finding("config", f"{line}") for line in subjects.formats().differences(*configs)]
+    said = [one.said for one in (reference, subject)]
+    verdict.findings += [Finding("config", line) for line in subjects.differences(*said)]
     tied = {} if skeleton is None else subjects.formats().tied(skeleton)
 
     def named(weights: Weights, one: Checkpoint | Made) -> Weights:
@@ -162,10 +192,20 @@ def _compare_weights(
             weights = subjects.formats().as_modules(weights, skeleton)
         return stacked(weights)
 
-    result = compare_weights(named(theirs, reference), named(mine, subject), tied)
+    right, judged = named(theirs, reference), named(mine, subject)
+    if options.adapter is not None:
+        adapter = adapters.read(options.adapter)
+        # A linear layer is adapted by its own name, experts as they are stacked.
+        found, adapted = adapters.compare_merged(adapter, theirs | right, mine | judged)
+        verdict.findings += found
+        kept = [{n: w for n, w in one.items() if n not in adapted} for one in (theirs, mine)]
+        right, judged = (
+            {n: w for n, w in named(one, of).items() if n not in adapted}
+            for one, of in zip(kept, (reference, subject), strict=True)
+        )
+    result = compare_weights(right, judged, tied)
     verdict.tensors, verdict.remarks = result.tensors, verdict.remarks + result.remarks
     verdict.findings += result.findings
-    return False
 
 
 def _stored(weights: Weights) -> torch.dtype:
@@ -175,15 +215,20 @@ def _stored(weights: Weights) -> torch.dtype:
 
 
 def _compare_runs(
-    options: argparse.Namespace, subject: Checkpoint | Made, reference: Checkpoint | Made | None, verdict: Verdict
-) -> None:
+    options: argparse.Namespace,
+    subject: Checkpoint | Made,
+    reference: Checkpoint | Made | None,
+    verdict: Verdict,
+) -> list[Finding]:
     """Run both, one after the other, and compare what they compute."""
     alone = reference is None
     against = subject if reference is None else reference
     lacking = [one.name for one in (against, subject) if not one.runs]
     if lacking:
-        verdict.remarks.append(f"tensors only: {', '.join(lacking)} has no config.json, so that nothing can be run")
-        return
+        verdict.remarks.append(
+            f"tensors only: {', '.join(lacking)} has no config.json, so that nothing can be run"
+        )
+        return []
     dtype = torch.float32
     if isinstance(subject, Checkpoint) and isinstance(against, Checkpoint):
         dtype = min(_stored(subject.tensors()), _stored(against.tensors()), key=lambda d: torch.finfo(d).bits)
@@ -206,7 +251,7 @@ def _compare_runs(
     agreement = running.agree(exact, record)
     verdict.rows = agreement.rows
     verdict.remarks += agreement.remarks
-    verdict.findings += agreement.findings
+    return agreement.findings
 
 
 def _run(model: torch.nn.Module, exact: running.Exact, gradients: bool, verdict: Verdict) -> running.Record:
@@ -219,10 +264,11 @@ def _run(model: torch.nn.Module, exact: running.Exact, gradients: bool, verdict:
     return running.run(model, exact.ids, torch.float32, gradients)
 
 
-def _cannot(verdict: Verdict, error: ValueError) -> None:
+def _cannot(verdict: Verdict, error: ValueError) -> list[Finding]:
     if verdict.equal:
         raise error
-    verdict.remarks.append(f"tensors only: {str(error).partition(chr(10))[0]}")
+    verdict.remarks.append(f"tensors only: {'; '.join(line.strip() for line in str(error).splitlines())}")
+    return []
 
 
 def _vocabulary(config: Any, model: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Finding:
 
     where: str
     words: str
+    of_names: bool = False  # it tells of names and layouts alone, not of numbers
 
     def __str__(self) -> str:
         return f"{self.where}: {self.words}"
@@ -42,7 +43,7 @@ class Finding:
 
 @dataclass
 class Result:
-    """What a comparison of weights found: tensors and matrices compared, findings in a model's order, remarks."""
+    """What a comparison found: how many tensors it compared, findings in a model's order, remarks."""
 
     tensors: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -64,7 +65,7 @@ def compare_weights(reference: Weights, subject: Weights, tied: dict[str, str] |
     """
     tied = tied or {}
     result = Result()
-    reference, subject = dict(reference), dict(subject)
+    reference, subject = dict(reference), _without_prefix(dict(subject), reference, result)
     for name, holder in tied.items():
         for side in (reference, subject):
             if name not in side and holder in side:
@@ -99,6 +100,21 @@ def compare_weights(reference: Weights, subject: Weights, tied: dict[str, str] |
     return result
 
 
+def _without_prefix(subject: Weights, reference: Weights, result: Result) -> Weights:
+    """Take off what all names begin with on one side, if no name is common otherwise, and say so."""
+    if {*subject} & {*reference} or not subject or not reference:
+        return subject
+    for name in reference:
+        longer = next((n for n in subject if n.endswith(f".{name}")), None)
+        prefix = longer.removesuffix(name) if longer else ""
+        if prefix and all(n.startswith(prefix) for n in subject):
+            result.findings.append(
+                Finding("all names", f"begin with {prefix} in the subject; compared without it")
+            )
+            return {n.removeprefix(prefix): weight for n, weight in subject.items()}
+    return subject
+
+
 def _pairs(name: str, theirs: Weight, mine: Weight, result: Result) -> Iterator[tuple[Place, Reader, Reader]]:
     """Yield what is to be compared of two tensors of one name, and note what has no counterpart."""
     if theirs.parts is None or mine.parts is None:
@@ -107,10 +123,14 @@ def _pairs(name: str, theirs: Weight, mine: Weight, result: Result) -> Iterator[
     for what, one, other in (("missing", theirs, mine), ("more than the reference has", mine, theirs)):
         assert one.parts is not None and other.parts is not None
         if lacking := [e for e in one.parts if e not in other.parts]:
-            result.findings.append(Finding(_where(name), f"experts {ranges(lacking)} {_are(lacking)} {what}"))
+            result.findings.append(Finding(_where(name), f"{_experts(lacking)} {_are(lacking)} {what}"))
     for e in theirs.parts:
         if e in mine.parts:
             yield Place(name, e), mine.parts[e], theirs.parts[e]
+
+
+def _experts(several: Sequence[int]) -> str:
+    return f"expert{'s' * (len(several) > 1)} {ranges([*several])}"
 
 
 def _are(several: Sequence) -> str:
@@ -118,7 +138,13 @@ def _are(several: Sequence) -> str:
 
 
 def _same(mine: Weight, theirs: Weight, place: Place, got: Reader, want: Reader) -> bool:
-    if place.expert is None and mine.shape == theirs.shape and mine.rows and theirs.rows and len(mine.shape) > 1:
+    if (
+        place.expert is None
+        and mine.shape == theirs.shape
+        and mine.rows
+        and theirs.rows
+        and len(mine.shape) > 1
+    ):
         step = max(1, BLOCK // max(1, mine.shape[1]))
         starts = range(0, mine.shape[0], step)
         return all(_equal(mine.rows(i, i + step), theirs.rows(i, i + step)) for i in starts)
@@ -131,10 +157,15 @@ def _equal(got: Tensor, want: Tensor) -> bool:
 
 def _dtypes(reference: Weights, subject: Weights, names: list[str], result: Result) -> bool:
     """Remark on dtypes that differ; return whether the subject is the reference in one narrower dtype."""
-    kinds = Counter((reference[n].dtype, subject[n].dtype) for n in names if subject[n].dtype.is_floating_point)
+    kinds = Counter(
+        (reference[n].dtype, subject[n].dtype) for n in names if subject[n].dtype.is_floating_point
+    )
     changed = {pair: count for pair, count in kinds.items() if pair[0] != pair[1]}
     for (theirs, mine), count in changed.items():
-        result.remarks.append(f"dtype: {count} of {len(names)} tensors are {dtype_name(mine)}, in the reference {dtype_name(theirs)}")
+        result.remarks.append(
+            f"dtype: {count} of {len(names)} tensors are {dtype_name(mine)}, "
+            f"in the reference {dtype_name(theirs)}"
+        )
     return len(kinds) == 1
 
 
@@ -159,7 +190,11 @@ def _cause(finder: Finder, place: Place, got: Tensor, want: Tensor) -> Cause:
         return Cause(f"rounded to {dtype_name(got.dtype)}, where others keep their dtype")
     if found := finder.find(got, place, bool(PAIR.search(place.name))):
         square = found.words == "transposed" and len(set(got.shape)) == 1
-        return Cause(f"{found.words} (square, so that its shape does not tell)", found.source) if square else found
+        return (
+            Cause(f"{found.words} (square, so that its shape does not tell)", found.source)
+            if square
+            else found
+        )
     if got.shape != want.shape:
         return Cause(f"has shape {list(got.shape)}, in the reference {list(want.shape)}")
     return compare(got, want)
@@ -190,13 +225,15 @@ def _describe(name: str, mine: Weight, theirs: Weight, causes: dict[int | None, 
         groups[cause.words, other][expert] = source
     found = []
     for (words, other), sources in groups.items():
-        several = f"experts {ranges([*sources])}" if len(sources) > 1 else f"expert {next(iter(sources))}"
+        several = _experts([*sources])
         if other not in (None, name):
             text = f"{several} {'hold' if len(sources) > 1 else 'holds'} {_listed(other, sources)}"
         elif any(e != source for e, source in sources.items()):
             text = _mapping(sources, mine.shape[0])
         else:
-            found.append(Finding(_where(name), f"{several}: {words}" + (shape if "has shape" not in words else "")))
+            found.append(
+                Finding(_where(name), f"{several}: {words}" + (shape if "has shape" not in words else ""))
+            )
             continue
         found.append(Finding(_where(name), text + (f"; {words}" if words else "") + shape))
     return found
@@ -204,7 +241,11 @@ def _describe(name: str, mine: Weight, theirs: Weight, causes: dict[int | None, 
 
 def _listed(name: str | None, sources: dict[int, int]) -> str:
     chosen = [*sources.values()]
-    return str(name) if chosen == [-1] * len(chosen) else f"{name}[{', '.join(map(str, chosen[:8]))}{', ...' * (len(chosen) > 8)}]"
+    return (
+        str(name)
+        if chosen == [-1] * len(chosen)
+        else f"{name}[{', '.join(map(str, chosen[:8]))}{', ...' * (len(chosen) > 8)}]"
+    )
 
 
 def _mapping(sources: dict[int, int], E: int) -> str:
@@ -217,39 +258,47 @@ def _mapping(sources: dict[int, int], E: int) -> str:
     for ranks in range(2, E // 2 + 1):
         share = E // ranks
         if E % ranks == 0 and full == [full[0] + e % share for e in range(E)]:
-            return f"experts {full[0]}-{full[0] + share - 1} stand {ranks} times: each of {ranks} ranks has the same"
+            again = ranges([*range(full[0], full[0] + share)])
+            return f"experts {again} stand {ranks} times: each of {ranks} ranks has the same"
     lost = [e for e in range(E) if e not in full]
     return f"experts repeated: {order(full)}; {ranges(lost)} {_are(lost)} lost"
 
 
 def _unmatched(
-    reference: Weights, subject: Weights, missing: list[str], extra: list[str], finder: Finder | None, result: Result
+    reference: Weights,
+    subject: Weights,
+    missing: list[str],
+    extra: list[str],
+    finder: Finder | None,
+    result: Result,
 ) -> None:
     """List tensors of one side only: under another name with the same numbers, missing, or left over."""
     moved: dict[str, str] = {}
-    for name in extra:
+    found: list[Finding] = []
+    for name in extra if finder else ():
         weight = subject[name]
         readers = {None: weight.read} if weight.parts is None else weight.parts
-        causes = [finder.find(read(), Place(name, e), bool(PAIR.search(name))) for e, read in readers.items()] if finder else []
-        names = {c.source.name for c in causes if c is not None and c.source is not None}
-        if len(names) == 1 and None not in causes:
-            (place,) = names
-            if place in missing and place not in moved.values():
-                moved[name] = place
-                result.findings += [
-                    Finding(_where(place), f"named {name} in the subject" + (f"; {done}" if done else ""))
-                    for done in dict.fromkeys(c.words for c in causes if c is not None)
-                ]
-    lacking = [name for name in missing if name not in moved.values()]
+        pair = bool(PAIR.search(name))
+        causes = {e: finder.find(read(), Place(name, e), pair) for e, read in readers.items()}  # type: ignore
+        known = {e: c for e, c in causes.items() if c is not None and c.source is not None}
+        places = {c.source.name for c in known.values() if c.source is not None}
+        if len(places) == 1 and len(known) == len(causes) and places <= {*missing} - {*moved.values()}:
+            (place,) = places
+            moved[name] = place
+            found.append(Finding(_where(place), f"named {name} in the subject"))
+            done = {e: c for e, c in known.items() if c.words or c.source != Place(place, e)}
+            found += _describe(place, weight, reference[place], done) if done else []
     kinds: dict[str, list[str]] = defaultdict(list)
-    for name in lacking:
-        kinds[role(name)].append(name)
+    for name in missing:
+        if name not in moved.values():
+            kinds[role(name)].append(name)
     for kind, names in kinds.items():
-        bias = all(name.endswith("bias") for name in names) and kind not in ("selection bias of the router",)
+        bias = all(name.endswith("bias") for name in names) and kind != "selection bias of the router"
         what = f"bias of the {kind}" if bias and kind else kind or "tensor"
-        result.findings += [Finding(_block(names[0]), f"{what} missing: {', '.join(names)}")]
+        found.append(Finding(_block(names[0]), f"{what} missing: {', '.join(names)}"))
     if left := [name for name in extra if name not in moved]:
-        result.findings.append(Finding(_block(left[0]), f"not in the reference: {', '.join(left)}"))
+        found.append(Finding(_block(left[0]), f"not in the reference: {', '.join(left)}"))
+    result.findings += [replace(finding, of_names=True) for finding in found]
 
 
 def _block(name: str) -> str:
@@ -260,14 +309,15 @@ def _block(name: str) -> str:
 
 def _merged(findings: list[Finding]) -> list[Finding]:
     """Put findings of one block with the same words into one, all in a model's order."""
-    together: dict[tuple[str, str], list[str]] = defaultdict(list)
+    together: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
     for finding in findings:
         name, _, what = finding.where.partition(" (")
         block = name.rpartition(".")[0] if "experts" in name and not what else name
-        together[block, finding.words].append(finding.where)
+        together[block, finding.words, finding.of_names].append(finding.where)
     found = []
-    for (block, words), wheres in together.items():
+    for (block, words, of_names), wheres in together.items():
         fields = [where.removeprefix(f"{block}.") for where in wheres]
-        found.append(Finding(wheres[0] if len(wheres) == 1 else f"{block} ({', '.join(fields)})", words))
+        where = wheres[0] if len(wheres) == 1 else f"{block} ({', '.join(fields)})"
+        found.append(Finding(where, words, of_names))
     rank = {name: i for i, name in enumerate(in_order({f.where for f in found}))}
     return sorted(found, key=lambda finding: rank[finding.where])

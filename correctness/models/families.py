@@ -8,48 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+import transformers  # pyright: ignore[reportMissingImports]
 from torch import nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import (  # pyright: ignore[reportMissingImports]
+    CONFIG_MAPPING,
+)
 
 from correctness.models.formats import class_of
 
 LAYERS = 2
 # Attributes of a config by the end of their name, and what they are set to.
 SIZES: tuple[tuple[str, int], ...] = (
-    (r"vocab_size|vocab_size_per_layer_input", 96),
-    (r"hidden_size|d_model|emb_dim", 32),
-    (r"moe_intermediate_size|expert_ffn_hidden_size|expert_dim|expert_intermediate_size", 16),
-    (r"shared_intermediate_size|shared_expert_intermediate_size", 16),
-    (r"intermediate_size|ffn_hidden_size|ffn_dim|d_ff|intermediate_size_mlp|dense_intermediate_size", 48),
-    (r"num_hidden_layers|num_layers|n_layers|num_decoder_layers|encoder_layers|decoder_layers", LAYERS),
-    (r"num_attention_heads|num_heads|n_heads|encoder_attention_heads|decoder_attention_heads|swa_num_attention_heads", 4),
-    (r"num_key_value_heads|kv_n_heads|swa_num_key_value_heads", 2),
-    (r"qk_head_dim", 16),
-    (r"head_dim|d_kv|kv_channels|swa_head_dim|v_head_dim|swa_v_head_dim|global_head_dim|index_head_dim|v_head_dim", 8),
-    (r"n_groups", 1),
-    (r"q_lora_rank|kv_lora_rank|o_lora_rank", 8),
-    (r"qk_nope_head_dim", 8),
-    (r"qk_rope_head_dim", 8),
-    (r"(?<!shared_)(?<!shared)experts", 4),
-    (r"experts_per_tok|experts_per_token|moe_topk|moe_top_k|top_k_experts|moe_k", 2),
-    (r"shared_experts", 1),
-    (r"n_group|topk_group|num_expert_groups|num_limited_groups", 1),
-    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|moe_layer_offset|first_k_dense", 0),
-    (r"decoder_sparse_step|moe_layer_freq|moe_layer_interval|interleave_moe_layer_step|decoder_sparse_step", 1),
-    (r"max_position_embeddings|sliding_window|max_seq_len", 64),
-    (r"linear_num_key_heads|linear_num_value_heads|index_n_heads|mamba_num_heads|mamba_n_heads", 2),
-    (r"linear_key_head_dim|linear_value_head_dim|mamba_head_dim|mamba_d_head|ssm_state_size|mamba_d_state", 8),
-    (r"pad_token_id", 0),
-    (r"bos_token_id|decoder_start_token_id", 1),
-    (r"eos_token_id", 2),
-)  # fmt: skip
+    ("vocab_size|vocab_size_per_layer_input", 96),
+    ("hidden_size|d_model|emb_dim", 32),
+    ("moe_intermediate_size|expert_ffn_hidden_size|expert_dim|expert_intermediate_size", 16),
+    ("shared_intermediate_size|shared_expert_intermediate_size", 16),
+    ("intermediate_size|ffn_hidden_size|ffn_dim|d_ff|intermediate_size_mlp", 48),
+    ("num_hidden_layers|num_layers|n_layers|num_decoder_layers|encoder_layers|decoder_layers", LAYERS),
+    ("attention_heads|num_heads|n_heads", 4),
+    ("key_value_heads|kv_n_heads", 2),
+    ("qk_head_dim", 16),
+    ("head_dim|d_kv|kv_channels|d_head|ssm_state_size|d_state|lora_rank", 8),
+    ("(?<!shared_)(?<!shared)experts", 4),
+    ("experts_per_tok|experts_per_token|moe_topk|moe_top_k|top_k_experts|moe_k", 2),
+    ("shared_experts|n_groups", 1),
+    ("n_group|topk_group|num_expert_groups|num_limited_groups", 1),
+    ("first_k_dense_replace|num_dense_layers|moe_layer_start_index|moe_layer_offset|first_k_dense", 0),
+    ("decoder_sparse_step|moe_layer_freq|moe_layer_interval|interleave_moe_layer_step", 1),
+    ("max_position_embeddings|sliding_window|max_seq_len", 64),
+    ("key_heads|value_heads|index_n_heads|mamba_num_heads|mamba_n_heads", 2),
+    ("pad_token_id", 0),
+    ("bos_token_id|decoder_start_token_id", 1),
+    ("eos_token_id", 2),
+)
 # What the names do not tell, by model type: arguments of the config.
 SETTINGS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
     "ernie4_5_vl_moe_text": {"moe_num_experts": 4, "moe_intermediate_size": [16, 16]},
     "glm5_next_text": {"qk_rope_head_dim": 0},
-    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+    "glm4v_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+    },
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen4_exp_text": {"indexer_kv_heads": 1, "indexer_budget": 16, "indexer_compress_ratio": 4},
@@ -91,7 +90,11 @@ def shrink(config: Any) -> Any:
         size = next((size for ending, size in SIZES if re.search(f"(^|_)({ending})$", name)), None)
         if size is not None and (value is None or type(value) is int):
             given[name] = size
-        if isinstance(value, list) and len(value) > LAYERS and re.search(r"layer_types|mlp_layer|layers_block", name):
+        if (
+            isinstance(value, list)
+            and len(value) > LAYERS
+            and re.search(r"layer_types|mlp_layer|layers_block", name)
+        ):
             given[name] = value[:LAYERS]
     if "kv_lora_rank" in given:  # each head has keys of its own
         given["num_key_value_heads"] = 4

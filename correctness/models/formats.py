@@ -1,4 +1,4 @@
-"""What only transformers knows: which class a checkpoint is of, and what its names on disk are in the model."""
+"""What only transformers knows: the class of a checkpoint, and what its names on disk become in the model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+import transformers  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+from transformers.conversion_mapping import (  # pyright: ignore[reportMissingImports]
+    get_model_conversion_mapping,
+)
+from transformers.core_model_loading import (  # pyright: ignore[reportMissingImports]
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -27,8 +29,6 @@ from correctness.models.weights import Weight, Weights
 
 transformers.utils.logging.disable_progress_bar()
 
-# Fields of config.json that say nothing about the numbers.
-COSMETIC = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures", "use_cache", "attn_implementation"}
 KINDS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
@@ -41,7 +41,9 @@ def config_of(folder: Path) -> Any:
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     if said.get("model_type") not in known:
-        raise ValueError(f"{folder}: model_type is {said.get('model_type')!r}; transformers has no such family")
+        raise ValueError(
+            f"{folder}: model_type is {said.get('model_type')!r}; transformers has no such family"
+        )
     return transformers.AutoConfig.from_pretrained(folder)
 
 
@@ -132,8 +134,12 @@ def _converted(
     def convert(names: list[str], meta: bool = False) -> dict[str, Tensor]:
         own = copy.deepcopy(converter)
         for name in names:
-            tensor = torch.empty(weights[name].shape, dtype=weights[name].dtype, device="meta") if meta else weights[name].read()
-            own.add_tensor(target, name, patterns[name], tensor)
+            tensor = (
+                torch.empty(weights[name].shape, dtype=weights[name].dtype, device="meta")
+                if meta
+                else weights[name].read()
+            )
+            own.add_tensor(target, name, patterns[name], tensor)  # type: ignore[arg-type]
         made = own.convert(target, model=model, config=model.config)
         return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
 
@@ -151,35 +157,20 @@ def _converted(
     for name, one in convert(experts[min(experts)], meta=True).items():
         parts = {e: lambda e=e, name=name: convert(experts[e])[name][0] for e in experts}
         shape = (max(experts) + 1, *one.shape[1:])
-        found[name] = Weight(shape, one.dtype, lambda parts=parts: torch.stack([p() for p in parts.values()]), parts)
+        found[name] = Weight(
+            shape, one.dtype, lambda parts=parts: torch.stack([p() for p in parts.values()]), parts
+        )
     return found
 
 
 def tied(model: Any) -> dict[str, str]:
     """Name the tensors of a model that are another one: {name: the name that holds it}."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", getattr(model.config, "tie_word_embeddings", False)):
+    if not getattr(
+        model.config.get_text_config(),
+        "tie_word_embeddings",
+        getattr(model.config, "tie_word_embeddings", False),
+    ):
         return {}
     with contextlib.suppress(AttributeError):
         return dict(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or {})
     return {}
-
-
-def differences(first: Any, second: Any) -> list[str]:
-    """List the fields in which two configs differ, with both values."""
-    one, other = _flat(first.to_dict()), _flat(second.to_dict())
-    absent = "absent"
-    return [
-        f"{field}: {one.get(field, absent)!r}, {other.get(field, absent)!r}"
-        for field in sorted({*one} | {*other})
-        if one.get(field, absent) != other.get(field, absent)
-    ]
-
-
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in fields.items():
-        name = str(key)
-        if name in COSMETIC or name.startswith("_"):
-            continue
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from correctness.judging.budget import FACTOR, allowed_error, eps, worst
 from correctness.models.causes import digest
 from correctness.models.comparison import Finding
+from correctness.models.weights import in_order
 
 SKETCH = 4  # random columns that each row of a gradient is multiplied with
 DRAWS = 5  # of token ids, where a reference's own rounding changes which experts are chosen
@@ -96,7 +97,9 @@ def run(model: nn.Module, ids: Tensor, dtype: torch.dtype, gradients: bool = Tru
             raise ValueError(f"{type(model).__name__} cannot run in {dtype}: {error}") from error
         logits = first_tensor(out)
         if logits is None:
-            raise ValueError(f"{type(model).__name__} returns no floating-point tensor, but {type(out).__name__}")
+            raise ValueError(
+                f"{type(model).__name__} returns no floating-point tensor, but {type(out).__name__}"
+            )
         loss = _loss(logits, ids)
         if gradients:
             try:
@@ -159,7 +162,11 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 def _layers(model: nn.Module) -> tuple[str, ...]:
     """Name the decoder's layers: the children of the longest list of modules that stands in no other."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and "expert" not in name]
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and "expert" not in name
+    ]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
     name, found = max(outer, key=lambda one: len(one[1]), default=("", ()))
     return tuple(f"{name}.{i}" for i in range(len(found)))
@@ -177,7 +184,9 @@ class Exact:
         """Return the relative error that a right model may show, in units of the root mean square."""
         if plain is None or self.plain is None:
             return 0.0
-        return allowed_error(relative(plain, want), torch.float32, torch.float32 if self.record.narrow else judged)
+        return allowed_error(
+            relative(plain, want), torch.float32, torch.float32 if self.record.narrow else judged
+        )
 
 
 def relative(got: Tensor, want: Tensor) -> Tensor:
@@ -190,8 +199,8 @@ def relative(got: Tensor, want: Tensor) -> Tensor:
 def exact(model: nn.Module, vocabulary: int, seed: int, gradients: bool = True) -> Exact:
     """Run the reference in float32 and float64, on token ids for which both choose the same experts.
 
-    A subject, or a part of it, may work in float32: on token ids where the rounding alone changes which experts
-    are chosen, the budget would let anything pass. They are drawn again.
+    A subject, or a part of it, may work in float32: on token ids where the rounding alone changes which
+    experts are chosen, the budget would let anything pass. They are drawn again.
     """
     best = None
     wide = any(p.dtype == torch.float64 for p in model.parameters())  # which float32 would round
@@ -228,17 +237,24 @@ def agree(reference: Exact, subject: Record) -> Agreement:
     first = ""
     for mine, theirs, title in pairs:
         want, got = right.outputs[theirs], subject.outputs[mine]
-        fraction, allowed = _fraction(reference, subject, want, got, None if plain is None else plain.outputs.get(theirs))
+        fraction, allowed = _fraction(
+            reference, subject, want, got, None if plain is None else plain.outputs.get(theirs)
+        )
         if fraction > 1 and not first:
             first = title
-            words = f"the first output that differs ({right.kinds[theirs]}), {executed(got, want, allowed)}"
+            how = executed(got, want, allowed, title)
+            words = f"the first output that differs ({right.kinds[theirs]}), {how}"
             found.findings.append(Finding(title, words))
         if theirs in right.layers or theirs == "logits" or theirs.partition(" ")[0] == first:
             found.rows.append((title, fraction))
-    fraction, _ = _fraction(reference, subject, right.loss, subject.loss, None if plain is None else plain.loss)
+    fraction, _ = _fraction(
+        reference, subject, right.loss, subject.loss, None if plain is None else plain.loss
+    )
     found.rows.append(("loss", fraction))
     if fraction > 1 and not found.findings:
-        found.findings.append(Finding("loss", f"{float(subject.loss):.9g}, in the reference {float(right.loss):.9g}"))
+        found.findings.append(
+            Finding("loss", f"{float(subject.loss):.9g}, in the reference {float(right.loss):.9g}")
+        )
     _gradients(reference, subject, found)
     return found
 
@@ -256,7 +272,7 @@ def _fraction(
 
 def _aligned(right: Record, subject: Record) -> Iterator[tuple[str, str, str]]:
     """Pair outputs by name, where the names are the reference's; else decoder layers by their order."""
-    # What is inside experts is their own affair: how many tokens they are given at a time, and in which order.
+    # What is inside experts is their own affair: how many tokens they are given at a time, in which order.
     common = [name for name in right.outputs if name in subject.outputs and ".experts." not in name]
     if len(common) > 1 and all(name in common for name in right.layers):
         yield from ((name, name, name) for name in common)
@@ -284,7 +300,7 @@ def _gradients(reference: Exact, subject: Record, found: Agreement) -> None:
     if not right.gradients:
         return
     by_digest = {d: name for name, d in subject.digests.items()}
-    worst_of, compared, lacking = ("", 0.0), 0, []
+    fractions, lacking = {}, []
     for name, want in right.gradients.items():
         mine = name if name in subject.digests else by_digest.get(right.digests[name])
         if mine is None:
@@ -292,21 +308,26 @@ def _gradients(reference: Exact, subject: Record, found: Agreement) -> None:
         if mine not in subject.gradients:
             lacking.append(name)
             continue
-        compared += 1
         lost = None if plain is None else plain.gradients.get(name)
-        fraction, _ = _fraction(reference, subject, want, subject.gradients[mine], lost)
-        if fraction > worst_of[1]:
-            worst_of = name, fraction
-    found.rows.append((f"{compared} gradients" + (f", worst {worst_of[0]}" if worst_of[0] else ""), worst_of[1]))
+        fractions[name], _ = _fraction(reference, subject, want, subject.gradients[mine], lost)
+    most = max(fractions, key=lambda name: fractions[name], default="")
+    if most:
+        found.rows.append((f"{len(fractions)} gradients, worst {most}", fractions[most]))
     if lacking:
         found.findings.append(Finding("gradients", f"none of {', '.join(lacking)}"))
-    if worst_of[1] > 1 and not found.findings:
-        found.findings.append(Finding(f"gradient of {worst_of[0]}", "differs, although every output agrees"))
+    # A wrong backward shows in all that comes before it: the last in the model's order is the nearest to it.
+    wrong = [name for name in in_order(fractions) if fractions[name] > 1]
+    if wrong and not found.findings:
+        last = f"{len(wrong)} gradients differ, although every output agrees; the nearest to the loss is this"
+        found.findings.append(Finding(wrong[-1], last))
+    compared = len(fractions)
     if left := len(right.gradients) - compared - len(lacking):
-        found.remarks.append(f"{left} gradients have no counterpart of the same name or numbers, and are not compared")
+        found.remarks.append(
+            f"{left} gradients have no counterpart of the same name or numbers, and are not compared"
+        )
 
 
-def executed(got: Tensor, want: Tensor, allowed: float) -> str:
+def executed(got: Tensor, want: Tensor, allowed: float, module: str) -> str:
     """Say how an output differs from the reference's."""
     if got.shape != want.shape:
         return f"its shape is {list(got.shape)}, in the reference {list(want.shape)}"
@@ -322,13 +343,20 @@ def executed(got: Tensor, want: Tensor, allowed: float) -> str:
         return f"it is {float(factor):.6g} times the reference's: a factor is missing, or counted twice"
     for narrow in (torch.bfloat16, torch.float16):
         if torch.equal(got.to(narrow).double(), got) and not torch.equal(want.to(narrow).double(), want):
-            return f"its numbers are those of {str(narrow).removeprefix('torch.')}: it works in a narrower dtype"
+            return (
+                f"its numbers are those of {str(narrow).removeprefix('torch.')}: it works in a narrower dtype"
+            )
     rows, right = got.flatten(0, -2), want.flatten(0, -2)
     factors = (rows * right).sum(dim=1, keepdim=True) / (right * right).sum(dim=1, keepdim=True)
     if got.shape[-1] > 2 and bool(((rows - factors * right).abs() <= tolerance * factors.abs()).all()):
-        return (
-            f"each token is scaled by a factor of its own, {float(factors.min()):.4g} to "
-            f"{float(factors.max()):.4g}: gates are renormalised in one of them only"
+        least, most = float(factors.min()), float(factors.max())
+        gates = (
+            ": gates are renormalised in one of them only"
+            if re.search(r"experts|moe|mlp|MoE", module)
+            else ""
         )
+        return f"each token is scaled by a factor of its own, {least:.4g} to {most:.4g}{gates}"
     wrong = ((rows - right).abs() > tolerance).any(dim=1)
-    return f"in {int(wrong.sum())} of {len(wrong)} tokens, by up to {worst(relative(got, want)):.2g} of its size"
+    return (
+        f"in {int(wrong.sum())} of {len(wrong)} tokens, by up to {worst(relative(got, want)):.2g} of its size"
+    )

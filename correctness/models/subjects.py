@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +22,11 @@ from correctness.models.weights import Weights
 from moe_impls.registry import load_function
 
 FAMILY = "transformers:"
+# Fields of a config that say nothing about the numbers.
+COSMETIC = {
+    "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache", "attn_implementation",
+    "id2label", "label2id",
+}  # fmt: skip
 
 
 def formats() -> Any:
@@ -44,13 +51,24 @@ class Checkpoint:
     path: Path
 
     @property
-    def config(self) -> Any:
-        has = self.path.is_dir() and (self.path / "config.json").is_file()
-        return formats().config_of(self.path) if has else None
+    def runs(self) -> bool:
+        return (self.path / "config.json").is_file()
 
     @property
-    def runs(self) -> bool:
-        return self.path.is_dir() and (self.path / "config.json").is_file()
+    def config(self) -> Any:
+        """The config by its class; None without one, or without transformers."""
+        known = importlib.util.find_spec("transformers") is not None
+        return formats().config_of(self.path) if self.runs and known else None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The fields of the config, with those that are left out where its class is known."""
+        if not self.runs:
+            return {}
+        config = self.config
+        return (
+            json.loads((self.path / "config.json").read_text("utf-8")) if config is None else config.to_dict()
+        )
 
     def tensors(self) -> Weights:
         return weights.of_files(self.path)
@@ -61,7 +79,7 @@ class Checkpoint:
 
 @dataclass
 class Made:
-    """A model that a function or class of a user makes: called without arguments, or with the checkpoint's path."""
+    """A model that a user's function makes: called without arguments, or with the checkpoint's path."""
 
     name: str
     function: Any
@@ -77,19 +95,46 @@ class Made:
                 if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
             ]  # fmt: skip
             if len(wanted) > 1 or (wanted and self.beside is None):
+                asked = ", ".join(p.name for p in wanted)
                 raise ValueError(
-                    f"{self.name} asks for {', '.join(p.name for p in wanted)}; it is called without arguments, or"
-                    " with the path of the checkpoint that it is compared with"
+                    f"{self.name} asks for {asked}; it is called without arguments, or with the path of the"
+                    " checkpoint that it is compared with"
                 )
             torch.manual_seed(0)
             made = self.function(*([self.beside] if wanted else []))
             if not isinstance(made, nn.Module):
                 raise ValueError(f"{self.name} returns a {type(made).__name__}; it must return an nn.Module")
             self.made = made
+            self.config = made.config if hasattr(getattr(made, "config", None), "to_dict") else None
         return self.made
+
+    @property
+    def said(self) -> dict[str, Any]:
+        return {} if self.config is None else self.config.to_dict()
 
     def tensors(self) -> Weights:
         return weights.of_model(self.model())
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """List the fields in which two configs differ, with both values; none if one has no config."""
+    one, other = _flat(first), _flat(second)
+    absent = "absent"
+    return [
+        f"{field} is {other.get(field, absent)!r}, in the reference {one.get(field, absent)!r}"
+        for field in sorted({*one} | {*other} if one and other else ())
+        if one.get(field, absent) != other.get(field, absent)
+    ]
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in fields.items():
+        name = f"{prefix}{key}"
+        if key in COSMETIC or str(key).startswith("_"):
+            continue
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
 
 
 def find(name: str, beside: Path | None = None) -> Checkpoint | Made:
@@ -125,7 +170,9 @@ def saved(family: str, dtype: torch.dtype) -> Iterator[Checkpoint]:
         try:
             families.make(config, dtype).save_pretrained(folder, max_shard_size="40KB")
         except Exception as error:
-            raise ValueError(f"transformers:{family} cannot be made here: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"transformers:{family} cannot be made here: {type(error).__name__}: {error}"
+            ) from error
         yield Checkpoint(FAMILY + family, folder)
     finally:
         shutil.rmtree(folder)

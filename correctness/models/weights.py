@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import (  # pyright: ignore[reportMissingImports]
+    SafetensorError,
+    safe_open,
+)
 from torch import Tensor, nn
 
 DTYPES = {
@@ -114,8 +117,8 @@ def of_tensor(tensor: Tensor) -> Weight:
 def stacked(weights: Weights) -> Weights:
     """Gather ``experts.0.gate_proj.weight``, ... into stacks as ``experts.gate_up_proj``.
 
-    The gate's rows come first, then those of up, as in ``Experts.w_in``. Biases of stacked experts become stacks
-    of vectors.
+    The gate's rows come first, then those of up, as in ``Experts.w_in``. Biases of stacked experts become
+    stacks of vectors.
     """
     found: Weights = {}
     apart: dict[tuple[str, str], dict[int, Weight]] = defaultdict(dict)
@@ -141,7 +144,12 @@ def stacked(weights: Weights) -> Weights:
     for name, weight in found.items():  # biases of stacks
         block = name.rpartition(".")[0]
         sizes = {w.shape[0] for n, w in found.items() if n.rpartition(".")[0] == block and w.parts}
-        if "experts" in block and len(weight.shape) == 2 and weight.parts is None and weight.shape[0] in sizes:
+        if (
+            "experts" in block
+            and len(weight.shape) == 2
+            and weight.parts is None
+            and weight.shape[0] in sizes
+        ):
             assert weight.rows is not None
             parts = {e: lambda e=e, rows=weight.rows: rows(e, e + 1)[0] for e in range(weight.shape[0])}
             found[name] = Weight(weight.shape, weight.dtype, weight.read, parts, weight.rows)
@@ -150,7 +158,9 @@ def stacked(weights: Weights) -> Weights:
 
 def _field(field: str) -> str:
     first, _, rest = field.partition(".")
-    return STACKED.get(first, first) + ("_bias" if rest == "bias" else "" if rest == "weight" else f".{rest}" * bool(rest))
+    return STACKED.get(first, first) + (
+        "_bias" if rest == "bias" else "" if rest == "weight" else f".{rest}" * bool(rest)
+    )
 
 
 def _pair(gate: Weight, up: Weight) -> Weight:
@@ -171,7 +181,13 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Sort names as a model runs: numbers by value, embeddings first, the head last."""
 
     def place(name: str) -> tuple:
-        first = 0 if "embed" in name or "wte" in name else 2 if re.search(r"lm_head|layers\.\D|^(model\.)?norm", name) else 1
+        first = (
+            0
+            if "embed" in name or "wte" in name
+            else 2
+            if re.search(r"lm_head|layers\.\D|^(model\.)?norm", name)
+            else 1
+        )
         return first, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
     return sorted(names, key=place)
