@@ -49,7 +49,7 @@ def digest(tensor: Tensor) -> bytes:
     if tensor.is_floating_point() and tensor.element_size() > 1:
         tensor = tensor + 0.0
     made = hashlib.blake2b(str((tuple(tensor.shape), tensor.dtype)).encode(), digest_size=16)
-    made.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    made.update(bytes(tensor.reshape(-1).view(torch.uint8).numpy()))
     return made.digest()
 
 

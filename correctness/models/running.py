@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from correctness.judging.budget import FACTOR, allowed_error, eps, worst
 from correctness.models.causes import digest
 from correctness.models.comparison import Finding
-from correctness.models.weights import in_order
 
 SKETCH = 4  # random columns that each row of a gradient is multiplied with
 DRAWS = 5  # of token ids, where a reference's own rounding changes which experts are chosen
@@ -315,8 +314,12 @@ def _gradients(reference: Exact, subject: Record, found: Agreement) -> None:
         found.rows.append((f"{len(fractions)} gradients, worst {most}", fractions[most]))
     if lacking:
         found.findings.append(Finding("gradients", f"none of {', '.join(lacking)}"))
-    # A wrong backward shows in all that comes before it: the last in the model's order is the nearest to it.
-    wrong = [name for name in in_order(fractions) if fractions[name] > 1]
+    # A wrong backward shows in all that comes before it: the last that ran is the nearest to it.
+    ran = {name: i for i, name in enumerate(right.outputs)}
+    wrong = sorted(
+        (name for name in fractions if fractions[name] > 1),
+        key=lambda name: ran.get(name.rpartition(".")[0], -1),
+    )
     if wrong and not found.findings:
         last = f"{len(wrong)} gradients differ, although every output agrees; the nearest to the loss is this"
         found.findings.append(Finding(wrong[-1], last))
