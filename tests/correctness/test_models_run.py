@@ -101,27 +101,40 @@ def not_loaded():
     torch.manual_seed(1)
     return transformers.AutoModelForCausalLM.from_config(transformers.Qwen2MoeConfig())
 """
+FIRST = ": the first output that differs"
+ROUTED = f"mlp.experts{FIRST} (Qwen2MoeExperts), "
 FAULTS = (
-    ("router_in_bfloat16", "model.layers.1.mlp.gate: the first output that differs (Qwen2MoeTopKRouter), its"
-     " numbers are those of bfloat16: it works in a narrower dtype"),
-    ("no_shared_expert", "model.layers.0.mlp.shared_expert: the first output that differs (Qwen2MoeMLP), it is all zeros"),
-    ("half", "model.layers.1.mlp.experts: the first output that differs (Qwen2MoeExperts), it is 0.5 times the"),
-    ("renormalised", "model.layers.1.mlp.experts: the first output that differs (Qwen2MoeExperts), each token is"
-     " scaled by a factor of its own"),
-    ("an_expert_left_out", "model.layers.1.mlp.experts: the first output that differs (Qwen2MoeExperts), in "),
-    ("epsilon_of_the_norm", "model.norm: the first output that differs (Qwen2MoeRMSNorm), each token is scaled by"),
-    ("attention_scaled", "model.layers.1.self_attn.o_proj: the first output that differs (Linear), in "),
+    (
+        "router_in_bfloat16",
+        f"model.layers.1.mlp.gate{FIRST} (Qwen2MoeTopKRouter), its numbers are those of bf",
+    ),
+    ("no_shared_expert", f"model.layers.0.mlp.shared_expert{FIRST} (Qwen2MoeMLP), it is all zeros"),
+    ("half", f"model.layers.1.{ROUTED}it is 0.5 times the reference's: a factor is missing"),
+    ("renormalised", f"model.layers.1.{ROUTED}each token is scaled by a factor of its own"),
+    ("an_expert_left_out", f"model.layers.1.{ROUTED}in "),
+    (
+        "epsilon_of_the_norm",
+        f"model.norm{FIRST} (Qwen2MoeRMSNorm), each token is scaled by a factor of its own",
+    ),
+    ("attention_scaled", f"model.layers.1.self_attn.o_proj{FIRST} (Linear), in "),
     ("gates_without_gradient", "gradients: none of model.layers.1.mlp.gate.weight"),
     ("gradient_doubled", "model.layers.0.mlp.experts."),
-)  # fmt: skip
+)
 CONFIGS: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("qwen2_moe", {"norm_topk_prob": True}, "model.layers.0.mlp.experts: the first output that differs"),
-    ("qwen2_moe", {"num_experts_per_tok": 1}, "model.layers.0.mlp.experts: the first output that differs"),
-    ("qwen2_moe", {"hidden_act": "gelu"}, "model.layers.0.mlp.shared_expert.act_fn: the first output that differs"),
-    ("deepseek_v3", {"routed_scaling_factor": 1.0}, "model.layers.0.mlp.experts: the first output that differs"
-     " (DeepseekV3Experts), it is 0.4 times the reference's"),
+    (
+        "qwen2_moe",
+        {"norm_topk_prob": True},
+        f"model.layers.0.{ROUTED}each token is scaled by a factor of its own",
+    ),
+    ("qwen2_moe", {"num_experts_per_tok": 1}, f"model.layers.0.{ROUTED}in 32 of 32 tokens"),
+    ("qwen2_moe", {"hidden_act": "gelu"}, f"model.layers.0.mlp.shared_expert.act_fn{FIRST}"),
+    (
+        "deepseek_v3",
+        {"routed_scaling_factor": 1.0},
+        f"model.layers.0.mlp.experts{FIRST} (DeepseekV3Experts), it is 0.4",
+    ),
     ("qwen2_moe", {"vocab_size": 128}, "note: tensors only: "),
-)  # fmt: skip
+)
 # Layouts on disk that are not those in memory, embeddings that are tied, parts in float32, an encoder.
 SAMPLE = (
     "qwen2_moe",
