@@ -26,6 +26,7 @@ usage: moe-impls COMMAND ...
                                    without a name: all of the project's own, several minutes
   bench [NAME ...] [OPTION ...]    measure implementations on a sweep; results go into moe-impls-results/
                                    without a name: all of the project's own, several minutes
+  model MODEL [--against MODEL]    is a checkpoint or model the other one; if not, which layer differs and why
   list                             implementations, peers, models and checks
 {measuring}
 
@@ -33,7 +34,8 @@ NAME is a name of `moe-impls list`, path/file.py:function or package.module:func
 options of a command; verify and bench take those of pytest, too.
 
 Exit status of verify and bench, as pytest's: 0 all is right, 1 something is wrong, 2 interrupted, 4 the
-request is wrong, 5 no test was selected. Of the others: 0 done, 1 no result, 2 the request is wrong.
+request is wrong, 5 no test was selected. Of model: 0 equal, 1 different, 2 the request is wrong. Of the
+others: 0 done, 1 no result, 2 the request is wrong.
 """
 # Commands of `python -m benchmarks` that need no checkout.
 MEASURING = {
@@ -54,7 +56,7 @@ example: {example}
 Without a name: all of the project's own, several minutes. The options of pytest pass through, such as -x, -k
 and -n; `pytest --help` lists them.
 """
-COMMANDS = (*BY_PYTEST, "list", *MEASURING)
+COMMANDS = (*BY_PYTEST, "list", *MEASURING, "model")
 # In place of what pytest loads by itself, which depends on what else is installed; entry points and modules.
 PLUGINS = ("timeout", "xdist", "hypothesispytest", "moe_impls.pytest_names")
 OF_ANOTHER_REPOSITORY = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
@@ -90,11 +92,24 @@ def main() -> int:
         return status
     if command == "list":
         return _list(arguments)
+    if command == "model":
+        return _model(arguments)
     if command in BY_PYTEST and {"--help", "-h"} & {*arguments}:
         return _help(command)
     if command in BY_PYTEST:
         return _pytest(BY_PYTEST[command], arguments)
     return run_as("moe-impls")
+
+
+def _model(arguments: Sequence[str]) -> int:
+    try:
+        from correctness.models import command
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        print(f"error: model needs {error.name}: pip install 'moe-impls[models]'", file=sys.stderr)
+        return 2
+    return command.main(arguments)
 
 
 def _help(command: str) -> int:

@@ -28,6 +28,7 @@ ROOMS = {
     **{room: ("moe_impls", *JUDGES[:i]) for i, room in enumerate(JUDGES)},
     "correctness/oracle": ("moe_impls/interface",),  # shares no code with what it judges
     "correctness/session": ("moe_impls", "reporting", *JUDGES[:-1]),
+    "correctness/models": ("moe_impls", "correctness/judging"),
     "correctness": ("moe_impls", "reporting", *JUDGES),
     "evidence": ("moe_impls", "reporting", "correctness"),
     **{room: ("moe_impls", "reporting", "correctness", *COSTS[:i]) for i, room in enumerate(COSTS) if i},
