@@ -33,28 +33,27 @@ KILLED, SURVIVED, SAME = "killed", "survived", "equivalent"
 _ROUTER, _LAYERS, _LOSSES = ("router", "moe_impls.router:route"), ("layers", ""), ("losses", "moe_impls")
 
 
-def _of(*implementations: str, tests: str = "test_fast_paths.py", interpreted: bool = False) -> Judges:
-    subjects = tuple(("implementation", name) for name in implementations)
-    return Judges(subjects, (tests,), interpreted)
+def _of(*implementations: str, tests: str = "", named: str = "", interpreted: bool = False) -> Judges:
+    return Judges(tuple(("implementation", name) for name in implementations), tests, named, interpreted)
 
 
 # Which files are mutated, and what each is held to: those subjects that use it.
 JUDGES: dict[str, Judges] = {
     "functional": _of("index_add", "sorted_dispatch", "recompute"),
     "dispatcher": _of("sorted_dispatch", "recompute", tests="test_dispatcher.py"),
-    "router": Judges((_ROUTER, _LOSSES, _LAYERS), ("test_layer.py",)),
-    "losses": Judges((_LOSSES, _LAYERS), ("test_losses.py",)),
-    "layer": Judges((_LAYERS,), ("test_layer.py",)),
+    "router": Judges((_ROUTER, _LOSSES, _LAYERS), "test_layer.py"),
+    "losses": Judges((_LOSSES, _LAYERS), "test_losses.py"),
+    "layer": Judges((_LAYERS,), "test_layer.py"),
     "compiled": _of("compiled"),
     "compiling": _of("compiled"),
     "dense_mask": _of("dense_mask"),
     "gathered": _of("gathered"),
     "grouped_mm": _of("grouped_mm"),
     "index_add": _of("index_add"),
-    "native": _of("native"),
-    "packed": _of("packed+prepared"),
+    "native": _of("native", tests="test_fast_paths.py", named="native"),
+    "packed": _of("packed+prepared", tests="test_fast_paths.py", named="packed"),
     "padded": _of("padded"),
-    "recompute": _of("recompute"),
+    "recompute": _of("recompute", tests="test_fast_paths.py", named="recompute"),
     "sorted_dispatch": _of("sorted_dispatch"),
     "triton_fused": _of("triton_fused", tests="test_triton.py", interpreted=True),
     "triton_kernels": _of("triton_fused", tests="test_triton.py", interpreted=True),
@@ -185,7 +184,7 @@ def _told(row: dict[str, str]) -> str:
 
 def made_of() -> dict[str, str]:
     """List the files that are mutated, those that decide what is right, and the tests that judge, too."""
-    tests = {test for judges in JUDGES.values() for test in judges.tests}
+    tests = {judges.tests for judges in JUDGES.values() if judges.tests}
     return (
         tables.files(*(provenance.ROOT / file for file, _ in _files()))
         | tables.files(*(provenance.ROOT / "tests" / "moe_impls" / test for test in tests))

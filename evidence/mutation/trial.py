@@ -29,12 +29,14 @@ class Judges(NamedTuple):
     """What a file is held to.
 
     subjects: (kind, name) of those that use it: of `correctness.session.subjects.FIND`, or ("layers", "").
-    tests: files of tests/moe_impls that hold its checks of arguments.
+    tests: the file of tests/moe_impls that holds its checks of arguments and what else is its own.
+    named: those of the tests, by pytest's -k; all if empty.
     interpreted: Triton's kernels are interpreted, without the search for problems, which would take hours.
     """
 
     subjects: tuple[tuple[str, str], ...]
-    tests: tuple[str, ...] = ()
+    tests: str = ""
+    named: str = ""
     interpreted: bool = False
 
 
@@ -91,7 +93,7 @@ def in_fork(folder: str, judges: Judges) -> Verdict:
 
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_judge, args=(theirs, folder, judges))
+    process = context.Process(target=_judge, args=(theirs, os.getpid(), folder, judges))
     process.start()
     theirs.close()
     try:
@@ -103,12 +105,12 @@ def in_fork(folder: str, judges: Judges) -> Verdict:
         process.join()
 
 
-def _judge(connection: Any, folder: str, judges: Judges) -> None:
+def _judge(connection: Any, parent: int, folder: str, judges: Judges) -> None:
     import resource
 
     from correctness.session.child import die_with
 
-    die_with(multiprocessing.parent_process().pid)  # pyright: ignore[reportOptionalMemberAccess]
+    die_with(parent)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     names = [name for name in sys.modules if name.partition(".")[0] in PROJECT]
     for name in names:
@@ -147,7 +149,7 @@ def _first_finding(judges: Judges) -> tuple[str, str]:
             with restored(settings(torch.float32)), limited(seconds, None, wall_s=WAITING_S):
                 case.run()
         check = "tests"
-        return _first_failure([f"tests/moe_impls/{name}" for name in judges.tests])
+        return _first_failure(judges) if judges.tests else ("", "")
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a Timeout is no Exception, and a mutant may exit
@@ -172,8 +174,8 @@ def _cases(judges: Judges) -> list[Any]:
     return [case for case in listed if not (case.check.drawn and judges.interpreted)]
 
 
-def _first_failure(tests: list[str]) -> tuple[str, str]:
-    """Run files of tests until one fails: its name and what it says."""
+def _first_failure(judges: Judges) -> tuple[str, str]:
+    """Run the tests until one fails: its name and what it says."""
     import pytest
 
     class First:
@@ -188,10 +190,9 @@ def _first_failure(tests: list[str]) -> tuple[str, str]:
             if report.failed and not self.check:
                 self.check, self.finding = report.nodeid, report.longreprtext
 
-    if not tests:
-        return "", ""
     first = First()
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--timeout={WAITING_S}"]
+    tests = [f"tests/moe_impls/{judges.tests}", "-k", judges.named]
     status = pytest.main([*options, *tests], plugins=[first])
     return (
         (first.check, first.finding)
