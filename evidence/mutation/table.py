@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from evidence import tables
-from evidence.mutation.trial import Judges, Worker
+from evidence.mutation.trial import Judges, Verdict, Worker
 from reporting import provenance
 from reporting.pages import markdown_table, write_atomically
 
@@ -64,6 +64,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "_is_installed", "is_available", "_kernels", "_check", "_precision", "_on_gpus", "configurations",
         "choices", "tuning_seconds", "_blocks_for", "_milliseconds", "_Blocks",
     ),
+    "triton_kernels": ("_inlined",),
     "native": ("_processor", "is_available", "library", "_compiled"),
 }  # fmt: skip
 
@@ -79,8 +80,8 @@ def draw(seed: int) -> list[Mutant]:
 def run(seed: int = SEED, number: int = NUMBER, workers: int = 1) -> int:
     """Judge the first mutants that a seed draws, and files as they are; 1 if one survives that computes else.
 
-    A row of an earlier run is kept while its file is what it was and, for one that survived and is not known
-    to be equivalent, while what judges it is.
+    A row of an earlier run is kept while its file is what it was and, for one that survived, while what judges
+    it is. What is known to be equivalent is not run again.
     """
     from evidence.mutation.operators import unchanged
 
@@ -92,6 +93,7 @@ def run(seed: int = SEED, number: int = NUMBER, workers: int = 1) -> int:
     rows = _kept(drawn, made)
     print(f"{len(rows)} of {len(drawn)} are kept from {CSV}", flush=True)
     made = provenance.columns() | made
+    rows |= {m.key: made | _row(m, Verdict("", "", 0.0)) for m in drawn if m.key in equivalents()}
     with _Pool(workers) as pool:
         for row in pool.judge([mutant for mutant in drawn if mutant.key not in rows]):
             rows[row["key"]] = made | row
@@ -137,14 +139,18 @@ class _Pool:
             verdict = worker.judge(mutant.file, mutant.text(), JUDGES[Path(mutant.file).stem])
         finally:
             self.free.put(worker)
-        facts = {name: str(value) for name, value in vars(mutant).items() if not name.startswith("_")}
-        return facts | {
-            "verdict": KILLED if verdict.check else SURVIVED,
-            "check": verdict.check,
-            "finding": verdict.finding[:200],
-            "seconds": f"{verdict.seconds:.1f}",
-            "of_file": _digest(mutant.file),
-        }
+        return _row(mutant, verdict)
+
+
+def _row(mutant: Mutant, verdict: Verdict) -> dict[str, str]:
+    facts = {name: str(value) for name, value in vars(mutant).items() if not name.startswith("_")}
+    return facts | {
+        "verdict": KILLED if verdict.check else SURVIVED,
+        "check": verdict.check,
+        "finding": verdict.finding[:200],
+        "seconds": f"{verdict.seconds:.1f}",
+        "of_file": _digest(mutant.file),
+    }
 
 
 def _files() -> list[tuple[str, str]]:
@@ -162,12 +168,12 @@ def _digest(file: str) -> str:
 def _kept(drawn: list[Mutant], made: dict[str, str]) -> dict[str, dict[str, str]]:
     """Read the rows that an earlier run with this seed has made and that are still worth something."""
     before = {row["key"]: row for row in tables.records(tables.read(CSV))} if CSV.exists() else {}
-    same, kept = equivalents(), {}
+    kept = {}
     for mutant in drawn:
         row = before.get(mutant.key)
         if row is None or row["seed"] != made["seed"] or row["of_file"] != _digest(mutant.file):
             continue
-        if row["verdict"] == KILLED or mutant.key in same or row["of_judges"] == made["of_judges"]:
+        if row["verdict"] == KILLED or row["of_judges"] == made["of_judges"]:
             kept[mutant.key] = row
     return kept
 
