@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from evidence import tables
 from evidence.mutation.trial import Judges, Verdict, Worker
@@ -80,8 +81,8 @@ def draw(seed: int) -> list[Mutant]:
 def run(seed: int = SEED, number: int = NUMBER, workers: int = 1) -> int:
     """Judge the first mutants that a seed draws, and files as they are; 1 if one survives that computes else.
 
-    A row of an earlier run is kept while its file is what it was and, for one that survived, while what judges
-    it is. What is known to be equivalent is not run again.
+    A row of an earlier run is kept while its file is what it was and, for one that survived, while what
+    judges it is. What is known to be equivalent is not run again.
     """
     from evidence.mutation.operators import unchanged
 
@@ -105,7 +106,7 @@ def run(seed: int = SEED, number: int = NUMBER, workers: int = 1) -> int:
         broken = [row for row in pool.judge([unchanged(file, _text(file)) for file in files]) if row["check"]]
     for row in [*broken, *(row for row in rows.values() if standing(row, equivalents()) == SURVIVED)]:
         print(_told(row))
-    write_atomically(PAGE, page().encode())
+    _write([rows[mutant.key] for mutant in drawn])
     print(f"{headline(tables.read(CSV))}\n{CSV}\n{PAGE}")
     return int(bool(broken) or counts(tables.read(CSV))[SURVIVED] > 0)
 
@@ -180,11 +181,12 @@ def _kept(drawn: list[Mutant], made: dict[str, str]) -> dict[str, dict[str, str]
 
 def _write(rows: tables.Rows) -> None:
     tables.write(CSV, rows, made_of())
+    write_atomically(PAGE, page().encode())
 
 
 def _told(row: dict[str, str]) -> str:
     by = f" by {row['check']}: {row['finding'][:80]}" if row["check"] else ""
-    edit = f"{row['before']} -> {row['after']}" if row["before"] else row["operator"]
+    edit = f"{row['before'][:60]} -> {row['after'][:60]}" if row["before"] else row["operator"]
     return f"{row['key']} {row['file']}:{row['line']} {edit}: {row['verdict']}{by}, {row['seconds']} s"
 
 
@@ -228,8 +230,6 @@ def counts(frame: pd.DataFrame) -> dict[str, int]:
 
 def headline(frame: pd.DataFrame) -> str:
     """Say the figures in one sentence."""
-    from scipy.stats import binomtest
-
     number = counts(frame)
     of = number[KILLED] + number[SURVIVED]
     interval = binomtest(number[KILLED], of).proportion_ci(0.95, "exact")
