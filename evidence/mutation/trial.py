@@ -171,7 +171,16 @@ def _cases(judges: Judges) -> list[Any]:
     for kind, name in judges.subjects:
         subjects += own_layers() if kind == "layers" else [FIND[kind](name, "cpu")]
     listed = [case for case in cases(subjects) if case.skip is None]
-    return [case for case in listed if not (case.check.drawn and judges.interpreted)]
+    listed = [case for case in listed if not (case.check.drawn and judges.interpreted)]
+    return sorted(listed, key=lambda case: not _tells_for_its_time(case))
+
+
+def _tells_for_its_time(case: Any) -> bool:
+    """Tell whether a case is one of all options on a small problem, which come first."""
+    if case.subject.kind.name != "implementation" or case.check.name not in ("exact", "values"):
+        return False
+    problem = case.problem
+    return problem.T * problem.K <= 256 and max(problem.D, problem.F, problem.O, problem.E) <= 64
 
 
 def _first_failure(judges: Judges) -> tuple[str, str]:
