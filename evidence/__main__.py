@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from evidence import error_budget, freshness, published
 from evidence.mutants import table
+from evidence.mutation import table as drawn
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser(
         "published", help="published rules on the mutants: results/verification.csv and its page"
     )
+    mutation = commands.add_parser(
+        "mutation", help="single edits that are drawn, and what finds each: results/mutation.csv and its page"
+    )
+    mutation.add_argument("--seed", type=int, default=drawn.SEED, help="default: %(default)s")
+    mutation.add_argument("--number", type=int, default=drawn.NUMBER, help="of edits; default: %(default)s")
+    mutation.add_argument("--workers", type=int, default=1, help="default: %(default)s")
     commands.add_parser("pages", help="every page again, from the committed tables")
     commands.add_parser("check", help="which tables and pages are stale, and what makes them anew")
     options = parser.parse_args(arguments)
@@ -36,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         return table.run()
     if options.command == "lookalikes":
         return error_budget.run(options.seeds)
+    if options.command == "mutation":
+        return drawn.run(options.seed, options.number, options.workers)
     if options.command == "published":
         return published.run()
     return freshness.write_pages() if options.command == "pages" else freshness.run()

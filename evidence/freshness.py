@@ -6,9 +6,15 @@ from pathlib import Path
 
 from evidence import error_budget, overview, published, tables
 from evidence.mutants import table
+from evidence.mutation import table as mutation
 from reporting.pages import write_atomically
 
-TABLES = {"mutants": table, "lookalikes": error_budget, "published": published}  # by the command
+TABLES = {  # by the command
+    "mutants": table,
+    "mutation": mutation,
+    "lookalikes": error_budget,
+    "published": published,
+}
 PAGES = (*TABLES.values(), overview)
 SHOWN = 8  # names of each sort, for each table
 

@@ -139,7 +139,7 @@ class Child:
         self.process.wait()
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """End this process when its parent ends, by Linux's kernel, even where it stands still just then."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -167,6 +167,6 @@ def _serve(connection: Connection) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "run":  # in the place of this process, which keeps its number and ends with its parent
-        _die_with(int(sys.argv[2]))
+        die_with(int(sys.argv[2]))
         os.execvp(sys.argv[3], sys.argv[3:])
     _serve(Connection(int(sys.argv[2])))

@@ -63,7 +63,8 @@ def _router(name: str) -> Subject:
     return router(name, function)
 
 
-_FIND: dict[str, Callable[[str, str], Subject]] = {
+# How a subject of each kind is found, by its name and device.
+FIND: dict[str, Callable[[str, str], Subject]] = {
     "implementation": _implementation,
     "router": lambda name, device: _router(name),
     "layer": lambda name, device: resolve_layer(name),
@@ -77,7 +78,7 @@ def rerun(kind: str, name: str, check: str, problem: str = "", *, device: str = 
     Raises:
         CheckFailed: it fails again.
     """
-    listed = cases([_FIND[kind](name, device)])
+    listed = cases([FIND[kind](name, device)])
     case = next((c for c in listed if (c.check.name, c.problem_id) == (check, problem)), None)
     if case is None:
         raise ValueError(f"{kind} {name} has no check {check!r} on problem {problem!r}")

@@ -11,6 +11,7 @@ import pytest
 from evidence import error_budget, freshness, overview, published, tables
 from evidence.__main__ import main
 from evidence.mutants import table
+from evidence.mutation import table as mutation
 from reporting.pages import with_block
 
 PAGE = "above\n<!-- begin: command -->\nold\n<!-- end -->\nbelow\n<!-- begin: other -->\nkept\n<!-- end -->\n"
@@ -56,6 +57,12 @@ BUDGETS_OF_THEN = [
     | {"comparisons": "10", "false_alarms": "0", "worst_fraction": "0.5", "problem": "p"}
     for tensor in ("y", error_budget.EXACT)
 ]
+DRAWN_THEN = [
+    MADE
+    | {"seed": "7", "of": "90", "key": key, "file": "moe_impls/a.py", "line": "1", "function": "f"}
+    | {"operator": "constant", "before": "1", "after": "2", "verdict": verdict, "check": check}
+    for key, verdict, check in (("k", "killed", "values-problem-name"), ("s", "survived", ""))
+]
 
 
 @pytest.fixture
@@ -65,6 +72,7 @@ def then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (table, MUTANTS_OF_THEN),
         (published, SUITES_OF_THEN),
         (error_budget, BUDGETS_OF_THEN),
+        (mutation, DRAWN_THEN),
     ):
         monkeypatch.setattr(module, "CSV", tmp_path / module.CSV.name)
         tables.write(module.CSV, rows, {})
@@ -77,7 +85,7 @@ def then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_page_is_made_from_tables_of_another_commit_and_names_it(then: Path) -> None:
     assert main(["pages"]) == 0
-    for name in ("mutants.md", "verification.md", "error-budget.md", "evidence.md"):
+    for name in ("mutants.md", "mutation.md", "verification.md", "error-budget.md", "evidence.md"):
         assert AT in (then / name).read_text("utf-8")
 
 
@@ -99,6 +107,13 @@ def test_the_comparison_counts_what_both_tables_have(then: Path) -> None:
         ["a suite of then", "0 of 1", "0 of 1"],
     ]
     assert "| a suite of then | m |" in published.page()
+
+
+def test_the_page_of_drawn_mutants_names_what_survives(then: Path) -> None:
+    text = "Of 2 single edits, drawn by seed 7 from the 90 that operators make, 1 are found"
+    assert text in mutation.page()
+    assert "| s | moe_impls/a.py:1 | f | `1` to `2` |" in mutation.page()
+    assert "| values | 1 |" in mutation.page()
 
 
 def test_the_figures_of_the_budget_are_those_of_its_table(then: Path) -> None:
@@ -136,7 +151,7 @@ def test_what_is_fresh_is_said_with_its_commit(
     assert "evidence.md does not say what its tables say" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [table, error_budget, published])
+@pytest.mark.parametrize("module", [table, mutation, error_budget, published])
 def test_what_a_table_is_made_of_is_named_once_and_does_not_depend_on_the_process(module) -> None:
     made_of = module.made_of()
     assert made_of == module.made_of()

@@ -1,0 +1,210 @@
+"""What the suite says first against a copy of the project with one file edited, in a process of its own.
+
+A `Worker` has a copy of the project and a process that has loaded torch and what else the checks need but
+nothing of the project. That process forks for each mutant, which saves most of the seconds that a verdict
+takes, and the fork imports the project from the copy.
+"""
+
+from __future__ import annotations
+
+import compileall
+import contextlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PROJECT = ("moe_impls", "correctness", "reporting", "tests", "pyproject.toml")  # what is copied
+TEST_S, SEARCH_S = 120.0, 360.0  # of processor time, as `pytest correctness` gives each
+WAITING_S = 1200.0  # that a check may wait on a busy machine, whatever it computes
+HANGING_S = 7200.0  # until a process that cannot be interrupted is killed
+MOST_BYTES = 2**34  # of address space: a wrong size must not take the machine's memory
+
+
+class Judges(NamedTuple):
+    """What a file is held to.
+
+    subjects: (kind, name) of those that use it: of `correctness.session.subjects.FIND`, or ("layers", "").
+    tests: the file of tests/moe_impls that holds its checks of arguments and what else is its own.
+    named: those of the tests, by pytest's -k; all if empty.
+    interpreted: Triton's kernels are interpreted, without the search for problems, which would take hours.
+    """
+
+    subjects: tuple[tuple[str, str], ...]
+    tests: str = ""
+    named: str = ""
+    interpreted: bool = False
+
+
+class Verdict(NamedTuple):
+    """The check that found something, what it found, both empty if none did, and processor seconds."""
+
+    check: str
+    finding: str
+    seconds: float
+
+
+class Worker:
+    """A copy of the project and the process that judges it, until the block of ``with`` ends."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __enter__(self) -> Worker:
+        self.folder = tempfile.TemporaryDirectory(prefix="moe-mutation-")
+        for name in PROJECT:
+            copy = shutil.copytree if (self.root / name).is_dir() else shutil.copy2
+            copy(self.root / name, Path(self.folder.name) / name)
+        compileall.compile_dir(self.folder.name, quiet=1)
+        self.child: Any = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.child:
+            self.child.end()
+        self.folder.cleanup()
+
+    def judge(self, file: str, text: str, judges: Judges) -> Verdict:
+        """Say what is found first in the project with this text in place of a file."""
+        from correctness.session.child import Child, Ended
+
+        self.child = self.child or Child.of_functions()
+        place, begin = Path(self.folder.name) / file, time.monotonic()
+        right = place.read_bytes()
+        place.write_text(text, encoding="utf-8")
+        try:
+            is_over = lambda: time.monotonic() - begin > HANGING_S  # noqa: E731
+            return self.child.call(in_fork, self.folder.name, judges, is_over=is_over)
+        except Ended as ended:
+            self.child = None
+            return Verdict("process", f"it {ended}", time.monotonic() - begin)
+        finally:
+            place.write_bytes(right)
+
+
+def in_fork(folder: str, judges: Judges) -> Verdict:
+    """Judge the project in a folder in a fork of this process, which does not load it."""
+    import correctness.conftest  # noqa: F401  # for the libraries that it loads
+    from correctness.session.child import ending
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_judge, args=(theirs, os.getpid(), folder, judges))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:  # a crash
+        process.join()
+        return Verdict("process", f"it {ending(process.exitcode)}", 0.0)
+    finally:
+        process.join()
+
+
+def _judge(connection: Any, parent: int, folder: str, judges: Judges) -> None:
+    import resource
+
+    from correctness.session.child import die_with
+
+    die_with(parent)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    names = [name for name in sys.modules if name.partition(".")[0] in PROJECT]
+    for name in names:
+        del sys.modules[name]
+    os.chdir(folder)
+    root = str(Path(__file__).parents[2])
+    sys.path[:] = [folder, *(path for path in sys.path if path not in ("", root))]
+    sys.dont_write_bytecode = True
+    os.environ.update({"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"})
+    if judges.interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        check, finding = _first_finding(judges)
+    connection.send(Verdict(check, " ".join(finding.split("\n  reproduce:")[0].split()), time.process_time()))
+    connection.close()
+    os._exit(0)  # whatever threads a mutant has left
+
+
+def _first_finding(judges: Judges) -> tuple[str, str]:
+    """Run all cases of the subjects, then the tests, until one fails: its name and what it says."""
+    import torch
+
+    from correctness.judging.process_state import restored, settings
+    from correctness.session.limits import limited
+
+    check = "import"
+    try:
+        with limited(TEST_S, None, wall_s=WAITING_S):
+            found = _cases(judges)
+        for case in found:
+            check, seconds = case.id, SEARCH_S if case.check.drawn else TEST_S
+            with restored(settings(torch.float32)), limited(seconds, None, wall_s=WAITING_S):
+                case.run()
+        check = "tests"
+        return _first_failure(judges) if judges.tests else ("", "")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a Timeout is no Exception, and a mutant may exit
+        return check, str(error) or type(error).__name__
+
+
+def _cases(judges: Judges) -> list[Any]:
+    import hypothesis
+
+    from correctness.checks.case import cases
+    from correctness.session import profiles
+    from correctness.session.layer_subject import own_layers
+    from correctness.session.subjects import FIND
+
+    only = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # the first problem that fails will do
+    hypothesis.settings.register_profile("first", profiles.QUICK, phases=only)
+    hypothesis.settings.load_profile("first")
+    subjects = []
+    for kind, name in judges.subjects:
+        subjects += own_layers() if kind == "layers" else [FIND[kind](name, "cpu")]
+    listed = [case for case in cases(subjects) if case.skip is None]
+    listed = [case for case in listed if not (case.check.drawn and judges.interpreted)]
+    return sorted(listed, key=lambda case: not _tells_for_its_time(case))
+
+
+def _tells_for_its_time(case: Any) -> bool:
+    """Tell whether a case is one of all options on a small problem, which come first."""
+    if case.subject.kind.name != "implementation" or case.check.name not in ("exact", "values"):
+        return False
+    problem = case.problem
+    return problem.T * problem.K <= 256 and max(problem.D, problem.F, problem.O, problem.E) <= 64
+
+
+def _first_failure(judges: Judges) -> tuple[str, str]:
+    """Run the tests until one fails: its name and what it says."""
+    import pytest
+
+    class First:
+        check = finding = ""
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.failed and not self.check:
+                crash = getattr(report.longrepr, "reprcrash", None)
+                self.check, self.finding = report.nodeid, crash.message if crash else report.longreprtext
+
+        def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+            if report.failed and not self.check:
+                self.check, self.finding = report.nodeid, report.longreprtext
+
+    first = First()
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--timeout={WAITING_S}"]
+    tests = [f"tests/moe_impls/{judges.tests}", "-k", judges.named]
+    status = pytest.main([*options, *tests], plugins=[first])
+    return (
+        (first.check, first.finding)
+        if first.check or not status
+        else ("tests", f"pytest ended with {status!r}")
+    )
