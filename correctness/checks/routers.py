@@ -17,7 +17,7 @@ from correctness.checks.layouts import LAYOUTS
 from correctness.judging.budget import allowed_error, by_logarithm, eps, relative_errors, storing, worst
 from correctness.judging.finding import CheckFailed
 from correctness.judging.process_state import require_unchanged
-from correctness.judging.router_hints import Routed, choice_hint, gates_hint
+from correctness.judging.router_hints import HINT, Routed, choice_hint, gates_hint
 from correctness.oracle import router as oracle
 from correctness.problems.declared_routers import problems_for, undeclared
 from correctness.problems.generated import router_problems
@@ -237,6 +237,9 @@ def nan_contained(route: Router, problem: RouterProblem) -> None:
         raise CheckFailed(f"beside tokens with NaN, {failure}") from failure
 
 
+_NO_EXTREMES = f"{HINT}a router that never meets such logits declares extremes=False"
+
+
 def masked_experts(route: Router, problem: RouterProblem) -> None:
     """Choose no expert whose logit is -inf where others are left, with sound gates and gradients."""
     logits, bias, dgates = make_router_inputs(problem)
@@ -251,10 +254,15 @@ def masked_experts(route: Router, problem: RouterProblem) -> None:
     if route.support.gradients:
         (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
         if not bool(gradient.isfinite().all()) or bool(gradient[masked.isinf()].any()):
-            raise CheckFailed("the gradient of a logit of -inf is not 0, or that of another is not finite")
+            raise CheckFailed(
+                f"the gradient of a logit of -inf is not 0, or that of another is not finite{_NO_EXTREMES}"
+            )
     few = logits.clone()
     few[:, 1:] = -torch.inf
-    call(route, few, problem.spec, bias)  # whose experts are distinct, though one alone has a score
+    try:
+        call(route, few, problem.spec, bias)  # whose experts are distinct, though one alone has a score
+    except CheckFailed as failure:
+        raise CheckFailed(f"where all logits but one are -inf, {failure}{_NO_EXTREMES}") from failure
 
 
 def large_logits(route: Router, problem: RouterProblem) -> None:
@@ -286,8 +294,7 @@ def _require_finite(name: str, tensor: Tensor, what: str) -> None:
     """Raise CheckFailed if a result for extreme logits holds NaN or infinity."""
     if not bool(tensor.isfinite().all()):
         raise CheckFailed(
-            f"{name} holds {tensor[~tensor.isfinite()][0].item()} for logits {what}"
-            "\n  hint: a router that never meets such logits declares extremes=False"
+            f"{name} holds {tensor[~tensor.isfinite()][0].item()} for logits {what}{_NO_EXTREMES}"
         )
 
 

@@ -156,8 +156,8 @@ def choice_hint(routed: Routed, choices: Sequence[tuple[list[int], bool]]) -> st
         ranks = [_rank(logits[t].detach().double(), spec, bias) for t in wrong]
         if all(float(rank[choices[t][0]].min()) < 0 for t, rank in zip(wrong, ranks, strict=True)):
             return (
-                f"{HINT}wrong where score + bias of a right expert is below 0: experts of other groups must be "
-                "masked with -inf, not with 0, and a search for the best must not begin at 0"
+                f"{HINT}wrong where score + bias of a right expert is below 0: experts of other groups must "
+                "be masked with -inf, not with 0, and a search for the best must not begin at 0"
             )
     return ""
 
