@@ -143,6 +143,7 @@ def verified(page: str, subject: str, folder: Path, *options: str) -> subprocess
             "values-small or prepared- or without_gradients",
         ),
         ("docs/layers-and-routers.md", "--layer=layer.py:Layer", ""),
+        ("docs/routers.md", "--router=router.py:route", "not values and not gradients or T_12_"),
     ],
 )
 def test_the_subjects_of_pages_are_right(page: str, subject: str, some: str, tmp_path: Path) -> None:

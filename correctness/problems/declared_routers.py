@@ -14,14 +14,14 @@ MODERATE = 2.0  # spread of logits
 def undeclared(support: RouterSupport, problem: RouterProblem) -> str | None:
     """Say what of a problem a router does not declare; None if it declares all of it."""
     spec = problem.spec
+    if support.specs is not None and spec not in support.specs:
+        return "another spec not declared"
     if problem.dtype not in support.dtypes:
         return f"dtype {dtype_name(problem.dtype)} not declared"
     if (problem.bias is not None) not in support.biases:
         return f"{'no ' * (problem.bias is None)}selection bias not declared"
     if isinstance(problem, FieldProblem) and (reason := undeclared(support, problem.other)):
         return reason
-    if support.specs is not None and spec not in support.specs:
-        return "another spec not declared"
     if support.num_experts not in (None, problem.E):
         return f"E = {problem.E} not declared"
     if support.specs is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,11 @@ from correctness.checks import routers
 from correctness.checks.case import Check, cases
 from correctness.checks.routers import router
 from correctness.judging.finding import CheckFailed
+from correctness.problems.routers import KINDS, PROBLEMS
+from correctness.session.subjects import find_subjects
 from moe_impls import RouterSpec, RouterSupport, Routing
+from moe_impls.interface import SCORES
+from moe_impls.registry import ResolveError
 from tests.correctness.findings import findings
 
 WITH_BIAS, WITHOUT = {"biases": (True,)}, {"biases": (False,)}
@@ -231,9 +236,34 @@ def test_each_check_has_a_problem_of_what_is_declared(declared: dict[str, Any]) 
 
 
 def test_logits_that_a_router_never_meets_are_told_as_that() -> None:
-    extremes = RouterSupport(DECLARED[deepseek_v4].specs, 64, biases=(True,), dtypes=WIDE)
-    checks = [check for check in routers.CHECKS if check.name in ("masked_experts", "large_logits")]
-    for function, support in ((deepseek_v4, extremes), (phimoe, RouterSupport(DECLARED[phimoe].specs, 16))):
-        found = findings(router("mine", function, support), checks)
+    for function, biases in ((deepseek_v4, (True,)), (phimoe, (False,))):
+        declared = DECLARED[function]
+        subject = router("mine", function, RouterSupport(declared.specs, declared.num_experts, biases=biases))
+        checks = [c for c in subject.kind.checks if c.name in ("masked_experts", "large_logits")]
+        found = findings(subject, checks)
         assert found
         assert all("declares extremes=False" in finding for finding in found.values())
+
+
+def test_a_file_declares_what_its_router_carries_out(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from moe_impls import RouterSupport, Support\n"
+        "SUPPORT = RouterSupport(scores=('sigmoid',), groups=False)\n"
+        "def route(logits, spec, *, selection_bias=None): ...\n"
+    )
+    (subject,) = find_subjects(None, [f"{file}:route"], None, 0)
+    assert subject.support == RouterSupport(scores=("sigmoid",), groups=False)
+    other = tmp_path / "other.py"
+    other.write_text(
+        file.read_text().replace("= RouterSupport(scores=('sigmoid',), groups=False)", "= Support()")
+    )
+    with pytest.raises(
+        ResolveError, match="SUPPORT is a Support; of a router it must be a moe_impls.RouterSupp"
+    ):
+        find_subjects(None, [f"{other}:route"], None, 0)
+
+
+def test_every_score_has_a_problem_of_its_own() -> None:
+    assert {problem.spec.score for problem in PROBLEMS} == set(SCORES)
+    assert {problem.spec.score for problem in KINDS} == set(SCORES)
