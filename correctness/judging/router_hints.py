@@ -5,6 +5,7 @@ An explanation is given only if it holds for every token that is looked at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -36,43 +37,61 @@ def epsilon_hint(
     logits: Tensor,
     ids: Tensor,
     spec: RouterSpec,
-    precision: float = FACTOR * eps(torch.float32),
+    precision: float | Tensor = FACTOR * eps(torch.float32),
 ) -> str:
     """Name the epsilon in the denominator of the gates that explains a wrong result; empty if none does.
 
-    Args:
-        got, want: [T, N], what is there and what is right: gates, or what routed experts give a token in sum.
-            Each row is right but for a factor, if an epsilon is the cause.
-        logits, ids: [T, E] and [T, K], of the tokens and of the experts that they visit.
-        spec: whose epsilon ``want`` has.
-        precision: the relative error of an entry that is right.
+    The arguments are those of `likely_epsilon`.
     """
-    if not spec.renormalise or spec.score == "topk_softmax" or not len(got):
+    found = likely_epsilon(got, want, logits, ids, spec, precision)
+    if found is None:
         return ""
-    got, want = got.detach().double()[:MOST_TOKENS], want.detach().double()[:MOST_TOKENS]
-    rows = list(zip(logits.detach().double(), ids.tolist(), strict=True))[:MOST_TOKENS]
-    sums = torch.stack([oracle.chosen_scores(z, chosen, spec).sum() for z, chosen in rows])
-    size = want.abs().amax(dim=1)
-    factor = (got * want).sum(dim=1) / want.square().sum(dim=1)
-    apart = (got - factor.unsqueeze(1) * want).abs().amax(dim=1) > 2 * precision * size * factor.abs()
-    if bool(apart.any()) or not bool((factor > 0).all()):
-        return ""
-    denominator = (sums + spec.epsilon) / factor
-    low = float((denominator * (1 - precision) - sums).max())
-    high = float((denominator * (1 + precision) - sums).min())
-    if low > high or high < 0 or low <= spec.epsilon <= high:
-        return ""
-    if low <= 0:
+    if found == 0:
         return f"the gates are divided by their sum alone; the spec adds epsilon={spec.epsilon:g} to it"
-    found = _roundest(low, high)
     return (
         f"the gates are divided by their sum + {found:g}, where the spec has epsilon={spec.epsilon:g}: "
         f"declare RouterSpec(..., epsilon={found:g}), or divide as the spec says"
     )
 
 
+def likely_epsilon(
+    got: Tensor, want: Tensor, logits: Tensor, ids: Tensor, spec: RouterSpec, precision: float | Tensor
+) -> float | None:
+    """Find the epsilon other than the spec's with which a result would be right; None if there is none.
+
+    Args:
+        got, want: [T, N], what is there and what is right: gates, or what routed experts give a token in sum.
+            Each row is right but for a factor, if an epsilon is the cause.
+        logits, ids: [T, E] and [T, K], of the tokens and of the experts that they visit.
+        spec: whose epsilon ``want`` has.
+        precision: the largest error of an entry that is right, relative to the largest of its row; one for
+            all, or [T].
+    """
+    if not spec.renormalise or spec.score == "topk_softmax" or not len(got):
+        return None
+    got, want = got.detach().double()[:MOST_TOKENS], want.detach().double()[:MOST_TOKENS]
+    rows = list(zip(logits.detach().double(), ids.tolist(), strict=True))[:MOST_TOKENS]
+    sums = torch.stack([oracle.chosen_scores(z, chosen, spec).sum() for z, chosen in rows])
+    precision = torch.as_tensor(precision).expand(len(logits))[:MOST_TOKENS]
+    size = want.abs().amax(dim=1)
+    factor = (got * want).sum(dim=1) / want.square().sum(dim=1)
+    apart = (got - factor.unsqueeze(1) * want).abs().amax(dim=1) > 2 * precision * size * factor.abs()
+    if bool(apart.any()) or not bool((factor > 0).all()):
+        return None
+    precision = precision / FACTOR * 2  # of a factor, in which the errors of a row cancel
+    denominator = (sums + spec.epsilon) / factor
+    low = float((denominator * (1 - precision) - sums).max())
+    high = float((denominator * (1 + precision) - sums).min())
+    if low > high or high < 0 or low <= spec.epsilon <= high:
+        return None
+    return _roundest(low, high) if low > 0 else 0.0
+
+
 def _roundest(low: float, high: float) -> float:
-    """Return the number of fewest digits from low to high."""
+    """Return a power of ten from low to high, or else the number of fewest digits."""
+    power = 10.0 ** math.floor(math.log10(high))
+    if low <= power:
+        return power
     middle = (low + high) / 2
     rounded = (float(f"{middle:.{digits}e}") for digits in range(17))
     return next((number for number in rounded if low <= number <= high), middle)

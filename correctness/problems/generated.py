@@ -213,8 +213,8 @@ def router_problems(draw: st.DrawFn, support: RouterSupport) -> RouterProblem:
 
 def _listed_spec(draw: st.DrawFn, support: RouterSupport) -> tuple[RouterSpec, int]:
     """Draw one of the declared specs, and a number of experts with which it can be carried out."""
-    spec = _choose(draw, "spec", range(len(support.specs or ())))
-    spec = (support.specs or ())[spec]
+    assert support.specs is not None
+    spec = support.specs[_choose(draw, "spec", range(len(support.specs)))]
     return spec, support.num_experts or fitting(spec, _choose(draw, "E", LADDERS["D"]))
 
 

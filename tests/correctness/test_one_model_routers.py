@@ -23,7 +23,7 @@ from moe_impls.interface import SCORES
 from moe_impls.registry import ResolveError
 from tests.correctness.findings import findings
 
-WITH_BIAS, WITHOUT = {"biases": (True,)}, {"biases": (False,)}
+WITH_BIAS, WITHOUT = (True,), (False,)
 
 
 def deepseek_v3(
@@ -125,7 +125,7 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16)  # each computes in float3
 # Not those extremes: where one logit alone is not -inf, PhiMoE chooses one expert twice, and the root of a
 # softplus that underflows has a gradient that is no number.
 DECLARED: dict[Callable, RouterSupport] = {
-    function: RouterSupport((spec,), num_experts, dtypes=WIDE, extremes=extremes, **biases)
+    function: RouterSupport((spec,), num_experts, dtypes=WIDE, extremes=extremes, biases=biases)
     for function, spec, num_experts, extremes, biases in (
         (deepseek_v3, RouterSpec(4, "sigmoid", scale=2.5, **TO_ONE, **GROUPS), 32, True, WITH_BIAS),
         (qwen3, RouterSpec(8, renormalise=True), 128, True, WITHOUT),
