@@ -18,6 +18,7 @@ from correctness.oracle import router as oracle
 from moe_impls.interface import BIASED, GROUP_SCORES, SCORES, RouterSpec
 
 MOST_TOKENS = 64
+PRECISION = FACTOR * eps(torch.float32)
 HINT = "\n  hint: "
 
 
@@ -37,7 +38,7 @@ def epsilon_hint(
     logits: Tensor,
     ids: Tensor,
     spec: RouterSpec,
-    precision: float | Tensor = FACTOR * eps(torch.float32),
+    precision: float | Tensor = PRECISION,
 ) -> str:
     """Name the epsilon in the denominator of the gates that explains a wrong result; empty if none does.
 
