@@ -185,6 +185,85 @@ class RouterSpec:
             raise ValueError(f"epsilon is {self.epsilon}; it must be 0, or from {least:.3g} to below 1")
 
 
+def check_num_experts(spec: RouterSpec, E: int) -> None:
+    """Raise ValueError unless ``spec`` can be carried out with E experts."""
+    if E % spec.groups:
+        raise ValueError(f"groups is {spec.groups}; it must divide the number of experts, {E}")
+    if spec.groups > 1 and spec.group_score == "top2_sum" and E // spec.groups < 2:
+        raise ValueError(
+            f"group_score 'top2_sum' needs groups of at least 2 experts; {spec.groups} of {E} have 1"
+        )
+    candidates = E // spec.groups * spec.keep_groups
+    if spec.top_k > candidates:
+        raise ValueError(
+            f"top_k is {spec.top_k}; it must be at most the number of experts to choose from, {candidates}"
+        )
+
+
+@dataclass(frozen=True)
+class RouterSupport:
+    """What a router declares that it can carry out. The suite tests all of it and nothing else.
+
+    A router's file may hold ``SUPPORT = RouterSupport(...)`` beside its ``route``; without one, every default
+    below is claimed.
+
+    specs: all that it carries out, such as that of one model; None: every `RouterSpec` of the fields below.
+    num_experts: E, where it is made for that number alone; None: any.
+    scores, group_scores, biased, renormalise: values of these fields of `RouterSpec`.
+    groups, scale, epsilon: False where it has no groups, no scale but 1, no epsilon.
+    biases: whether it is called with a selection bias, without one, or both.
+    dtypes: of the logits.
+    gradients: of the logits.
+    extremes: logits of -inf, which mask experts, of size 1000 and far below 0, with finite gradients.
+    """
+
+    specs: tuple[RouterSpec, ...] | None = None
+    num_experts: int | None = None
+    scores: tuple[str, ...] = SCORES
+    group_scores: tuple[str, ...] = GROUP_SCORES
+    biased: tuple[str, ...] = BIASED
+    renormalise: tuple[bool, ...] = (True, False)
+    groups: bool = True
+    scale: bool = True
+    epsilon: bool = True
+    biases: tuple[bool, ...] = (True, False)
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    gradients: bool = True
+    extremes: bool = True
+
+    def __post_init__(self) -> None:
+        for name, valid in (
+            ("scores", SCORES),
+            ("group_scores", GROUP_SCORES),
+            ("biased", BIASED),
+            ("renormalise", (True, False)),
+            ("biases", (True, False)),
+            ("dtypes", DTYPES),
+        ):
+            _check_declared(f"{name} of RouterSupport", getattr(self, name), valid)
+        if self.num_experts is not None:
+            check_positive("num_experts of RouterSupport", self.num_experts)
+        if self.specs is None:
+            return
+        if not (
+            isinstance(self.specs, tuple)
+            and self.specs
+            and all(isinstance(s, RouterSpec) for s in self.specs)
+        ):
+            raise TypeError(
+                f"specs of RouterSupport is {self.specs!r}; it must be a tuple of RouterSpec, not empty"
+            )
+        plain = {field.name: field.default for field in fields(self)}
+        for name in ("scores", "group_scores", "biased", "renormalise", "groups", "scale", "epsilon"):
+            if getattr(self, name) != plain[name]:
+                raise ValueError(f"{name} of RouterSupport is given beside specs, which say it already")
+        for spec in self.specs:
+            if spec.score == "sparsemixer" and False not in self.biases:
+                raise ValueError("biases of RouterSupport is (True,); score 'sparsemixer' takes no bias")
+            if self.num_experts is not None:
+                check_num_experts(spec, self.num_experts)
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """What a whole layer holds, in the terms of this suite: what a file's ``read(layer)`` returns.

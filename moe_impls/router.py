@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import accumulation_dtype
-from moe_impls.interface import SPARSEMIXER_REACH, RouterSpec, Routing, check_positive
+from moe_impls.interface import SPARSEMIXER_REACH, RouterSpec, Routing, check_num_experts, check_positive
 
 NOISE_EPSILON = 1e-2  # the least standard deviation of the gate's noise, in units of logits
 
@@ -26,17 +26,7 @@ def check_logits(logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None
     if logits.ndim != 2:
         raise ValueError(f"logits has shape {list(logits.shape)}; it must be [T, E]")
     E = logits.shape[1]
-    if E % spec.groups:
-        raise ValueError(f"groups is {spec.groups}; it must divide the number of experts, {E}")
-    if spec.groups > 1 and spec.group_score == "top2_sum" and E // spec.groups < 2:
-        raise ValueError(
-            f"group_score 'top2_sum' needs groups of at least 2 experts; {spec.groups} of {E} have 1"
-        )
-    candidates = E // spec.groups * spec.keep_groups
-    if spec.top_k > candidates:
-        raise ValueError(
-            f"top_k is {spec.top_k}; it must be at most the number of experts to choose from, {candidates}"
-        )
+    check_num_experts(spec, E)
     if selection_bias is not None and selection_bias.shape != (E,):
         raise ValueError(f"selection_bias has shape {list(selection_bias.shape)}; it must be [{E}]")
     if selection_bias is not None and spec.score == "sparsemixer":

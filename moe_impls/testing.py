@@ -27,6 +27,7 @@ from moe_impls.interface import (
     LayerSupport,
     LayerWeights,
     RouterSpec,
+    RouterSupport,
     Routing,
     Support,
 )
@@ -82,9 +83,12 @@ def verify(
         return _run(implementation(subject, device), thorough)
 
 
-def verify_router(route: Callable[..., Routing], *, thorough: bool = False) -> Verified:
+def verify_router(
+    route: Callable[..., Routing], *, support: RouterSupport | None = None, thorough: bool = False
+) -> Verified:
     """Check that ``route(logits, spec, *, selection_bias=None)`` does what `moe_impls.router.route` promises.
 
+    support: what it can carry out; ``SUPPORT`` of its module unless given, else everything.
     thorough: as for `verify`.
 
     Raises:
@@ -97,7 +101,9 @@ def verify_router(route: Callable[..., Routing], *, thorough: bool = False) -> V
     with _suite():
         from correctness.checks.routers import router
 
-        return _run(router(name, route), thorough)
+        module = sys.modules.get(getattr(route, "__module__", ""))
+        declared = support or getattr(module, "SUPPORT", None)
+        return _run(router(name, route, declared or RouterSupport()), thorough)
 
 
 def verify_layer(

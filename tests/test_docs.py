@@ -144,6 +144,7 @@ def verified(page: str, subject: str, folder: Path, *options: str) -> subprocess
         ),
         ("docs/layers-and-routers.md", "--layer=layer.py:Layer", ""),
         ("docs/verify-your-layer.md", "--layer=layer.py:Layer", ""),
+        ("docs/routers.md", "--router=router.py:route", "not values and not gradients or T_12_"),
     ],
 )
 def test_the_subjects_of_pages_are_right(page: str, subject: str, some: str, tmp_path: Path) -> None:

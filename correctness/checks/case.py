@@ -37,7 +37,7 @@ class Check:
     problems: tuple[Any, ...] = (None,)
     needs: str = ""
     fits: bool = True
-    drawn: Callable[[Support], SearchStrategy[Any]] | None = None
+    drawn: Callable[[Any], SearchStrategy[Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ def _as_it_is(subject: Subject, check: Check, problem: Any) -> Any:
     return problem
 
 
-def _everything(support: Support, problem: Any) -> str | None:
+def _everything(support: Any, problem: Any) -> str | None:
     return None
 
 

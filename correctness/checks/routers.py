@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from correctness.checks.layouts import LAYOUTS
 from correctness.judging.budget import allowed_error, by_logarithm, eps, relative_errors, storing, worst
 from correctness.judging.finding import CheckFailed
 from correctness.judging.process_state import require_unchanged
+from correctness.judging.router_hints import HINT, Routed, choice_hint, gates_hint
 from correctness.oracle import router as oracle
+from correctness.problems.declared_routers import problems_for, undeclared
 from correctness.problems.generated import router_problems
 from correctness.problems.problem import LOW_PRECISION
 from correctness.problems.routers import (
@@ -25,12 +27,26 @@ from correctness.problems.routers import (
     EVERY_FIELD,
     KINDS,
     PROBLEMS,
+    FieldProblem,
     RouterProblem,
     make_router_inputs,
 )
-from moe_impls.interface import RouterSpec, Routing, dtype_name
+from moe_impls.interface import RouterSpec, RouterSupport, Routing, dtype_name
 
 Route = Callable[..., Routing]
+
+
+@dataclass(frozen=True)
+class Router:
+    """A router under test, called as its function, with what it declares."""
+
+    function: Route
+    support: RouterSupport = RouterSupport()
+
+    def __call__(self, *arguments: Any, **bias: Any) -> Routing:
+        return self.function(*arguments, **bias)
+
+
 THREADS, ROUNDS = 3, 20
 
 
@@ -44,7 +60,7 @@ def _smallest(t: Tensor) -> float:
     return torch.finfo(t.dtype).smallest_normal
 
 
-def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
+def call(route: Router, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None) -> Routing:
     """Call a router: return its routing, or raise CheckFailed unless it is what the contract says."""
     bias = {} if selection_bias is None else {"selection_bias": selection_bias}
     result = route(logits, spec, **bias)
@@ -73,8 +89,13 @@ def call(route: Route, logits: Tensor, spec: RouterSpec, selection_bias: Tensor 
     return Routing(ids, gates)
 
 
-def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
-    """Raise CheckFailed unless the gates are those of the experts that were chosen, for every token."""
+def _require_gates(
+    routing: Routing, logits: Tensor, spec: RouterSpec, selection_bias: Tensor | None = None
+) -> None:
+    """Raise CheckFailed unless the gates are those of the experts that were chosen, for every token.
+
+    selection_bias: in which a hint may find the cause.
+    """
     computed = _computed(routing.gates)
     if spec.score == "sparsemixer":  # whose gates jump where a logit comes within reach of a better one
         clear = _clear(logits, spec, computed)
@@ -97,6 +118,7 @@ def _require_gates(routing: Routing, logits: Tensor, spec: RouterSpec) -> None:
             f"right is {float(want[t, k])!r}: relative error {float(error[t, k]):.3g}, "
             f"budget {float(budgets[t, k]):.3g}; "
             f"{int((error > budgets).sum())} of {error.numel()} gates are over theirs"
+            + gates_hint(Routed(logits, selection_bias, spec, *routing), budgets)
         )
 
 
@@ -113,7 +135,7 @@ def right_choices(problem: RouterProblem, precision: float) -> list[tuple[list[i
     return [oracle.select(z, problem.spec, bias, precision) for z in logits.double()]
 
 
-def values(route: Route, problem: RouterProblem) -> None:
+def values(route: Router, problem: RouterProblem) -> None:
     """Choose the right experts for each token whose choice is clear, and give each token the right gates."""
     logits, bias, _ = make_router_inputs(problem)
     _require(call(route, logits, problem.spec, bias), problem)
@@ -123,14 +145,16 @@ def values(route: Route, problem: RouterProblem) -> None:
 
 def _require(routing: Routing, problem: RouterProblem) -> None:
     """Raise CheckFailed unless the routing is right for the problem."""
+    logits, bias, _ = make_router_inputs(problem)
     choices = right_choices(problem, eps(_computed(routing.gates)))
     for t, (row, (chosen, clear)) in enumerate(zip(routing.expert_ids.tolist(), choices, strict=True)):
         if clear and set(row) != set(chosen):
-            raise CheckFailed(f"token {t} visits experts {sorted(row)}; right is {sorted(chosen)}")
-    _require_gates(routing, make_router_inputs(problem).logits, problem.spec)
+            found = choice_hint(Routed(logits, bias, problem.spec, *routing), choices)
+            raise CheckFailed(f"token {t} visits experts {sorted(row)}; right is {sorted(chosen)}{found}")
+    _require_gates(routing, logits, problem.spec, bias)
 
 
-def gradients(route: Route, problem: RouterProblem) -> None:
+def gradients(route: Router, problem: RouterProblem) -> None:
     """Pass the gradient of the gates back to the logits as the oracle does, and none to the bias."""
     logits, bias, dgates = make_router_inputs(problem)
     leaf = logits.clone().requires_grad_()
@@ -177,7 +201,7 @@ def _require_gradient(got: Tensor, routing: Routing, problem: RouterProblem) -> 
         )
 
 
-def ties(route: Route, problem: RouterProblem) -> None:
+def ties(route: Router, problem: RouterProblem) -> None:
     """Choose valid, distinct experts where scores are equal, the same in each call, with right gates."""
     logits, bias, _ = make_router_inputs(problem)
     equal = logits.clone()
@@ -190,7 +214,7 @@ def ties(route: Route, problem: RouterProblem) -> None:
         raise CheckFailed("equal scores lead to other experts in a second call")
 
 
-def nan_contained(route: Route, problem: RouterProblem) -> None:
+def nan_contained(route: Router, problem: RouterProblem) -> None:
     """Refuse a token with NaN with a ValueError, or give it alone gates of NaN, and valid ids."""
     logits, bias, _ = make_router_inputs(problem)
     poisoned = logits.clone()
@@ -213,43 +237,52 @@ def nan_contained(route: Route, problem: RouterProblem) -> None:
         raise CheckFailed(f"beside tokens with NaN, {failure}") from failure
 
 
-def masked_experts(route: Route, problem: RouterProblem) -> None:
+_NO_EXTREMES = f"{HINT}a router that never meets such logits declares extremes=False"
+
+
+def masked_experts(route: Router, problem: RouterProblem) -> None:
     """Choose no expert whose logit is -inf where others are left, with sound gates and gradients."""
     logits, bias, dgates = make_router_inputs(problem)
-    masked = logits.scatter(1, logits.topk(3, dim=1, largest=False).indices, -torch.inf)
-    leaf = masked.clone().requires_grad_()
+    others = problem.E // problem.spec.groups * problem.spec.keep_groups - problem.spec.top_k
+    least = logits.topk(min(3, others), dim=1, largest=False).indices
+    masked = logits.scatter(1, least, -torch.inf)
+    leaf = masked.clone().requires_grad_(route.support.gradients)
     ids, gates = call(route, leaf, problem.spec, bias)
     if bias is None and bool(masked.gather(1, ids).isinf().any()):
         raise CheckFailed("an expert whose logit is -inf is chosen though others are left")
     _require_gates(Routing(ids, gates), masked, problem.spec)
-    (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
-    if not bool(gradient.isfinite().all()) or bool(gradient[masked.isinf()].any()):
-        raise CheckFailed("the gradient of a logit of -inf is not 0, or that of another is not finite")
+    if route.support.gradients:
+        (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+        if not bool(gradient.isfinite().all()) or bool(gradient[masked.isinf()].any()):
+            raise CheckFailed(
+                f"the gradient of a logit of -inf is not 0, or that of another is not finite{_NO_EXTREMES}"
+            )
     few = logits.clone()
     few[:, 1:] = -torch.inf
-    call(route, few, problem.spec, bias)  # whose experts are distinct, though one alone has a score
+    try:
+        call(route, few, problem.spec, bias)  # whose experts are distinct, though one alone has a score
+    except CheckFailed as failure:
+        raise CheckFailed(f"where all logits but one are -inf, {failure}{_NO_EXTREMES}") from failure
 
 
-def large_logits(route: Route, problem: RouterProblem) -> None:
+def large_logits(route: Router, problem: RouterProblem) -> None:
     """Give right gates and finite gradients for logits a thousand times larger than usual, or far below 0.
 
     Near -100, where sigmoids underflow, the gates need only be finite: models add 1e-20 to their sum.
     """
     logits, bias, dgates = make_router_inputs(problem)
-    for dtype in LOW_PRECISION:
+    for dtype in (dtype for dtype in LOW_PRECISION if dtype in route.support.dtypes):
         gates = call(route, (logits * 1000).to(dtype), problem.spec, bias).gates
-        if not bool(gates.isfinite().all()):
-            odd = gates[~gates.isfinite()][0].item()
-            raise CheckFailed(f"gates holds {odd} for logits of size 1000 in {dtype_name(dtype)}")
+        _require_finite("gates", gates, f"of size 1000 in {dtype_name(dtype)}")
     underflows = "near -100"
     extremes = {"of size 1000": logits * 1000, "near -25": logits - 25, underflows: logits - 100}
     for what, extreme in extremes.items():
-        leaf = extreme.clone().requires_grad_()
+        leaf = extreme.clone().requires_grad_(route.support.gradients)
         ids, gates = call(route, leaf, problem.spec, bias)
-        (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
-        for name, tensor in {"gates": gates, "the gradient of logits": gradient}.items():
-            if not bool(tensor.isfinite().all()):
-                raise CheckFailed(f"{name} holds {tensor[~tensor.isfinite()][0].item()} for logits {what}")
+        _require_finite("gates", gates, what)
+        if route.support.gradients:
+            (gradient,) = torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
+            _require_finite("the gradient of logits", gradient, what)
         if what != underflows:
             try:
                 _require_gates(Routing(ids, gates), extreme, problem.spec)
@@ -257,21 +290,31 @@ def large_logits(route: Route, problem: RouterProblem) -> None:
                 raise CheckFailed(f"for logits {what}: {failure}") from failure
 
 
-def empty(route: Route, problem: RouterProblem) -> None:
+def _require_finite(name: str, tensor: Tensor, what: str) -> None:
+    """Raise CheckFailed if a result for extreme logits holds NaN or infinity."""
+    if not bool(tensor.isfinite().all()):
+        raise CheckFailed(
+            f"{name} holds {tensor[~tensor.isfinite()][0].item()} for logits {what}{_NO_EXTREMES}"
+        )
+
+
+def empty(route: Router, problem: RouterProblem) -> None:
     """Return an empty routing where there are no tokens."""
     logits, bias, _ = make_router_inputs(replace(problem, T=0))
-    leaf = logits.requires_grad_()
+    leaf = logits.requires_grad_(route.support.gradients)
     _, gates = call(route, leaf, problem.spec, bias)
+    if not route.support.gradients:
+        return
     if not gates.requires_grad:
         raise CheckFailed("without tokens gates does not require a gradient though logits does")
     torch.autograd.grad(gates.sum(), leaf)
 
 
-def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
+def inputs_unchanged(route: Router, problem: RouterProblem) -> None:
     """Write to neither logits nor bias, with gradients or without."""
     logits, bias, dgates = make_router_inputs(problem)
     before = make_router_inputs(problem)
-    for gradients in (True, False):
+    for gradients in {route.support.gradients, False}:
         leaf = logits.detach().requires_grad_(gradients)
         gates = call(route, leaf, problem.spec, bias).gates
         if gradients:
@@ -281,19 +324,20 @@ def inputs_unchanged(route: Route, problem: RouterProblem) -> None:
                 raise CheckFailed(f"{name} was written to")
 
 
-def strides(route: Route, problem: RouterProblem) -> None:
+def strides(route: Router, problem: RouterProblem) -> None:
     """Accept logits, a bias and a gradient that are not contiguous: the numbers alone decide."""
     logits, bias, dgates = make_router_inputs(problem)
     for layout in LAYOUTS:
-        leaf = layout(logits).requires_grad_()
+        leaf = layout(logits).requires_grad_(route.support.gradients)
         spread = None if bias is None else bias.repeat_interleave(2)[::2]
         routing = call(route, leaf, problem.spec, spread)
         _require(routing, problem)
-        (got,) = torch.autograd.grad(routing.gates, leaf, layout(dgates.to(routing.gates.dtype)))
-        _require_gradient(got, routing, problem)
+        if route.support.gradients:
+            (got,) = torch.autograd.grad(routing.gates, leaf, layout(dgates.to(routing.gates.dtype)))
+            _require_gradient(got, routing, problem)
 
 
-def state(route: Route, problem: RouterProblem) -> None:
+def state(route: Router, problem: RouterProblem) -> None:
     """Depend on no earlier call, and overwrite no earlier result."""
     logits, bias, _ = make_router_inputs(problem)
     first = call(route, logits, problem.spec, bias)
@@ -316,14 +360,15 @@ def state(route: Route, problem: RouterProblem) -> None:
             bias.data.copy_(new.selection_bias)
         with mode():
             _require(call(route, logits, problem.spec, bias), now)
-    more = replace(problem, E=2 * problem.E)  # the same spec for another number of experts
-    logits, bias, _ = make_router_inputs(more)
-    _require(call(route, logits, more.spec, bias), more)
+    if route.support.num_experts is None:  # the same spec for another number of experts
+        more = replace(problem, E=2 * problem.E)
+        logits, bias, _ = make_router_inputs(more)
+        _require(call(route, logits, more.spec, bias), more)
     if not all(torch.equal(a, b.detach()) for a, b in zip(kept, first, strict=True)):
         raise CheckFailed("the routing returned by an earlier call was overwritten by a later one")
 
 
-def several_threads(route: Route, problem: RouterProblem) -> None:
+def several_threads(route: Router, problem: RouterProblem) -> None:
     """Give threads that route tokens of their own at the same time their own routing."""
     own = [replace(problem, seed=problem.seed + number) for number in range(THREADS)]
     inputs = [make_router_inputs(p) for p in own]
@@ -344,7 +389,7 @@ def several_threads(route: Route, problem: RouterProblem) -> None:
             raise CheckFailed("a token gets other experts where another thread routes at the same time")
 
 
-def global_state(route: Route, problem: RouterProblem) -> None:
+def global_state(route: Router, problem: RouterProblem) -> None:
     """Leave random generators, modes, threads and other settings of the process as they were."""
     logits, bias, dgates = make_router_inputs(problem)
 
@@ -354,13 +399,13 @@ def global_state(route: Route, problem: RouterProblem) -> None:
         if gradients:
             torch.autograd.grad(gates, leaf, dgates.to(gates.dtype))
 
-    for gradients in (True, False):
+    for gradients in {route.support.gradients, False}:
         forward_and_backward(gradients)  # what the first call imports is no setting
         with torch.set_grad_enabled(gradients):
             require_unchanged(functools.partial(forward_and_backward, gradients), problem.dtype)
 
 
-def modes(route: Route, problem: RouterProblem) -> None:
+def modes(route: Router, problem: RouterProblem) -> None:
     """Return the same routing under no_grad, inference_mode and autocast, and for a bias of another dtype."""
     logits, bias, _ = make_router_inputs(problem)
     want = call(route, logits, problem.spec, bias)
@@ -385,7 +430,7 @@ def modes(route: Route, problem: RouterProblem) -> None:
             raise CheckFailed("the experts change with a bfloat16 selection_bias of the same values")
 
 
-def tokens_apart(route: Route, problem: RouterProblem) -> None:
+def tokens_apart(route: Router, problem: RouterProblem) -> None:
     """Route each token without regard to the others: the batch comes in two parts, in reverse order."""
     logits, bias, _ = make_router_inputs(problem)
     whole = call(route, logits, problem.spec, bias)
@@ -397,35 +442,23 @@ def tokens_apart(route: Route, problem: RouterProblem) -> None:
         _require_gates(routing, logits[rows], problem.spec)
 
 
-def every_field_counts(route: Route, problem: RouterProblem) -> None:
+def every_field_counts(route: Router, problem: FieldProblem) -> None:
     """Follow every field of the spec, and the bias."""
-    logits, bias, _ = make_router_inputs(problem)
 
-    def table(spec: RouterSpec, bias: Tensor | None) -> Tensor:
-        ids, gates = call(route, logits, spec, bias)
+    def table(p: RouterProblem) -> Tensor:
+        logits, bias, _ = make_router_inputs(p)
+        ids, gates = call(route, logits, p.spec, bias)
         return torch.zeros(logits.shape, dtype=gates.dtype).scatter(1, ids, gates)
 
-    spec = problem.spec
-    plain, biased = table(spec, None), table(spec, bias)
-    changes: tuple[dict[str, Any], ...] = (
-        {"top_k": spec.top_k - 1},
-        {"score": "sigmoid"},
-        {"renormalise": True},
-        {"scale": 2.0},
-        {"keep_groups": spec.keep_groups + 1},
-        {"group_score": "top2_sum"},
-    )
-    for change in changes:
-        if torch.equal(table(replace(spec, **change), None), plain):
-            raise CheckFailed(f"{change} has no effect")
-    if torch.equal(biased, plain):
-        raise CheckFailed("selection_bias has no effect")
+    if torch.equal(table(problem), table(problem.other)):
+        raise CheckFailed(f"{problem.name} has no effect")
 
 
-def generated_routing(route: Route, problem: RouterProblem) -> None:
+def generated_routing(route: Router, problem: RouterProblem) -> None:
     """Return the right experts, gates and gradient of the logits on problems that nobody thought of."""
     values(route, problem)
-    gradients(route, problem)
+    if route.support.gradients:
+        gradients(route, problem)
 
 
 CHECKS = (
@@ -436,11 +469,11 @@ CHECKS = (
         values,
         (KINDS[0], *ALL_DTYPES, *(replace(p, T=5_003 if p in KINDS[:1] else 40) for p in KINDS)),
     ),
-    Check(gradients, ALL_DTYPES),
+    Check(gradients, ALL_DTYPES, needs="gradients"),
     Check(ties, PROBLEMS),
     Check(nan_contained, KINDS + tuple(replace(p, dtype=torch.bfloat16) for p in KINDS)),
-    Check(masked_experts, KINDS),
-    Check(large_logits, KINDS),
+    Check(masked_experts, KINDS, needs="extremes"),
+    Check(large_logits, KINDS, needs="extremes"),
     Check(empty, KINDS),
     Check(strides, KINDS),
     Check(tokens_apart, KINDS),
@@ -448,18 +481,25 @@ CHECKS = (
     Check(several_threads, tuple(replace(p, T=300) for p in KINDS)),
     Check(global_state, KINDS),
     Check(modes, KINDS),
-    Check(every_field_counts, (EVERY_FIELD,)),
-    Check(generated_routing, drawn=lambda support: router_problems()),
+    Check(every_field_counts, EVERY_FIELD),
+    Check(generated_routing, drawn=router_problems),
 )
 
 ROUTER = Kind(
     "router",
     CHECKS,
     arguments=lambda case: (case.subject.tested, case.problem),
+    unsupported=undeclared,
     where=lambda p: f" on {p.name}, E = {p.E}, {dtype_name(p.dtype)}",
 )
 
 
-def router(name: str, route: Route) -> Subject:
-    """Make a router a subject."""
-    return Subject(ROUTER, name, route)
+def router(name: str, route: Route, support: RouterSupport | None = None) -> Subject:
+    """Make a router a subject, on the problems that are there for what it declares: everything if None."""
+    support = support or RouterSupport()
+    checks = [
+        check if check.drawn else replace(check, problems=problems_for(support, check.problems))
+        for check in CHECKS
+    ]
+    kind = ROUTER if support == RouterSupport() else replace(ROUTER, checks=tuple(checks))
+    return Subject(kind, name, Router(route, support), support)

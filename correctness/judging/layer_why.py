@@ -12,6 +12,7 @@ from correctness.judging.budget import entry_budgets, relative_errors
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import B, Bench, Expected, Layer, S, trained
 from correctness.judging.layer_causes import Cause, causes
+from correctness.judging.router_hints import likely_epsilon
 from correctness.oracle import layer as oracle
 from moe_impls.interface import LayerWeights
 
@@ -35,6 +36,8 @@ def cause_of(subject: Layer) -> Cause | None:
         bench.require_y(y)
         return None
     right = bench.expected
+    if found := _of_epsilon(right, y):
+        return found
     for cause in causes(right.weights):
         if _explains(cause, right, y, dropped):
             return cause
@@ -77,6 +80,20 @@ def _evaluated(
     if cause.y is not None:
         terms.values["y"] = cause.y(wide, ids, read, terms.values["y"])
     return terms
+
+
+def _of_epsilon(right: Expected, y: Tensor) -> Cause | None:
+    """Find that the gates are divided by their sum and another epsilon than the spec's."""
+    weights, want = right.weights, right.want["y"]
+    if weights.combine != "sum" or weights.gates_on != "output":
+        return None
+    x, spec = right.x.double(), weights.router
+    logits = oracle.logits(x, weights)
+    none = torch.zeros(right.ids.shape, dtype=x.dtype)
+    rest = oracle.evaluate_layer(x, right.ids, weights, None, given=none).values["y"]  # of shared experts
+    precision = right.allowed["y"].amax(dim=1) / (want - rest).abs().amax(dim=1)
+    found = likely_epsilon(y - rest, want - rest, logits, right.ids, spec, precision)
+    return None if found is None else Cause(f"epsilon={found:g} in its router's spec, not {spec.epsilon:g}")
 
 
 def _of_whole_rows(right: Expected, y: Tensor) -> Cause | None:

@@ -114,11 +114,11 @@ def gates(z: Tensor, ids: Sequence[int], spec: RouterSpec) -> Tensor:
     if spec.score == "topk_softmax":
         weights = torch.exp(z[ids] - z[ids].max())
         return spec.scale * weights / weights.sum()
-    chosen = _chosen_scores(z, ids, spec)
+    chosen = chosen_scores(z, ids, spec)
     return spec.scale * (chosen / (chosen.sum() + spec.epsilon) if spec.renormalise else chosen)
 
 
-def _chosen_scores(z: Tensor, ids: Sequence[int], spec: RouterSpec) -> Tensor:
+def chosen_scores(z: Tensor, ids: Sequence[int], spec: RouterSpec) -> Tensor:
     """Compute what the gates [K] are before they are divided by their sum."""
     if spec.score == "sparsemixer":
         return _sparse_softmax(z, ids)[range(len(ids)), ids]
@@ -142,7 +142,7 @@ def gate_gradient(z: Tensor, ids: Sequence[int], spec: RouterSpec, dgates: Tenso
         size[ids] += spec.scale * share[ids] * dgates.abs()
         return d, size
 
-    chosen = _chosen_scores(z, ids, spec)
+    chosen = chosen_scores(z, ids, spec)
     du, du_size = spec.scale * dgates, spec.scale * dgates.abs()  # of the chosen scores
     if spec.renormalise:  # u / (Σ u + epsilon)
         total = chosen.sum() + spec.epsilon

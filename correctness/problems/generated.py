@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from correctness.oracle.experts import act, act_derivative, hidden_and_output
+from correctness.problems.declared_routers import fitting
 from correctness.problems.gates import GATES
 from correctness.problems.inputs import make_inputs
 from correctness.problems.loads import LOADS
@@ -28,8 +29,8 @@ from correctness.problems.problem import (
     possible,
     resize,
 )
-from correctness.problems.routers import RouterProblem
-from moe_impls.interface import BIASED, CLAMPED, DTYPES, GROUP_SCORES, SCORES, Clamp, RouterSpec, Support
+from correctness.problems.routers import RouterProblem, is_moderate
+from moe_impls.interface import CLAMPED, Clamp, RouterSpec, RouterSupport, Support
 
 # Sizes are below 2**n, with n from here. One size of a problem may be larger, which keeps each one fast.
 USUAL = {"T": 6, "D": 6, "H": 6, "O": 6, "E": 4, "K": 3}
@@ -193,34 +194,55 @@ def _stored(problem: Problem) -> Iterator[tuple[str, Tensor]]:
 
 
 @st.composite
-def router_problems(draw: st.DrawFn) -> RouterProblem:
-    """Draw any router of the contract, on few tokens."""
-    score = _choose(draw, "score", SCORES)
-    groups = 1 if score == "sparsemixer" else _choose(draw, "groups", (1, 1, 2, 3, 4, 8))
-    group_size = _choose(draw, "group size", LADDERS["D"] if groups == 1 else LADDERS["K"])
-    keep_groups = _choose(draw, "kept groups", range(1, groups + 1))
-    spec = RouterSpec(
-        top_k=min(_choose(draw, "K", LADDERS["K"]), keep_groups * group_size),
-        score=score,
-        renormalise=_choose(draw, "renormalise", (False, True)),
-        scale=_choose(draw, "scale", (1.0, 2.5, 0.25, 16.0)),
-        groups=groups,
-        keep_groups=keep_groups,
-        group_score=_choose(draw, "group score", GROUP_SCORES if groups > 1 and group_size > 1 else ("max",)),
-        epsilon=_choose(draw, "epsilon", (0.0, 1e-20, 1e-6, 0.1)),
-        biased=_choose(draw, "biased", BIASED),
-    )
-    dtype = _choose(draw, "dtype", DTYPES, torch.float32)
-    # Right for usual logits only: gates in float16, a sum + 1e-20 below, torch's softplus from 20 on.
-    rounded = score == "sqrtsoftplus" or (score in ("softmax", "sigmoid") and spec.renormalise)
-    moderate = dtype == torch.float16 or rounded
+def router_problems(draw: st.DrawFn, support: RouterSupport) -> RouterProblem:
+    """Draw any router that is declared, on few tokens."""
+    spec, E = _drawn_spec(draw, support) if support.specs is None else _listed_spec(draw, support)
+    dtype = _choose(draw, "dtype", support.dtypes, torch.float32)
+    moderate = dtype == torch.float16 or is_moderate(spec)
+    with_bias = spec.score != "sparsemixer" and True in support.biases
+    biases = (None,) * (False in support.biases or not with_bias) + (0.0, -3.0, 12.0) * with_bias
     return RouterProblem(
         "generated",
-        E=groups * group_size,
+        E=E,
         spec=spec,
-        bias=None if score == "sparsemixer" else _choose(draw, "bias", (None, 0.0, -3.0, 12.0)),
+        bias=_choose(draw, "bias", biases),
         dtype=dtype,
         T=_choose(draw, "T", LADDERS["K"]),
         spread=_choose(draw, "spread", (2.0, 0.5) if moderate else (2.0, 0.5, 8.0)),
         seed=draw(st.integers(0, 999)),
     )
+
+
+def _listed_spec(draw: st.DrawFn, support: RouterSupport) -> tuple[RouterSpec, int]:
+    """Draw one of the declared specs, and a number of experts with which it can be carried out."""
+    assert support.specs is not None
+    spec = support.specs[_choose(draw, "spec", range(len(support.specs)))]
+    return spec, support.num_experts or fitting(spec, _choose(draw, "E", LADDERS["D"]))
+
+
+def _drawn_spec(draw: st.DrawFn, support: RouterSupport) -> tuple[RouterSpec, int]:
+    """Draw a spec of what is declared, and a number of experts."""
+    E = support.num_experts
+    score = _choose(draw, "score", support.scores)
+    has_groups = support.groups and score != "sparsemixer"
+    groups = _choose(draw, "groups", (1, 1, 2, 3, 4, 8)) if has_groups else 1
+    groups = groups if E is None or E % groups == 0 else 1
+    group_size = (
+        E // groups if E else _choose(draw, "group size", LADDERS["D"] if groups == 1 else LADDERS["K"])
+    )
+    keep_groups = _choose(draw, "kept groups", range(1, groups + 1))
+    group_scores = [s for s in support.group_scores if group_size > 1 or s != "top2_sum"]
+    if groups > 1 and not group_scores:
+        groups, keep_groups, group_size = 1, 1, groups * group_size
+    spec = RouterSpec(
+        top_k=min(_choose(draw, "K", LADDERS["K"]), keep_groups * group_size),
+        score=score,
+        renormalise=_choose(draw, "renormalise", support.renormalise, False),
+        scale=_choose(draw, "scale", (1.0, 2.5, 0.25, 16.0)) if support.scale else 1.0,
+        groups=groups,
+        keep_groups=keep_groups,
+        group_score=_choose(draw, "group score", group_scores if groups > 1 else ("max",)),
+        epsilon=_choose(draw, "epsilon", (0.0, 1e-20, 1e-6, 0.1)) if support.epsilon else 0.0,
+        biased=_choose(draw, "biased", support.biased),
+    )
+    return spec, groups * group_size

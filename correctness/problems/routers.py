@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,16 @@ class RouterProblem:
         return repr(self)
 
 
+@dataclass(frozen=True)
+class FieldProblem(RouterProblem):
+    """Two calls that must give different routings, on the same logits.
+
+    other: the second one, which differs in one field of the spec, or in having a bias.
+    """
+
+    other: RouterProblem = field(kw_only=True)
+
+
 class RouterInputs(NamedTuple):
     """The arguments of one call, and ``dgates`` [T, K], the random gradient that flows into the gates."""
 
@@ -57,6 +67,14 @@ def make_router_inputs(problem: RouterProblem) -> RouterInputs:
     # Rounded so that a router may hand out gates in any dtype and still receive exactly this gradient.
     dgates = torch.randn(p.T, p.spec.top_k, generator=g).bfloat16().double()
     return RouterInputs(logits, bias, dgates)
+
+
+def is_moderate(spec: RouterSpec) -> bool:
+    """Tell whether right routers may differ on large logits.
+
+    They do in what they add to a sum that may be 0, and in where a softplus is taken for its argument.
+    """
+    return spec.score == "sqrtsoftplus" or (spec.score in ("softmax", "sigmoid") and spec.renormalise)
 
 
 def _spec(
@@ -107,9 +125,9 @@ PROBLEMS = (
     RouterProblem("sigmoid_to_one", 64, _spec(6, "sigmoid", True), bias=0.0),
     RouterProblem("sqrtsoftplus", 24, _spec(4, "sqrtsoftplus")),
     RouterProblem("sqrtsoftplus_to_one", 24, _spec(4, "sqrtsoftplus", True), bias=0.0),
-    # Their logits lie so densely, or are so few, that sums go over some experts, over all and over one.
+    # Their logits lie so densely that several are within reach, also of choices below zero.
     RouterProblem("sparsemixer_dense", 300, _spec(6, "sparsemixer", scale=2.0), T=33),
-    RouterProblem("sparsemixer_all", 5, _spec(5, "sparsemixer"), T=150),
+    RouterProblem("sparsemixer_many", 40, _spec(30, "sparsemixer"), T=60),
     RouterProblem("sparsemixer_to_one", 100, _spec(4, "sparsemixer", True, epsilon=0.1), T=33),
     RouterProblem("epsilon_softmax", 24, _spec(4, renormalise=True, epsilon=0.1)),
     RouterProblem("epsilon_softmax_bias", 24, _spec(4, renormalise=True, epsilon=1e-3), bias=0.0),
@@ -147,7 +165,30 @@ PROBLEMS += tuple(
     for score in ("softmax", "sigmoid")
     for group_score in GROUP_SCORES
 )  # fmt: skip
-EVERY_FIELD = RouterProblem("every_field", 12, _spec(3, groups=4, keep_groups=2), bias=0.0, T=64)
+
+
+def _every_field() -> Iterator[FieldProblem]:
+    """Make for each field of a spec, and for the bias, a pair of problems that differ in it alone."""
+    plain = RouterProblem("", 12, _spec(3, groups=4, keep_groups=2), T=64)
+    to_one = replace(plain, spec=_spec(3, "sigmoid", True))
+    biased = replace(plain, spec=_spec(3, "sigmoid"), bias=0.0)
+    for name, first, change in (
+        ("top_k", plain, {"top_k": 2}),
+        ("score", plain, {"score": "sigmoid"}),
+        ("renormalise", plain, {"renormalise": True}),
+        ("scale", plain, {"scale": 2.0}),
+        ("keep_groups", plain, {"keep_groups": 3}),
+        ("group_score", plain, {"group_score": "top2_sum"}),
+        ("epsilon", to_one, {"epsilon": 0.1}),
+        ("biased", biased, {"biased": "logit"}),
+    ):
+        other = replace(first, spec=replace(first.spec, **change))
+        yield FieldProblem(**vars(replace(first, name=name)), other=other)
+    for first, name in ((plain, "selection_bias"), (biased, "selection_bias_ungrouped")):
+        yield FieldProblem(**vars(replace(first, name=name, bias=None)), other=replace(first, bias=0.0))
+
+
+EVERY_FIELD = tuple(_every_field())
 ALL_DTYPES = tuple(replace(problem, dtype=dtype) for problem in PROBLEMS for dtype in DTYPES)
 
 

@@ -12,6 +12,7 @@ from correctness.checks.table import implementation
 from correctness.judging.blame import process_kept
 from correctness.session.layer_subject import own_layers, resolve_layer
 from correctness.session.limits import limited
+from moe_impls.interface import RouterSupport
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve
 
 OWN_ROUTER, OWN_LOSSES = "moe_impls.router:route", "moe_impls"
@@ -58,9 +59,14 @@ def _implementation(name: str, device: str = "cpu") -> Subject:
 
 
 def _router(name: str) -> Subject:
-    _, function = load_function(name)
+    module, function = load_function(name)
     check_signature(name, function, 2, ("selection_bias",))
-    return router(name, function)
+    support = getattr(module, "SUPPORT", RouterSupport())
+    if not isinstance(support, RouterSupport):
+        raise ResolveError(
+            f"{name}: SUPPORT is a {type(support).__name__}; of a router it must be a moe_impls.RouterSupport"
+        )
+    return router(name, function, support)
 
 
 # How a subject of each kind is found, by its name and device.

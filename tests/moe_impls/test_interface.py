@@ -9,7 +9,7 @@ import torch
 
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
-from moe_impls import Clamp, Experts, RouterSpec, Routing, Support, check_inputs
+from moe_impls import Clamp, Experts, RouterSpec, RouterSupport, Routing, Support, check_inputs
 
 T, D, H, O, E, K = 37, 12, 10, 7, 5, 2  # problems.SMALL
 
@@ -115,3 +115,45 @@ def test_declarations_and_specs_refuse_what_is_not_valid() -> None:
             RouterSpec(1, epsilon=epsilon)
     with pytest.raises(ValueError, match="groups is 2; with score 'sparsemixer' it must be 1"):
         RouterSpec(1, "sparsemixer", groups=2)
+
+
+@pytest.mark.parametrize(
+    ("declared", "error", "message"),
+    [
+        ({"scores": "sigmoid"}, TypeError, "scores of RouterSupport is 'sigmoid'; it must be a tuple of "),
+        ({"scores": ("tanh",)}, ValueError, "scores of RouterSupport is 'tanh'; valid are softmax, "),
+        ({"biases": ()}, TypeError, r"biases of RouterSupport is \(\); it must be a tuple of .*, not empty"),
+        ({"dtypes": (torch.int8,)}, ValueError, "dtypes of RouterSupport is torch.int8; valid are "),
+        ({"num_experts": 0}, ValueError, "num_experts of RouterSupport is 0; it must be at least 1"),
+        (
+            {"specs": RouterSpec(2)},
+            TypeError,
+            "specs of RouterSupport is .*; it must be a tuple of RouterSpec",
+        ),
+        (
+            {"specs": ()},
+            TypeError,
+            r"specs of RouterSupport is \(\); it must be a tuple of RouterSpec, not empty",
+        ),
+        (
+            {"specs": (RouterSpec(2),), "scores": ("softmax",)},
+            ValueError,
+            "scores of RouterSupport is given beside specs, which say it already",
+        ),
+        (
+            {"specs": (RouterSpec(4),), "num_experts": 3},
+            ValueError,
+            "top_k is 4; it must be at most the number of experts to choose from, 3",
+        ),
+        (
+            {"specs": (RouterSpec(2, "sparsemixer"),), "biases": (True,)},
+            ValueError,
+            r"biases of RouterSupport is \(True,\); score 'sparsemixer' takes no bias",
+        ),
+    ],
+)
+def test_a_router_declares_what_is_valid(
+    declared: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        RouterSupport(**declared)
