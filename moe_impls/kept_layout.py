@@ -6,6 +6,7 @@ what is written through ``.data`` (merged adapters, some optimizers) moves no co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ def _version(weight: Tensor) -> int | None:
 
 def _sample(weight: Tensor) -> Tensor:
     """Copy the bits of numbers that lie evenly in a tensor."""
-    number = min(max(LEAST_SAMPLE, 4 * len(weight)), weight.numel())
-    places = torch.linspace(0, weight.numel() - 1, number, dtype=torch.float64).long()
-    return weight.detach()[torch.unravel_index(places, weight.shape)].view(INTEGERS[weight.dtype.itemsize])
+    return weight.detach()[_places(weight.shape)].view(INTEGERS[weight.dtype.itemsize])
+
+
+@functools.lru_cache(maxsize=64)
+def _places(shape: torch.Size) -> tuple[Tensor, ...]:
+    number = min(max(LEAST_SAMPLE, 4 * shape[0]), shape.numel())
+    places = torch.linspace(0, shape.numel() - 1, number, dtype=torch.float64, device="cpu").long()
+    return torch.unravel_index(places, shape)
