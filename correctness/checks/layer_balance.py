@@ -1,4 +1,4 @@
-"""The check of how training moves a whole layer's selection bias: by its rule, or so that the balance improves."""
+"""The check of how training moves a whole layer's selection bias: by its rule, or towards balance."""
 
 from __future__ import annotations
 

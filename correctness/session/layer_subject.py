@@ -82,7 +82,9 @@ def moe_routing(moe: MoE, x: Tensor) -> Routing:
 def _moe(name: str, router: RouterSpec | None = None, **options: Any) -> Subject:
     sizes = {"input_size": 12, "output_size": 7, "num_experts": 6, "hidden_size": 10, "k": 2}
     options = sizes | {"noisy_gating": router is None, "router": router} | options
-    made = Layer(functools.partial(MoE, **options), read_moe, moe_losses, routing=None if router else moe_routing)
+    made = Layer(
+        functools.partial(MoE, **options), read_moe, moe_losses, routing=None if router else moe_routing
+    )
     return layer(f"moe_{name}", made)
 
 
