@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from correctness.checks.case import Subject
 from correctness.checks.layers import layer
 from correctness.judging.layer_bench import Layer
-from moe_impls import BiasRule, Experts, LayerWeights, RouterSpec, Routing, Support
+from moe_impls import BiasRule, Experts, LayerSupport, LayerWeights, RouterSpec, Routing
 
 
 class Plain(nn.Module):
@@ -219,8 +219,8 @@ def edit(base: type[nn.Module], name: str, method: Callable, **more: object) -> 
     return subject(type("Wrong", (base,), {name: method}), **more)
 
 
-AUTOCAST = {"support": Support(autocast=True)}
-COMPILED = {"support": Support(fullgraph=True, exports=True)}
+AUTOCAST = {"support": LayerSupport(autocast=True)}
+COMPILED = {"support": LayerSupport(fullgraph=True, exports=True)}
 
 
 class KeptByVersion(Plain):
