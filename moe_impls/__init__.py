@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe_impls.dispatcher import SparseDispatcher, sort_by_expert
     from moe_impls.interface import (
+        BiasRule,
         Clamp,
         Experts,
         Implementation,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "BiasRule",
     "Clamp",
     "Experts",
     "Implementation",

@@ -265,6 +265,24 @@ class RouterSupport:
 
 
 @dataclass(frozen=True)
+class BiasRule:
+    """How training moves the selection bias by the load, so that no loss has to balance the experts.
+
+    bias[e] += rate * sign(mean load - load[e]), where a load counts the visits of an expert since the last
+    update (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+
+    centred: the mean of the change over all experts is then taken off it, as torchtitan does.
+    """
+
+    rate: float
+    centred: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rate, int | float) or isinstance(self.rate, bool) or not self.rate > 0:
+            raise ValueError(f"rate of BiasRule is {self.rate!r}; it must be a number above 0")
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """What a whole layer holds, in the terms of this suite: what a file's ``read(layer)`` returns.
 
@@ -284,6 +302,7 @@ class LayerWeights:
     gates_on: output, or input: f_e(gate * x) in place of gate * f_e(x) (Llama 4); of routed experts alone.
     router_norm, router_norm_epsilon: [D] or None, then n(x) = router_norm * x / sqrt(mean(x²) + epsilon).
     identity_experts: Z, as many further experts, E to E + Z - 1, that return x itself (LongCat-Flash).
+    bias_rule: how training moves selection_bias; None: not said.
     """
 
     experts: Experts
@@ -300,6 +319,7 @@ class LayerWeights:
     router_norm: Tensor | None = None
     router_norm_epsilon: float = 1e-6
     identity_experts: int = 0
+    bias_rule: BiasRule | None = None
 
     def __post_init__(self) -> None:
         check_choice("gates_on", self.gates_on, GATES_ON)
@@ -389,10 +409,13 @@ class LayerSupport:
         made and rounded in the dtype of x; tokens whose choice of experts that rounding may change are then
         judged in float32 and float64 alone.
     no_tokens: x may hold none.
-    training: it can be called in training mode.
+    training: it can be called in training mode, and y then has the gradients of what was computed, noise
+        included.
+    recompute: under torch.utils.checkpoint around the layer a training step moves every buffer as it does
+        without. Not said of a layer that moves any, that step is not compared.
     autocast: under torch.autocast logits are still made in float32, and the output is right to the autocast
-        dtype.
-    fullgraph: torch.compile takes it as one graph.
+        dtype and has the dtype of x.
+    fullgraph: torch.compile takes it as one graph, and does not compile again for another number of tokens.
     exports: torch.export takes it.
     """
 
@@ -403,6 +426,7 @@ class LayerSupport:
     router_dtype: str = "float32"
     no_tokens: bool = True
     training: bool = True
+    recompute: bool = False
     autocast: bool = False
     fullgraph: bool = False
     exports: bool = False

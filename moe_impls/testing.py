@@ -112,6 +112,7 @@ def verify_layer(
     *,
     losses: Callable[[Any, torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]] | None = None,
     routing: Callable[[Any, torch.Tensor], Routing] | None = None,
+    update_bias: Callable[[Any], object] | None = None,
     support: LayerSupport | Support | None = None,
 ) -> Verified:
     """Check a whole layer, from x to the gradient of every parameter.
@@ -120,7 +121,8 @@ def verify_layer(
         make: returns a new layer, from [..., D] to [..., O].
         read: returns the layer's parameters, or views and stacks of them, as `moe_impls.LayerWeights`.
         losses: returns its balance losses for x and a mask, to have them checked, too.
-        routing: reports the routing of x [T, D], of a layer that drops tokens.
+        routing: reports the routing of x [T, D], of a layer that drops tokens or has noise in training.
+        update_bias: moves the selection bias after a training step, where the call does not.
         support: as for `verify`, of the module of ``make``.
 
     Raises:
@@ -136,7 +138,7 @@ def verify_layer(
         from correctness.judging.layer_bench import Layer
 
         declared = LayerSupport.of(support or _support(make, None))
-        return _run(layer(name, Layer(make, read, losses, declared, routing)), thorough=True)
+        return _run(layer(name, Layer(make, read, losses, declared, routing, update_bias)), thorough=True)
 
 
 def rerun(kind: str, name: str, check: str, problem: str = "", *, device: str = "cpu") -> None:

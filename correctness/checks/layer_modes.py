@@ -1,7 +1,265 @@
-"""Checks of torch's modes on a whole layer: autocast, torch.compile, torch.export."""
+"""What a whole layer is held to in modes other than plain evaluation: autocast, compiled, exported, merged,
+with biases and placements that it may come to hold, inputs that saturate it, and very many tokens."""
 
 from __future__ import annotations
 
-from correctness.checks.case import Check
+import io
+from collections.abc import Callable
+from dataclasses import replace
 
-MODE_CHECKS: tuple[Check, ...] = ()
+import torch
+from torch import Tensor
+
+from correctness.checks.case import Check
+from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_bench import B, Bench, S, T, build, copies_of, reached, spread
+from correctness.judging.layer_steps import (
+    as_it_is,
+    during,
+    gradients_of,
+    held,
+    put_back,
+    require_gradients,
+    same,
+)
+from correctness.judging.layer_weights import check_weights
+from correctness.problems.layers import LayerProblem
+from moe_impls.registry import one_line
+
+MANY = 65_536  # tokens, up to which a count in 16 bits or a grid of blocks goes
+LIMIT = 2**30  # bytes of one tensor [T, E, F], which a plain layer may well make
+
+
+def _y(bench: Bench, x: Tensor | None = None) -> Tensor:
+    """Call the layer on tokens [T, D], in sequences."""
+    x = bench.x if x is None else x
+    return bench.call(x.unflatten(0, (-1, S))).flatten(0, 1)
+
+
+def autocast(bench: Bench) -> None:
+    """Under autocast to bfloat16 make logits in float32 all the same, keep the dtype of x, and be right to
+    bfloat16, gradients too.
+
+    Parameters and x are float32 and hold numbers that bfloat16 has, so that rounding them changes nothing.
+    """
+    gradients = bench.subject.support.gradients
+    many = as_it_is(bench, tokens=8 * T).expected
+    right = bench.expected
+    wide = replace(right, x=right.x.float(), dy=right.dy.float())
+    bench = replace(bench, layer=bench.layer.float(), expected=wide)
+    where = " under autocast to bfloat16"
+    with torch.autocast("cpu", dtype=torch.bfloat16), during("under autocast"):
+        with torch.no_grad():
+            y = bench.call(many.x.float().to(bench.device).unflatten(0, (-1, S))).flatten(0, 1)
+        found = gradients_of(bench) if gradients else {}
+        again = bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1)
+    is_wrong = ((y.double().cpu() - many.want["y"]).abs() > many.allowed["y"]).any(dim=1)
+    if bool(is_wrong.any()) and not bool((is_wrong & ~many.is_swayed).any()):
+        where += (
+            f"; all {int(is_wrong.sum())} wrong tokens of {len(y)} are those that logits rounded to bfloat16 "
+            "send elsewhere: autocast makes a router's product in bfloat16 even of arguments made float32"
+        )
+    replace(bench, expected=many).require_y(y, context=where)
+    bench.require_y(again, context=where)
+    require_gradients(bench, found, where)
+
+
+def fullgraph(bench: Bench) -> None:
+    """Compile to one graph by torch.compile that is right for other tokens and lengths, gradients too,
+    without being compiled again."""
+    torch.compiler.reset()
+    bench.layer.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    gradients = bench.subject.support.gradients
+    try:
+        for turn, (shape, rows) in enumerate(_calls(bench)):
+            with torch.compiler.set_stance("default" if turn == 0 else "fail_on_recompile"):
+                x = bench.x[rows].unflatten(0, shape)
+                if not gradients:
+                    with torch.no_grad():
+                        y = bench.call(x)
+                else:
+                    y = bench.call(x.requires_grad_())
+                bench.require_y(y.flatten(0, 1), rows, f" compiled, for x {list(x.shape)}")
+        if gradients:
+            require_gradients(bench, gradients_of(bench), " compiled")
+            with torch.no_grad():
+                bench.require_y(_y(bench), context=" compiled, under no_grad")
+    finally:
+        torch.compiler.reset()
+
+
+def _calls(bench: Bench) -> list[tuple[tuple[int, int], Tensor]]:
+    """List shapes of calls and the tokens in them: other routings, other lengths.
+
+    A length that is also a width would be taken for it by torch.compile, and be fixed as it is.
+    """
+    widths = {n for tensor in held(bench.layer).values() for n in tensor.shape}
+    first, other = [(b, s) for b in (4, 3, 5, 2, 6) for s in range(5, 14) if not {b, s} & widths][:2]
+    order = torch.arange(T)
+    calls = (
+        (first, order),
+        (first, order.flip(0)),
+        (other, order * 3),
+        ((7, 9), order * 5),
+        (first, 0 * order),
+    )
+    return [((b, s), rows.repeat(2)[: b * s] % T) for (b, s), rows in calls]
+
+
+def exports(bench: Bench) -> None:
+    """Export by torch.export to a program that is right for other tokens."""
+    x = bench.x.unflatten(0, (B, S))
+    with torch.no_grad():
+        try:
+            program = torch.export.export(bench.layer, (x.flip(0, 1),)).module()
+        except Exception as error:
+            raise CheckFailed(f"torch.export raises {one_line(error)[:500]}") from error
+        for rows in (torch.arange(T), torch.arange(T) * 5 % T):
+            y = replace(bench, layer=program).call(x.flatten(0, 1)[rows].unflatten(0, (B, S)))
+            bench.require_y(y.flatten(0, 1), rows, " from the exported program")
+
+
+def saturated(bench: Bench) -> None:
+    """Be right for hidden values sixteen times as large: in clamps, and where activations saturate."""
+    weights = bench.subject.read(bench.layer)
+    parts = [part for part in (weights.experts, weights.shared) if part is not None]
+    inner = {n for part in parts for t in (part.w_in, part.b_in) if t is not None for n in _of(bench, t)}
+    outer = {n for t in (weights.router_weight, weights.router_bias) if t is not None for n in _of(bench, t)}
+    with torch.no_grad():
+        for name in inner - outer:
+            dict(bench.layer.named_parameters())[name].mul_(16)
+    large = as_it_is(bench, gradients=bench.subject.support.gradients)
+    where = " with hidden values sixteen times as large"
+    large.require_y(_y(large), context=where)
+    if bench.subject.support.gradients:
+        require_gradients(large, gradients_of(large), where)
+
+
+def _of(bench: Bench, tensor: Tensor) -> set[str]:
+    return set(reached(bench.layer, tensor))
+
+
+def placement(bench: Bench) -> None:
+    """Follow buffers of integers that say where experts lie, as `read` does, when experts are moved."""
+    subject, layer = bench.subject, bench.layer
+    maps = {}
+    for name, buffer in layer.named_buffers():
+        if buffer.is_floating_point() or buffer.dtype == torch.bool or buffer.ndim != 1:
+            continue
+        before, old = copies_of(subject, layer), buffer.clone()
+        if len(set(old.tolist())) > 1 and _readable(bench, buffer, old.roll(1)):
+            buffer.copy_(old.roll(1))
+            after = copies_of(subject, layer)
+            if any(not torch.equal(before[n], after[n]) for n in before):
+                maps[name] = buffer
+        buffer.copy_(old)
+    start = held(layer)
+    for order in _orders(maps):
+        for name, buffer in maps.items():
+            buffer.copy_(start[name][order(len(buffer))])
+        now = as_it_is(bench, gradients=subject.support.gradients)
+        where = f" after the experts were moved by {', '.join(maps)}"
+        now.require_y(_y(now), context=where)
+        if subject.support.gradients:
+            require_gradients(now, gradients_of(now), where)
+        put_back(layer, start)
+
+
+def _readable(bench: Bench, buffer: Tensor, new: Tensor) -> bool:
+    """Tell whether `read` still makes sense with other integers in a buffer; they stay as they were."""
+    old = buffer.clone()
+    buffer.copy_(new)
+    try:
+        check_weights(bench.subject.read(bench.layer), bench.layer)
+    except Exception:  # it is no map of experts
+        return False
+    finally:
+        buffer.copy_(old)
+    return True
+
+
+def _orders(maps: dict[str, Tensor]) -> list[Callable[[int], Tensor]]:
+    """Return orders of a map; several maps, of which one may be the other's inverse, are swapped in pairs."""
+
+    def halves(n: int) -> Tensor:
+        """Exchange two ranks."""
+        return torch.arange(n).roll(n // 2) if n % 2 == 0 else torch.arange(n).flip(0)
+
+    if not maps:
+        return []
+    if len(maps) > 1:
+        return [lambda n: torch.arange(n).flip(0), halves]
+    return [halves, lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(9))]
+
+
+def merged(bench: Bench) -> None:
+    """With methods merge and unmerge: be right merged, and after unmerging as before, gradients too."""
+    merge, unmerge = (getattr(bench.layer, name, None) for name in ("merge", "unmerge"))
+    if not callable(merge) or not callable(unmerge):
+        return
+    for turn in ("", " for the second time"):
+        with during("merge()"), torch.no_grad():
+            merge()
+        with torch.no_grad():
+            bench.require_y(_y(bench), context=f" merged{turn}")
+        with during("unmerge()"), torch.no_grad():
+            unmerge()
+        bench.require_y(_y(bench), context=f" after unmerge(){turn}")
+    if bench.subject.support.gradients:
+        require_gradients(bench, gradients_of(bench), " after merge() and unmerge()")
+
+
+def round_trip(bench: Bench) -> None:
+    """Carry every number through a saved state dict, copied or assigned, into a layer that was in use."""
+    file = io.BytesIO()
+    with during("torch.save of the state dict"):
+        torch.save(bench.layer.state_dict(), file)
+    for assign in (False, True):
+        how = f"after load_state_dict(torch.load(...), assign={assign})"
+        file.seek(0)
+        saved = torch.load(file)
+        other = replace(bench, layer=build(bench.subject, bench.dtype, seed=7))
+        with torch.no_grad():
+            _y(other)
+        with during(how):
+            other.layer.load_state_dict(saved, assign=assign)
+        loaded = other.layer.state_dict()
+        for name, value in bench.layer.state_dict().items():
+            if isinstance(value, Tensor) and not same(loaded[name], value):
+                raise CheckFailed(f"{name} in the state dict is another {how}")
+        with torch.no_grad():
+            bench.require_y(_y(other), context=f" {how}")
+        bench.require_y(_y(other), context=f" {how}, with gradients")
+
+
+def many_tokens(bench: Bench) -> None:
+    """Be right for more than 65,536 tokens, gradients too, where all hidden values together fit 1 GiB."""
+    weights = bench.subject.read(bench.layer)
+    copies = MANY // T + 3
+    E, F, _ = weights.experts.w_in.shape
+    if copies * T * E * F * weights.experts.w_in.element_size() > LIMIT:
+        return
+    rows = torch.arange(copies * T) % (T - 1)  # whose period divides no power of two
+    with torch.no_grad():
+        y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
+    # What a layer reports of its routing is compared token by token: of some of them, the last ones too.
+    only = torch.cat([spread(copies), torch.arange(len(rows))[-T:]]) if bench.subject.routing else slice(None)
+    bench.require_y(y, rows, f" with {len(rows)} tokens", only=only)
+    if bench.subject.support.gradients:
+        bench = bench.dropping(copies)
+        found = gradients_of(bench, copies=copies, flipped=False)
+        require_gradients(bench, found, f" with {len(rows)} tokens")
+
+
+_FLOAT32 = (LayerProblem(),)
+
+MODES = (
+    Check(saturated, _FLOAT32),
+    Check(placement, _FLOAT32),
+    Check(merged, _FLOAT32),
+    Check(round_trip, _FLOAT32),
+    Check(autocast, (LayerProblem(torch.bfloat16),), needs="autocast"),
+    Check(fullgraph, _FLOAT32, needs="fullgraph"),
+    Check(exports, _FLOAT32, needs="exports"),
+    Check(many_tokens, _FLOAT32),
+)

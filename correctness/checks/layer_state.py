@@ -40,7 +40,7 @@ def every_parameter_counts(bench: Bench) -> None:
     for name, parameter in bench.layer.named_parameters():
         old, new = parameter.detach().clone(), draw(parameter, generator).to(parameter.dtype)
         with torch.no_grad():
-            parameter.data.copy_(new)  # which leaves its version as it was
+            parameter.copy_(new)
             wide[name].copy_(new)
             y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
             after = copies_of(subject, twin)
@@ -65,7 +65,7 @@ def every_parameter_counts(bench: Bench) -> None:
                 bench.require("y", y[clear], want["y"], allowed["y"], where)
             else:
                 bench.require_y(y, context=f" after new numbers in {name}, which is for training only")
-            parameter.data.copy_(old)
+            parameter.copy_(old)
             wide[name].copy_(old.double())
 
 
@@ -94,7 +94,7 @@ def inputs_unchanged(bench: Bench) -> None:
     def held() -> dict[str, Tensor]:
         return {**dict(bench.layer.named_parameters()), **oracle.tensors(bench.subject.read(bench.layer))}
 
-    for training in (False, True):
+    for training in (False, True)[: 1 + bench.subject.support.training]:
         bench.layer.train(training)
         x, before = bench.x, {name: tensor.detach().clone() for name, tensor in held().items()}
         bench.call(x.unsqueeze(0))

@@ -5,6 +5,7 @@ A layer under test is a class or function without arguments that makes an ``nn.M
 
     losses(layer, x, mask) -> {name: scalar}    mask [...] bool, False for padding, or None; names as LOSSES
     routing(layer, x) -> Routing                of x [T, D], with the id E + Z where a slot is dropped
+    update_bias(layer)                          moves the selection bias after a training step
     SUPPORT = LayerSupport(...)
 
 A check is given a `Bench`: a layer with tokens, and what is right for them. All parameters are drawn anew,
@@ -18,16 +19,16 @@ from dataclasses import replace
 import torch
 
 from correctness.checks.case import Case, Check, Kind, Subject
+from correctness.checks.layer_balance import BALANCE
 from correctness.checks.layer_bias import selection_bias
 from correctness.checks.layer_gradients import (
     frozen,
     gradients,
     low_precision_gradients,
     router_gradient,
-    training,
 )
 from correctness.checks.layer_losses import losses
-from correctness.checks.layer_modes import MODE_CHECKS
+from correctness.checks.layer_modes import MODES
 from correctness.checks.layer_state import (
     evaluation,
     every_parameter_counts,
@@ -35,6 +36,7 @@ from correctness.checks.layer_state import (
     state,
     without_gradients,
 )
+from correctness.checks.layer_training import TRAINING
 from correctness.checks.layer_values import (
     double_precision,
     half_precision,
@@ -67,7 +69,7 @@ CHECKS = (
     Check(low_precision_gradients, _BFLOAT16, needs="gradients"),
     Check(router_gradient, _FLOAT32, needs="gradients"),
     Check(frozen, _FLOAT32, needs="gradients"),
-    Check(training, _FLOAT32, needs="training"),
+    *TRAINING,
     Check(every_parameter_counts, _FLOAT32),
     Check(selection_bias, _FLOAT32, needs="selection_bias"),
     Check(evaluation, _FLOAT32, needs="deterministic"),
@@ -77,7 +79,8 @@ CHECKS = (
     Check(nan_contained, _FLOAT32),
     Check(state, _FLOAT32),
     Check(losses, _FLOAT32, needs="losses"),
-    *MODE_CHECKS,
+    *BALANCE,
+    *MODES,
 )
 
 

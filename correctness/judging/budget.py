@@ -109,3 +109,14 @@ def require_close(what: str, got: Tensor | float, want: Tensor | float, eps: flo
     allowed = FACTOR * eps * (want.abs() + want.abs().max()) if want.numel() else want
     if not bool(((got - want).abs() <= allowed).all()):
         raise CheckFailed(f"{what} is {got.tolist()}; right is {want.tolist()}")
+
+
+def allowed_by_differences(
+    coarse: Tensor, fine: Tensor, terms: Tensor, step: float, dtype: torch.dtype
+) -> float:
+    """Return how far a derivative may be from a sum of differences, ``fine``, of which each took half a step.
+
+    Halving the step shows what the differences lack; what rounds results of the size ``terms`` is divided by
+    the step.
+    """
+    return FACTOR * float((coarse - fine).abs().sum() + eps(dtype) / step * terms.sum())

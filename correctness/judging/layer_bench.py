@@ -27,8 +27,8 @@ COPIES = 163  # of each token in a call with many: more than 4096 tokens, and no
 class Layer:
     """A way to make a layer, how to read it, and what it declares.
 
-    losses: returns its balance losses. routing: reports the routing of tokens [T, D], where a slot that is
-    dropped has the id E + Z.
+    losses: returns its balance losses. routing: reports the routing of tokens [T, D] in the layer's mode,
+    where a slot that is dropped has the id E + Z. update_bias: moves selection_bias after a training step.
     """
 
     make: Callable[[], nn.Module]
@@ -36,6 +36,7 @@ class Layer:
     losses: Callable[[Any, Tensor, Tensor | None], dict[str, Tensor]] | None = None
     support: LayerSupport = LayerSupport()
     routing: Callable[[Any, Tensor], Routing] | None = None
+    update_bias: Callable[[Any], object] | None = None
 
     @functools.cached_property
     def selection_bias(self) -> bool:
@@ -217,6 +218,15 @@ class Bench:
         """Make a fresh layer of that dtype and what is right for it."""
         return cls(subject, dtype, build(subject, dtype), expected(subject, dtype))
 
+    def twin(self) -> nn.Module:
+        """Make a twin in float64 that holds what the layer holds now."""
+        twin = build(self.subject, self.dtype).to("cpu", torch.float64)
+        values = dict((*self.layer.named_parameters(), *self.layer.named_buffers()))
+        with torch.no_grad():
+            for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+                tensor.copy_(values[name])
+        return twin
+
     @property
     def x(self) -> Tensor:
         """Tokens [T, D] on the layer's device; a copy."""
@@ -253,10 +263,11 @@ class Bench:
         """
         if self.subject.routing is None:
             return self
-        tokens, twin = self.expected, build(self.subject, self.dtype).to("cpu", torch.float64)
-        dropped = self.dropped(self.x.repeat(copies, 1), tokens.ids.repeat(copies, 1))
+        tokens, twin = self.expected, self.twin()
+        judged_rows = spread(copies)
+        dropped = self.dropped(self.x.repeat(copies, 1), tokens.ids.repeat(copies, 1), judged_rows)
         assert dropped is not None
-        taken = dropped[spread(copies)]
+        taken = dropped[judged_rows]
         return replace(self, expected=answered(self.subject, self.dtype, tokens, twin, dropped=taken))
 
     def dropped(
@@ -302,8 +313,8 @@ class Bench:
         """
         right, only_of_y = self.expected, only if isinstance(only, slice) else only.to(y.device)
         want, allowed, ids = right.want["y"][rows][only], right.allowed["y"][rows][only], right.ids[rows]
-        x = self.x[rows] if x is None else x
-        if len(ids) and (dropped := self.dropped(x, ids, only)) is not None:
+        dropped = self.dropped(self.x[rows] if x is None else x, ids, only) if len(ids) else None
+        if dropped is not None and bool(dropped[only].any()):
             with torch.inference_mode(False):
                 arguments = (right.x[rows][only], right.ids[rows][only], right.weights, None, self.dtype)
                 logits_dtype = self.subject.logits_dtype(self.dtype)
@@ -313,5 +324,5 @@ class Bench:
 
 
 def spread(copies: int) -> Tensor:
-    """Pick one copy of each token, in all parts of a call with so many of each: [T]."""
-    return torch.arange(T) + T * (torch.arange(T) * 5 % copies)
+    """Pick one copy of each token, from the first part of a call with so many of each to the last: [T]."""
+    return torch.arange(T) + T * (torch.arange(T) * (copies - 1) // (T - 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_impls.interface import Experts, LayerWeights, RouterSpec, Routing, check_inputs
+from moe_impls.interface import BiasRule, Experts, LayerWeights, RouterSpec, Routing, check_inputs
 from moe_impls.router import check_logits
 
 
@@ -23,6 +23,7 @@ def check_weights(weights: object, layer: nn.Module) -> None:
         ("shared_gate", Tensor | None),
         ("expert_scale", Tensor | None),
         ("router_norm", Tensor | None),
+        ("bias_rule", BiasRule | None),
     ):
         value = getattr(weights, name)
         if not isinstance(value, valid):
@@ -63,6 +64,8 @@ def check_weights(weights: object, layer: nn.Module) -> None:
             width = f", E + Z with {Z} identity experts" if Z and shape[0] == E + Z else ""
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}{width}")
     check_logits(router_weight.new_empty(0, E + Z), weights.router, weights.selection_bias)
+    if weights.bias_rule and weights.selection_bias is None:
+        raise ValueError("bias_rule is given; without selection_bias it must be None")
     names = dict(layer.named_parameters())
     for name in weights.training_only:
         if name not in names:

@@ -171,21 +171,25 @@ def evaluate_layer(
 
     ``dtype`` is the dtype in which intermediates are kept, ``wide`` the one in which sums accumulate and in
     which logits are computed; they are then rounded to ``rounded``. ``dropped``, bool [T, K], are slots that
-    add nothing. ``given`` [T, K], without dy, are gates in place of all that the router makes them.
+    add nothing. ``given`` [T, K] are gates in place of all that the router makes them; their gradient,
+    "gates", then takes the place of the router's.
     """
     sums = Sums(dtype, wide)
     x, dy = x.to(wide), None if dy is None else dy.to(wide)
-    z = logits(x, weights, rounded)
-    own, scale = gates(z, ids, weights.router), slot_scale(ids, weights, x)
     counts = torch.ones_like(ids, dtype=torch.bool) if dropped is None else ~dropped
-    g = sums.kept(own * scale if given is None else given.to(wide)) * counts
+    if given is None:
+        z, scale = logits(x, weights, rounded), slot_scale(ids, weights, x)
+        own = gates(z, ids, weights.router)
+        g = sums.kept(own * scale) * counts
+    else:
+        g = given.to(wide) * counts
     is_expert = counts & (ids < len(weights.experts.w_in))
     (_gates_on_output if weights.gates_on == "output" else _gates_on_input)(
         sums, x, ids.where(is_expert, 0), g * is_expert, weights, dy, is_expert
     )
     if weights.identity_experts:
         _add_identity(sums, x, g, counts & ~is_expert, dy)
-    if dy is not None:
+    if dy is not None and given is None:
         dg, size = sums.values.pop("gates"), sums.squares.pop("gates").sqrt()
         if weights.expert_scale is not None:
             add_up = torch.zeros_like(weights.expert_scale, dtype=wide)

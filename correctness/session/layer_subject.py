@@ -12,7 +12,7 @@ from correctness.checks.case import Subject
 from correctness.checks.layers import layer
 from correctness.judging.layer_bench import Layer, build
 from correctness.judging.layer_weights import check_weights
-from moe_impls.interface import LayerSupport, LayerWeights, RouterSpec
+from moe_impls.interface import LayerSupport, LayerWeights, RouterSpec, Routing
 from moe_impls.layer import MoE
 from moe_impls.registry import ResolveError, asking, check_signature, load_function
 
@@ -40,7 +40,7 @@ def resolve_layer(name: str) -> Subject:
     if not callable(getattr(module, "read", None)):
         raise ResolveError(f"{name}: {place} has no function read(layer) that returns moe_impls.LayerWeights")
     check_signature(f"{place}:read", module.read, 1, ())
-    optional = {"losses": 3, "routing": 2}
+    optional = {"losses": 3, "routing": 2, "update_bias": 1}
     found = {function: getattr(module, function, None) for function in optional}
     for function, arguments in optional.items():
         if found[function] is not None:
@@ -49,7 +49,7 @@ def resolve_layer(name: str) -> Subject:
         support = LayerSupport.of(getattr(module, "SUPPORT", LayerSupport()))
     except TypeError as error:
         raise ResolveError(f"{name}: {error}") from error
-    tested = Layer(make, module.read, found["losses"], support, found["routing"])
+    tested = Layer(make, module.read, support=support, **found)
     file = getattr(module, "__file__", None)
     with asking(f"{name}: {name.rpartition(':')[2]}() failed", file):
         made = tested.make()
@@ -74,10 +74,18 @@ def moe_losses(moe: MoE, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     return {"auxiliary_loss": moe(x if mask is None else x[mask], 1.0)[1]}
 
 
+def moe_routing(moe: MoE, x: Tensor) -> Routing:
+    """Return what a `moe_impls.MoE` does with x [T, D] in its present mode."""
+    return moe.gate(x)[0]
+
+
 def _moe(name: str, router: RouterSpec | None = None, **options: Any) -> Subject:
     sizes = {"input_size": 12, "output_size": 7, "num_experts": 6, "hidden_size": 10, "k": 2}
     options = sizes | {"noisy_gating": router is None, "router": router} | options
-    return layer(f"moe_{name}", Layer(functools.partial(MoE, **options), read_moe, moe_losses))
+    made = Layer(
+        functools.partial(MoE, **options), read_moe, moe_losses, routing=None if router else moe_routing
+    )
+    return layer(f"moe_{name}", made)
 
 
 _SWIGLU = {"activation": "swiglu", "output_activation": "none"}

@@ -1,0 +1,120 @@
+"""The check of how training moves a whole layer's selection bias: by its rule, or towards balance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from correctness.checks.case import Check
+from correctness.judging.budget import FACTOR, eps
+from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_bench import Bench, S, T, weights_of
+from correctness.judging.layer_steps import as_it_is, during, is_noisy, seeded, step
+from correctness.oracle import layer as oracle
+from correctness.problems.layers import LayerProblem
+from moe_impls.interface import BiasRule
+
+MOST = 1024  # tokens of a step
+
+
+def bias_update(bench: Bench) -> None:
+    """Move the selection bias in training by its rule, and without one so that the balance improves.
+
+    The bias moves in the call, or by `update_bias(layer)` in the layer's file, for all calls since the last.
+    Without `bias_rule`, a bias that moves raises the least loaded expert over the most loaded.
+    """
+    layer, subject = bench.layer, bench.subject
+    if not subject.support.training or is_noisy(replace(bench, layer=layer.train())):
+        return
+    K, E = subject.read(layer).router.top_k, len(subject.read(layer).router_weight)
+    bench = as_it_is(bench, tokens=min(MOST, max(2 * T, 16 * E // K // S * S)))
+    turns: list[tuple[Callable[[Tensor, Tensor], Tensor], ...]] = [(_all,), (_uneven,)]
+    for turn in [*turns, (_all, _of_the_least)] if subject.update_bias else turns:
+        before = _bias(bench)
+        load = torch.stack([_train(bench, pick) for pick in turn]).sum(0)
+        if subject.update_bias:
+            with during("update_bias(layer)"), torch.no_grad():
+                subject.update_bias(layer)
+        _require_moved(_bias(bench) - before, load, subject.read(layer).bias_rule, before)
+
+
+def _bias(bench: Bench) -> Tensor:
+    bias = bench.subject.read(bench.layer).selection_bias
+    assert bias is not None
+    return bias.detach().cpu().clone()
+
+
+def _all(visits: Tensor, mass: Tensor) -> Tensor:
+    """Pick all tokens."""
+    return torch.ones(len(visits), dtype=torch.bool)
+
+
+def _uneven(visits: Tensor, mass: Tensor) -> Tensor:
+    """Pick tokens whose gates [T, E] weigh experts more, and others less, than their visits [T, E] do."""
+    drawn = torch.rand(256, len(visits), generator=torch.Generator().manual_seed(10)) < 0.4
+    by_visits, by_mass = (
+        (drawn.double() @ t - (drawn.double() @ t).mean(dim=1, keepdim=True)).sign() for t in (visits, mass)
+    )
+    return drawn[(by_visits != by_mass).sum(dim=1).argmax()]
+
+
+def _of_the_least(visits: Tensor, mass: Tensor) -> Tensor:
+    """Pick two tokens of the expert that all of them visit least, which two more leave so."""
+    of = visits[:, visits.sum(dim=0).argmin()] > 0
+    return of & (of.cumsum(0) <= 2)
+
+
+def _train(bench: Bench, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Do a training step on tokens whose choice is clear, as picked, and count their visits: [E]."""
+    weights, rows = weights_of(bench.subject, bench.layer), bench.expected.x
+    ids, clear = oracle.choose(rows, weights)
+    rows, ids, dy = rows[clear], ids[clear], bench.expected.dy[clear]
+    gates = oracle.gates(oracle.logits(rows.double(), weights), ids, weights.router)
+    empty = torch.zeros(len(rows), len(weights.router_weight), dtype=torch.float64)
+    visits = empty.scatter(1, ids, 1.0)
+    picked = pick(visits, empty.scatter(1, ids, gates))
+    x = rows[picked].unsqueeze(0).to(bench.device)
+    with during("a step in training mode"), seeded(bench.layer, 0):
+        if bench.subject.support.gradients:
+            step(bench, x, dy[picked])
+        else:
+            bench.call(x)
+    return visits[picked].sum(dim=0)
+
+
+def _require_moved(moved: Tensor, load: Tensor, rule: BiasRule | None, before: Tensor) -> None:
+    """Raise CheckFailed unless the biases [E] moved as they must for the load [E] of a step."""
+    moved, low, high = moved.double(), int(load.argmin()), int(load.argmax())
+    told = f"of {int(load.sum())} visits, {float(load.mean()):.4g} for each expert on average"
+    if rule is None:
+        if bool(moved.any()) and load[low] < load[high] and not moved[low] > moved[high]:
+            raise CheckFailed(
+                f"{told}, expert {low} has {int(load[low])} and its bias moves by {moved[low]:+.3g}, "
+                f"expert {high} has {int(load[high])} and moves by {moved[high]:+.3g}: that balances nothing"
+            )
+        return
+    want = rule.rate * (load.mean() - load).sign()
+    want = want - want.mean() if rule.centred else want
+    allowed = FACTOR * eps(torch.float32) * (before.double().abs() + rule.rate)
+    if bool(((moved - want).abs() <= allowed).all()):
+        return
+    e = int(((moved - want).abs() / allowed).argmax())
+    finding = (
+        f"{told}, expert {e} has {int(load[e])}: by bias_rule its bias moves by {want[e]:+.3g}, and it "
+        f"moves by {moved[e]:+.3g}"
+    )
+    if not moved.any():
+        finding += "; no bias moves at all: is update_bias(layer) missing in the file?"
+    elif bool((moved[load > 0] < 0).all()):
+        finding += "; that of each expert in use falls: is a count compared with a fraction?"
+    elif bool((moved == -want).all()):
+        finding += "; all move the other way"
+    raise CheckFailed(finding)
+
+
+_FLOAT32 = (LayerProblem(),)
+
+BALANCE = (Check(bias_update, _FLOAT32, needs="selection_bias"),)

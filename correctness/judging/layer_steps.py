@@ -1,0 +1,191 @@
+"""Steps of a layer on the bench: seeds, what it holds, gradients, and what is right for it as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_bench import B, Bench, Layer, S, T, build, expected_of, spread, trained
+from moe_impls.registry import one_line
+
+SEEDS = (0, 1, 2)
+
+
+class Step(NamedTuple):
+    """What a call and its backward return: y, and the gradients of x and each parameter, by name."""
+
+    y: Tensor
+    grads: dict[str, Tensor | None]
+
+
+def step(
+    bench: Bench,
+    x: Tensor,
+    dy: Tensor,
+    *,
+    x_wanted: bool = True,
+    call: Callable[[Tensor], Tensor] | None = None,
+    between: Callable[[], object] | None = None,
+) -> Step:
+    """Call a layer on x [..., D] and go back from dy, of as many entries as y.
+
+    The gradients flow into ``.grad``, as in a training loop: a reentrant checkpoint takes no other way. x is
+    no leaf, as in a model.
+
+    Args:
+        call: in place of the layer's own.
+        between: is done between the call and its backward.
+    """
+    source = x.clone().requires_grad_(x_wanted)
+    leaves = {**({"x": source} if x_wanted else {}), **trained(bench.layer)}
+    given = source * 1
+    with torch.enable_grad():
+        y = (call or bench.call)(given)
+    if not torch.equal(given.detach(), x):
+        raise CheckFailed("x was written to by a call in which it needs a gradient")
+    if not leaves:
+        return Step(y, {})
+    if not y.requires_grad:
+        whose = "x and the parameters do" if x_wanted else "the parameters do, where x needs none"
+        raise CheckFailed(f"y does not require a gradient though {whose}: the graph is cut")
+    if between:
+        between()
+    kept = {name: leaf.grad for name, leaf in leaves.items()}
+    try:
+        for leaf in leaves.values():
+            leaf.grad = None
+        y.backward(dy.to(y).reshape(y.shape))
+        grads = {name: leaf.grad for name, leaf in leaves.items()}
+    except Exception as error:
+        raise CheckFailed(f"the backward of layer(x) raises {one_line(error)}") from error
+    finally:
+        for name, leaf in leaves.items():
+            leaf.grad = kept[name]
+    return Step(y.detach(), grads)
+
+
+def gradients_of(
+    bench: Bench, *, copies: int = 1, x_wanted: bool = True, flipped: bool = True
+) -> Mapping[str, Tensor | None]:
+    """Return the gradients of x and each parameter, by name.
+
+    copies: of each token; the gradient flows into one of them, from the first part of the call to the last.
+    flipped: another call comes between forward and backward.
+    """
+    x = bench.x.repeat(copies, 1)
+    rows = spread(copies)
+    dy = bench.expected.dy
+    dy = torch.zeros(len(x), dy.shape[1], dtype=dy.dtype).index_copy(0, rows, dy).to(bench.device)
+    found = step(
+        bench,
+        x.unflatten(0, (B * copies, S)),
+        dy,
+        x_wanted=x_wanted,
+        between=(lambda: bench.call(x.flip(0).unflatten(0, (B * copies, S)))) if flipped else None,
+    ).grads
+    if (dx := found.get("x")) is not None:
+        found["x"] = dx.flatten(0, 1)[rows.to(dx.device)]
+    return found
+
+
+def require_gradient(bench: Bench, name: str, got: Tensor | None, context: str = "") -> None:
+    """Raise CheckFailed unless a gradient that `Expected` names is there and within its budget."""
+    want, allowed = bench.expected.want[name], bench.expected.allowed[name]
+    if got is None and bool(want.any()):
+        raise CheckFailed(f"the gradient of {name} is missing{context}: y does not depend on it")
+    if got is not None:
+        bench.require(f"the gradient of {name}", got, want, allowed, context)
+
+
+def require_gradients(bench: Bench, found: Mapping[str, Tensor | None], context: str = "") -> None:
+    """Raise CheckFailed unless each gradient that `Expected` names is right."""
+    for name, got in found.items():
+        if name in bench.expected.want:
+            require_gradient(bench, name, got, context)
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Say of what is raised inside in which call it was."""
+    try:
+        yield
+    except CheckFailed as failure:
+        raise CheckFailed(f"{what}: {failure}", failure.fractions) from (failure.__cause__ or failure)
+    except Exception as error:
+        raise CheckFailed(f"{what} raises {one_line(error)}") from error
+
+
+def generators(layer: nn.Module) -> list[torch.Generator]:
+    """List the random generators that a layer's modules hold as attributes."""
+    values = [value for module in layer.modules() for value in vars(module).values()]
+    return [value for value in values if isinstance(value, torch.Generator)]
+
+
+@contextlib.contextmanager
+def seeded(layer: nn.Module, seed: int) -> Iterator[None]:
+    """Start all random generators that a layer may draw from at a seed, and restore them afterwards."""
+    own = generators(layer)
+    before = [generator.get_state() for generator in own], random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        for generator in own:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for generator, state in zip(own, before[0], strict=True):
+                generator.set_state(state)
+            random.setstate(before[1])
+            np.random.set_state(before[2])
+
+
+def held(layer: nn.Module) -> dict[str, Tensor]:
+    """Copy all parameters and buffers, by name."""
+    named = (*layer.named_parameters(), *layer.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def put_back(layer: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
+    """Write what `held` copied into the parameters and buffers that changed since; return their names."""
+    named = dict((*layer.named_parameters(), *layer.named_buffers()))
+    changed = [name for name, tensor in named.items() if not same(tensor, before.get(name))]
+    with torch.no_grad():
+        for name in changed:
+            if name in before and named[name].shape == before[name].shape:
+                named[name].copy_(before[name])
+    return changed
+
+
+def same(a: Tensor, b: Tensor | None) -> bool:
+    """Tell whether two tensors are bit-equal, NaN included."""
+    return b is not None and a.shape == b.shape and torch.equal(a.detach().nan_to_num(), b.nan_to_num())
+
+
+def as_it_is(bench: Bench, *, gradients: bool = False, tokens: int = T) -> Bench:
+    """Draw tokens anew, and make what is right for them with what the layer holds now."""
+    return replace(bench, expected=expected_of(bench.subject, bench.twin(), bench.dtype, gradients, tokens))
+
+
+def fresh(subject: Layer, bench: Bench, *, training: bool = True) -> Bench:
+    """Put another layer with the same parameters on the bench, as made, in training mode."""
+    return replace(bench, layer=build(subject, bench.dtype).train(training))
+
+
+def is_noisy(bench: Bench) -> bool:
+    """Tell whether a random generator decides the output in the layer's present mode; leave its state."""
+    before, x, drawn = held(bench.layer), bench.x.repeat(8, 1).unsqueeze(0), []
+    for seed in SEEDS:
+        with seeded(bench.layer, seed):
+            drawn.append(bench.call(x).detach())
+        put_back(bench.layer, before)
+    return not all(torch.equal(y, drawn[0]) for y in drawn)

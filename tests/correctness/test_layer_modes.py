@@ -1,0 +1,25 @@
+"""Layers are judged in their modes: unusual right ones pass, each wrong one fails its check."""
+
+from __future__ import annotations
+
+import pytest
+
+from correctness.checks.layer_balance import BALANCE
+from correctness.checks.layer_modes import MODES
+from correctness.checks.layer_training import TRAINING
+from tests.correctness.findings import findings
+from tests.correctness.mode_layers import RIGHT
+from tests.correctness.wrong_modes import WRONG
+
+CHECKS = (*TRAINING, *BALANCE, *MODES)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_layers_pass_in_every_mode(name: str) -> None:
+    assert findings(RIGHT[name], CHECKS) == {}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_layers_fail_the_check_of_their_mode(name: str) -> None:
+    wrong, check = WRONG[name]
+    assert check in findings(wrong, [c for c in wrong.kind.checks if c.name == check])
