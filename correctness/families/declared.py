@@ -29,7 +29,7 @@ def support_of(make: Callable[[], nn.Module], is_wide: Callable[[torch.dtype, bo
     return LayerSupport(
         dtypes=dtypes,
         leading="any" if any_leading else "batch_sequence",
-        no_tokens=_runs(block, x[:, :0]),
+        no_tokens=all(_runs(block, t) for t in (x[:0], x[:, :0])),
         training=_runs(make().train(), x),
         router_dtype="float32" if is_wide(torch.bfloat16, False) else "input",
         autocast=is_wide(torch.bfloat16, True),

@@ -23,7 +23,8 @@ from moe_impls.router import route
 
 TOKENS = 400
 TOLERANCE = 2e-5  # of gates, which the block makes in float32
-EPSILONS = (1e-5, 1e-6, 1e-8)  # of a norm before the router
+EPSILONS = (1e-5, 1e-6, 1e-8, 0.0)  # of a norm before the router
+TINY = 1e-3  # times the usual x is one that shows them
 # Logits that show what is added to the sum of the gates, by score; exp of them is still above zero in float32.
 SMALL = {"sigmoid": (-2.0, -48.0), "sqrtsoftplus": (-2.0, -96.0)}
 
@@ -163,6 +164,7 @@ def find_router(block: nn.Module, experts: str) -> tuple[Router, Trace]:
             best, at = share, f"{guess.weight} by {guess.spec.score}"
         if share == 1 and (scale := _scale(got, seen.routing)):
             found = replace(guess, spec=replace(guess.spec, scale=scale))
+            found = _with_norm_epsilon(block, experts, found, TINY * x)
             return _with_epsilon(block, experts, found), seen
     if best == 1:
         raise NotInTheContract("the choice of experts is explained, no rule explains the gates")
@@ -185,8 +187,8 @@ def _guesses(block: nn.Module, experts: str, ids: Tensor) -> Iterator[Router]:
         for vs in itertools.combinations(vectors, n)
         for rs in itertools.permutations(roles, n)
     ]
-    normed = [("", 1.0, 0.0), *itertools.product(norms, (1.0, D**-0.5), EPSILONS)]
-    for weight, (norm, scale, epsilon), vector, spec in itertools.product(
+    normed = [("", 1.0), *itertools.product(norms, (1.0, D**-0.5))]
+    for weight, (norm, scale), vector, spec in itertools.product(
         weights, normed, chosen, list(_specs(E, K))
     ):
         if norm and norm.partition(".")[0] != weight.partition(".")[0]:  # of another module
@@ -195,7 +197,7 @@ def _guesses(block: nn.Module, experts: str, ids: Tensor) -> Iterator[Router]:
         if spec.score == "sparsemixer" and has_bias:
             continue
         for biased in interface.BIASED if has_bias else ("score",):
-            yield Router(replace(spec, biased=biased), weight, vector, norm, scale, epsilon)
+            yield Router(replace(spec, biased=biased), weight, vector, norm, scale)
 
 
 def _specs(E: int, K: int) -> Iterator[RouterSpec]:
@@ -221,6 +223,20 @@ def _scale(got: Routing, want: Routing) -> float | None:
         return None
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 8))
     return next(r for r in rounded if abs(r - middle) <= TOLERANCE / 5 * abs(middle))
+
+
+def _with_norm_epsilon(block: nn.Module, experts: str, router: Router, x: Tensor) -> Router:
+    """Choose the epsilon of the norm before the router by which a small x has the gates that it has."""
+    if not router.norm:
+        return router
+    want = trace(block, experts, x).routing
+
+    def error(guess: Router) -> float:
+        got = guess.route(block, x.double())
+        differ = got.expert_ids.sort().values != want.expert_ids.sort().values
+        return float(differ.sum()) + float((_by_id(got) - _by_id(want)).abs().max())
+
+    return min((replace(router, norm_epsilon=epsilon) for epsilon in EPSILONS), key=error)
 
 
 def _with_epsilon(block: nn.Module, experts: str, router: Router) -> Router:
