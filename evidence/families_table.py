@@ -104,5 +104,7 @@ default of `LayerSupport`; *passed* counts checks; *worst_fraction* is the large
 def _told(rows: pd.DataFrame) -> str:
     if rows.empty:
         return "None."
-    short = rows["findings"].str.slice(0, SHOWN) + rows["findings"].str.len().gt(SHOWN).map({True: " ...", False: ""})
-    return markdown_table(rows[["family"]].assign(finding=short))
+    short = rows["findings"].str.slice(0, SHOWN) + rows["findings"].str.len().gt(SHOWN).map(
+        {True: " ...", False: ""}
+    )
+    return markdown_table(rows[["family", "failing"]].assign(finding=short))

@@ -22,7 +22,9 @@ SECONDS = 60.0  # of processor time for each check
 def verdict(name: str, tested: Layer) -> dict[str, str]:
     """Run every check of a layer; SECONDS is the limit of each."""
     subject, begun = layer(name, tested), process_time()
-    passed, skipped, findings = 0, [], []
+    passed = 0
+    skipped: list[str] = []
+    findings: dict[str, str] = {}  # by check
     for case in cases([subject]):
         if case.skip:
             skipped.append(case.check.name)
@@ -32,7 +34,7 @@ def verdict(name: str, tested: Layer) -> dict[str, str]:
                 case.run()
             passed += 1
         except (CheckFailed, Timeout) as failure:
-            findings.append(f"{case.check.name} ({case.problem_id}): {told(str(failure), subject)}")
+            findings[case.check.name] = told(str(failure), subject)
     weights = tested.read(tested.make())
     return {
         "router": spec(weights.router),
@@ -43,7 +45,8 @@ def verdict(name: str, tested: Layer) -> dict[str, str]:
         "failed": str(len(findings)),
         "not_declared": " ".join(dict.fromkeys(skipped)),
         "worst_fraction": worst_fraction(tested),
-        "findings": "; ".join(findings),
+        "failing": " ".join(findings),
+        "findings": "; ".join(findings.values()),
         "seconds": f"{process_time() - begun:.1f}",
     }
 

@@ -15,7 +15,9 @@ from moe_impls.registry import IMPLEMENTATIONS, INSTALLED_BY, PREPARED
 from reporting.provenance import ROOT
 
 # The floors of the two houses that have them, from the ground up: each may import those below it.
-JUDGES = tuple(f"correctness/{room}" for room in ("oracle", "problems", "judging", "checks", "families", "session"))
+JUDGES = tuple(
+    f"correctness/{room}" for room in ("oracle", "problems", "judging", "checks", "families", "session")
+)
 COSTS = ("benchmarks/workloads", "benchmarks/timing", "benchmarks/sweep", "benchmarks/report")
 # What each folder may import of the project, with what is below that, beside itself.
 ROOMS = {

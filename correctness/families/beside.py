@@ -50,7 +50,7 @@ def _llama4(shaped: Any) -> LayerWeights:
 
 
 def _longcat(block: Any) -> LayerWeights:
-    """Identity experts after the others; the experts' first matrices have rows for them that nothing reads."""
+    """Identity experts after the others; the experts' first matrices have rows that nothing reads."""
     experts, router = block.experts, block.router
     E = experts.num_routed_experts
     return LayerWeights(
@@ -90,6 +90,6 @@ READINGS = {
     "switch_transformers": Beside(_switch, "float32"),
 }
 REFUSED = {
-    "doge": "its experts are rows of an embedding, which product keys choose; the contract has no such experts",
+    "doge": "its experts are rows of an embedding, which product keys choose",
     "vitpose_backbone": "it has no router: the caller says which expert each image visits",
 }

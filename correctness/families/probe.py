@@ -25,7 +25,7 @@ TOKENS = 400
 TOLERANCE = 2e-5  # of gates, which the block makes in float32
 EPSILONS = (1e-5, 1e-6, 1e-8, 0.0)  # of a norm before the router
 TINY = 1e-3  # times the usual x is one that shows them
-# Logits that show what is added to the sum of the gates, by score; exp of them is still above zero in float32.
+# Logits that show what is added to the sum of the gates, by score; exp of them is above zero in float32.
 SMALL = {"sigmoid": (-2.0, -48.0), "sqrtsoftplus": (-2.0, -96.0)}
 
 
@@ -101,11 +101,11 @@ def randomise(block: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def experts_name(block: nn.Module) -> str:
-    """Find the experts of a block: the module with weights of three dimensions that is called with a routing."""
+    """Find the experts of a block: the module with weights of three dimensions that are no shared ones."""
     for name, module in block.named_modules():
-        if name and any(p.ndim == 3 for p in module.parameters(recurse=False)):
-            if hasattr(module, "down_proj") and not name.startswith("shared"):
-                return name
+        stacked = any(p.ndim == 3 for p in module.parameters(recurse=False))
+        if stacked and hasattr(module, "down_proj") and not name.startswith("shared"):
+            return name
     raise NotInTheContract("no module of it holds the weights of all experts")
 
 
@@ -175,7 +175,9 @@ def find_router(block: nn.Module, experts: str) -> tuple[Router, Trace]:
 
 def _guesses(block: nn.Module, experts: str, ids: Tensor) -> Iterator[Router]:
     """Yield what a router may be, the simplest first."""
-    tensors = {n: t for n, t in named(block).items() if not n.startswith(experts + ".") and t.is_floating_point()}
+    tensors = {
+        n: t for n, t in named(block).items() if not n.startswith(experts + ".") and t.is_floating_point()
+    }
     K, E = ids.shape[1], block.get_submodule(experts).down_proj.shape[0]
     weights = [n for n, t in tensors.items() if t.ndim == 2 and t.shape == (E, D)]
     vectors = [n for n, t in tensors.items() if t.numel() == E and "shared" not in n]
@@ -188,9 +190,7 @@ def _guesses(block: nn.Module, experts: str, ids: Tensor) -> Iterator[Router]:
         for rs in itertools.permutations(roles, n)
     ]
     normed = [("", 1.0), *itertools.product(norms, (1.0, D**-0.5))]
-    for weight, (norm, scale), vector, spec in itertools.product(
-        weights, normed, chosen, list(_specs(E, K))
-    ):
+    for weight, (norm, scale), vector, spec in itertools.product(weights, normed, chosen, list(_specs(E, K))):
         if norm and norm.partition(".")[0] != weight.partition(".")[0]:  # of another module
             continue
         has_bias = "selection_bias" in vector

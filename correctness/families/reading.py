@@ -1,4 +1,4 @@
-"""Read a block in the terms of the suite: the experts, the router and the shared experts, each as executed."""
+"""Read a block in the terms of the suite: experts, router and shared experts, each as executed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def reading_of(block: nn.Module) -> Reading:
 
 
 def _tidy(number: float) -> float:
-    return next(r for d in range(1, 8) if abs((r := float(f"{number:.{d}g}")) - number) <= FIT / 2 * abs(number))
+    return next(
+        r for d in range(1, 8) if abs((r := float(f"{number:.{d}g}")) - number) <= FIT / 2 * abs(number)
+    )
 
 
 @torch.no_grad()

@@ -25,7 +25,9 @@ def layer_of(block: str) -> Layer:
     make = functools.partial(tiny.make, block)
     if block in beside.READINGS:
         known = beside.READINGS[block]
-        support = support_of(_drawn(make), lambda dtype, autocast: known.router_dtype == "float32" and not autocast)
+        support = support_of(
+            _drawn(make), lambda dtype, autocast: known.router_dtype == "float32" and not autocast
+        )
         return Layer(make, known.read, support=support)
     reading = find_reading(block)
     support = support_of(_drawn(make), functools.partial(is_wide, _drawn(make), reading))

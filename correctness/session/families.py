@@ -45,7 +45,7 @@ def family_layer(name: str) -> Layer:
     """Make the layer that ``transformers:FAMILY`` means, where the family has one block.
 
     Raises:
-        ResolveError: the family is unknown, its block cannot be made, or the contract cannot say what it does.
+        ResolveError: no such family, its block cannot be made, or the contract cannot say what it does.
     """
     from correctness.families.probe import NotInTheContract
     from correctness.families.subject import layer_of

@@ -35,7 +35,7 @@ def _make(**options: Any) -> torch.nn.Module:
 
 
 def read(layer: Any) -> LayerWeights:
-    """Read its experts: of the first linear layer the ups stand first; mult_bias multiplies the hidden features."""
+    """Read its experts: ups before gates; mult_bias multiplies the hidden features."""
     nets = [expert.net for expert in layer.experts.experts]
     inner, activation, outer = ([net[i] for net in nets] for i in (0, 1, 2))
     w_in = torch.stack([_gates_first(linear.weight) for linear in inner])

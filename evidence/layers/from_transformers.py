@@ -8,7 +8,10 @@ from correctness.families import beside, probe, reading, tiny
 from moe_impls import LayerSupport, LayerWeights
 
 SUPPORT = LayerSupport(leading="batch_sequence", router_dtype="input")
-READ = {"LongcatFlashMoE": beside.READINGS["longcat_flash"].read, "NllbMoeSparseMLP": beside.READINGS["nllb_moe"].read}
+READ = {
+    "LongcatFlashMoE": beside.READINGS["longcat_flash"].read,
+    "NllbMoeSparseMLP": beside.READINGS["nllb_moe"].read,
+}
 
 
 def longcat_router_bias() -> torch.nn.Module:

@@ -15,5 +15,7 @@ before = router(x)[0]
 with torch.no_grad():
     router.classifier.bias += torch.tensor([100.0] + [0.0] * (len(before[0]) - 1))
 after = router(x)[0]
-print("logits of expert 0 before and after 100 is added to its bias:", before[0, 0].item(), after[0, 0].item())
+print(
+    "logits of expert 0 before and after 100 is added to its bias:", before[0, 0].item(), after[0, 0].item()
+)
 assert not torch.equal(before, after), "the bias has no effect"
