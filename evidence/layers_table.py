@@ -149,7 +149,8 @@ def page() -> str:
     return f"""# Public layers
 
 What the suite says of layers as their packages have them, with the cause where it finds fault, and the
-smallest script that shows it without this project. The families of transformers are in [families.md](families.md).
+smallest script that shows it without this project. The families of transformers are in
+[families.md](families.md).
 
 The table was {tables.made_at(frame)}, by `python -m evidence layers`. All of it, with every finding:
 [{CSV.name}]({CSV.name}). The readings are in [{FOLDER}](../{FOLDER});

@@ -1,7 +1,7 @@
 """litgpt: GroupedTopkRouter chooses experts of forbidden groups where selection biases are negative.
 
-Experts outside the chosen groups get the score 0 instead of minus infinity; with biases below zero 0 is more than
-what the experts of the chosen groups have.
+Experts outside the chosen groups get the score 0 instead of minus infinity; with biases below zero 0 is
+more than what the experts of the chosen groups have.
 """
 
 import torch
