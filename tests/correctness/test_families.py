@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,8 +106,6 @@ def test_a_fault_of_a_block_is_found() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 1.01 * self.block(x)
-
-    from dataclasses import replace
 
     faulty = layer("faulty", replace(tested, make=Faulty, read=lambda m: tested.read(m.block)))
     (values,) = (case for case in cases([faulty]) if case.check.name == "values")
