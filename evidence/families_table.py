@@ -7,6 +7,7 @@ take, and the verdict of every check that applies. results/families.csv and its 
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 
 import pandas as pd
 
@@ -60,25 +61,24 @@ def made_of() -> dict[str, str]:
 
 def headline(frame: pd.DataFrame) -> str:
     """Say the figures in two sentences."""
-    sentences = []
+    rows, sentences = tables.records(frame), []
     for on, what in (("yes", "classes of experts on its interface"), ("no", "blocks beside it")):
-        counts = frame[frame["on_interface"] == on]["verdict"].value_counts()
+        counts = Counter(row["verdict"] for row in rows if row["on_interface"] == on)
         kinds = (verdicts.PASSED, verdicts.FAILED, verdicts.REFUSED)
-        told = ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in kinds)
-        sentences.append(f"Of the {counts.sum()} {what}: {told}.")
+        told = ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
+        sentences.append(f"Of the {counts.total()} {what}: {told}.")
     return " ".join(sentences)
 
 
 def page() -> str:
     """Write out the page of the committed table."""
     frame = tables.read(CSV)
-    version = frame["transformers_version"].iloc[0]
-    ready = frame[frame["verdict"] != verdicts.REFUSED]
-    wrong, refused = (frame[frame["verdict"] == kind] for kind in (verdicts.FAILED, verdicts.REFUSED))
+    rows = tables.records(frame)
+    ready = pd.DataFrame([row for row in rows if row["verdict"] != verdicts.REFUSED])
     columns = ["family", "router", "activation", "declared", "verdict", "passed", "worst_fraction"]
     return f"""# Families of transformers
 
-{headline(frame)} transformers {version}.
+{headline(frame)} transformers {rows[0]["transformers_version"]}.
 
 The table was {tables.made_at(frame)}, by `python -m evidence families`. All of it: [{CSV.name}]({CSV.name}).
 
@@ -89,22 +89,27 @@ default of `LayerSupport`; *passed* counts checks; *worst_fraction* is the large
 
 ## Found fault with
 
-{_told(wrong)}
+{_told(rows, verdicts.FAILED)}
 
 ## Not in the contract
 
-{_told(refused)}
+{_told(rows, verdicts.REFUSED)}
 
 ## Read and judged
 
-{markdown_table(ready[columns])}
+{markdown_table(ready.reindex(columns=columns))}
 """
 
 
-def _told(rows: pd.DataFrame) -> str:
-    if rows.empty:
-        return "None."
-    short = rows["findings"].str.slice(0, SHOWN) + rows["findings"].str.len().gt(SHOWN).map(
-        {True: " ...", False: ""}
-    )
-    return markdown_table(rows[["family", "failing"]].assign(finding=short))
+def _told(rows: tables.Rows, kind: str) -> str:
+    """Write a table of the blocks with that verdict, and what was found."""
+    told = [
+        {"block": row["family"], "failing": row["failing"], "finding": _short(row["findings"])}
+        for row in rows
+        if row["verdict"] == kind
+    ]
+    return markdown_table(pd.DataFrame(told)) if told else "None."
+
+
+def _short(finding: str) -> str:
+    return finding if len(finding) <= SHOWN else f"{finding[:SHOWN]} ..."

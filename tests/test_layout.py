@@ -93,6 +93,8 @@ def breaches(root: Path) -> list[str]:
     implementations = {f"moe_impls/{name.removesuffix(PREPARED)}" for name in IMPLEMENTATIONS}
     found = []
     for path in sorted(p for top in TOPS for p in (root / top).rglob("*.py")):
+        if path.parent.name == "reproductions":  # scripts for other packages, which know nothing of this one
+            continue
         file = path.relative_to(root).as_posix()
         room = room_of(file)
         alone = room == "moe_impls" and not file.startswith("moe_impls/peers/")

@@ -182,7 +182,7 @@ def _guesses(block: nn.Module, experts: str, ids: Tensor) -> Iterator[Router]:
     weights = [n for n, t in tensors.items() if t.ndim == 2 and t.shape == (E, D)]
     vectors = [n for n, t in tensors.items() if t.numel() == E and "shared" not in n]
     norms = [n for n, t in tensors.items() if t.shape == (D,) and "shared" not in n]
-    roles = ("router_bias", "selection_bias", "expert_scale")
+    roles: tuple[str, ...] = ("router_bias", "selection_bias", "expert_scale")
     chosen = [
         dict(zip(rs, vs, strict=True))
         for n in range(len(vectors) + 1)

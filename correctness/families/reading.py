@@ -57,7 +57,6 @@ class Reading:
     def read(self, block: nn.Module) -> LayerWeights:
         """Read the weights of a block of the kind that this was made of."""
         tensors, router, shared = named(block), self.router, self.shared
-        vectors = {role: router.vector(block, role) for role in router.roles}
         return LayerWeights(
             experts_of(block.get_submodule(self.experts)),
             router.spec,
@@ -66,7 +65,9 @@ class Reading:
             shared_gate=tensors[shared.gate] if shared and shared.gate else None,
             router_norm=router.norm_scale * tensors[router.norm] if router.norm else None,
             router_norm_epsilon=router.norm_epsilon,
-            **vectors,
+            router_bias=router.vector(block, "router_bias"),
+            selection_bias=router.vector(block, "selection_bias"),
+            expert_scale=router.vector(block, "expert_scale"),
         )
 
 

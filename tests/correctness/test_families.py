@@ -1,4 +1,4 @@
-"""Families of transformers by name: which blocks there are, what is found by running them, what is refused."""
+"""Families of transformers by name: which there are, what is found by running them, what is refused."""
 
 from __future__ import annotations
 
