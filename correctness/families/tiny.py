@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Shaped(nn.Module):
         return self.block(x)[0].reshape(x.shape)
 
 
+@functools.cache
 def _folder() -> Path:
     try:
         transformers = importlib.import_module("transformers")
@@ -87,6 +89,11 @@ def _folder() -> Path:
         raise ResolveError(
             f"transformers:... needs transformers: pip install 'moe-impls[peers]' ({error})"
         ) from error
+    if not transformers.__version__.startswith(f"{VERSION}."):
+        warnings.warn(
+            f"transformers {transformers.__version__} was not tested; families were with {VERSION}",
+            stacklevel=2,
+        )
     return Path(str(transformers.__file__)).parent / "models"
 
 
