@@ -41,7 +41,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--router", metavar="FILE:FN", help="check only this route(logits, spec, *, selection_bias=None)"
     )
     group.addoption(
-        "--layer", metavar="FILE:CLASS", help="check only this whole layer; its file holds read(layer), too"
+        "--layer",
+        action="append",
+        metavar="FILE:CLASS",
+        help="check only this whole layer (repeatable): its file holds read(layer), too; transformers:FAMILY "
+        "means a block of transformers, transformers:all every one",
     )
     group.addoption("--device", default="cpu", metavar="NAME", help="of implementations: cpu (default), cuda")
     group.addoption(
@@ -66,7 +70,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     impl, router, layer = (config.getoption(name) for name in ("impl", "router", "layer"))
-    wanted = (impl, [router] if router else [], [layer] if layer else [])
+    wanted = (impl, [router] if router else [], layer or [])
     limits, is_worker = Limits(config), isolation.is_worker(config)
     isolated = config.getoption("isolate") and not is_worker
     # Of the compiler's own making, where a subject's file holds a torch.compile.

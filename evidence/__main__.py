@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 
@@ -36,6 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
     mutation.add_argument("--seed", type=int, default=drawn.SEED, help="default: %(default)s")
     mutation.add_argument("--number", type=int, default=drawn.NUMBER, help="of edits; default: %(default)s")
     mutation.add_argument("--workers", type=int, default=1, help="default: %(default)s")
+    commands.add_parser(
+        "families", help="the suite on every family of transformers: results/families.csv and its page"
+    )
+    commands.add_parser(
+        "layers", help="the suite on public layers that are installed: results/layers.csv and its page"
+    )
     commands.add_parser("pages", help="every page again, from the committed tables")
     commands.add_parser("check", help="which tables and pages are stale, and what makes them anew")
     options = parser.parse_args(arguments)
@@ -47,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         return drawn.run(options.seed, options.number, options.workers)
     if options.command == "published":
         return published.run()
+    if options.command in ("families", "layers"):  # transformers is imported for them alone
+        return importlib.import_module(f"evidence.{options.command}_table").run()
     return freshness.write_pages() if options.command == "pages" else freshness.run()
 
 

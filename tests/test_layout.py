@@ -15,7 +15,9 @@ from moe_impls.registry import IMPLEMENTATIONS, INSTALLED_BY, PREPARED
 from reporting.provenance import ROOT
 
 # The floors of the two houses that have them, from the ground up: each may import those below it.
-JUDGES = tuple(f"correctness/{room}" for room in ("oracle", "problems", "judging", "checks", "session"))
+JUDGES = tuple(
+    f"correctness/{room}" for room in ("oracle", "problems", "judging", "checks", "families", "session")
+)
 COSTS = ("benchmarks/workloads", "benchmarks/timing", "benchmarks/sweep", "benchmarks/report")
 # What each folder may import of the project, with what is below that, beside itself.
 ROOMS = {
@@ -91,6 +93,8 @@ def breaches(root: Path) -> list[str]:
     implementations = {f"moe_impls/{name.removesuffix(PREPARED)}" for name in IMPLEMENTATIONS}
     found = []
     for path in sorted(p for top in TOPS for p in (root / top).rglob("*.py")):
+        if path.parent.name == "reproductions":  # scripts for other packages, which know nothing of this one
+            continue
         file = path.relative_to(root).as_posix()
         room = room_of(file)
         alone = room == "moe_impls" and not file.startswith("moe_impls/peers/")

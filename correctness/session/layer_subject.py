@@ -12,6 +12,7 @@ from correctness.checks.case import Subject
 from correctness.checks.layers import layer
 from correctness.judging.layer_bench import Layer, build
 from correctness.judging.layer_weights import check_weights
+from correctness.session.families import FAMILIES, family_layer
 from moe_impls.interface import LayerSupport, LayerWeights, RouterSpec, Routing
 from moe_impls.layer import MoE
 from moe_impls.registry import ResolveError, asking, check_signature, load_function
@@ -20,7 +21,8 @@ from moe_impls.registry import ResolveError, asking, check_signature, load_funct
 def resolve_layer(name: str) -> Subject:
     """Make the subject that ``path/file.py:Class`` or ``package.module:function`` means; construct it once.
 
-    The name of one of `own_layers` means that one.
+    ``transformers:FAMILY`` means a block of that family of transformers, see `correctness.families`; the name
+    of one of `own_layers` that one.
 
     Raises:
         ResolveError: missing file, failing import, no such class, no ``read``, a layer that cannot be
@@ -29,10 +31,12 @@ def resolve_layer(name: str) -> Subject:
     own = {subject.name: subject for subject in own_layers()}
     if name in own:
         return own[name]
+    if name.startswith(FAMILIES):
+        return layer(name, family_layer(name))
     if ":" not in name:
         raise ResolveError(
-            f"--layer is {name!r}; it must be path/file.py:Class or package.module:function, "
-            f"or one of {', '.join(own)}"
+            f"--layer is {name!r}; it must be path/file.py:Class, package.module:function or "
+            f"{FAMILIES}FAMILY, or one of {', '.join(own)}"
         )
     module, make = load_function(name)
     check_signature(name, make, 0, ())

@@ -10,6 +10,7 @@ from correctness.checks.case import Subject, cases
 from correctness.checks.routers import router
 from correctness.checks.table import implementation
 from correctness.judging.blame import process_kept
+from correctness.session.families import named_layers
 from correctness.session.layer_subject import own_layers, resolve_layer
 from correctness.session.limits import limited
 from moe_impls.interface import RouterSupport
@@ -37,7 +38,7 @@ def find_subjects(
         for find, names in (
             (lambda name: _implementation(name, device), implementations),
             (_router, routers),
-            (resolve_layer, layers),
+            (resolve_layer, named_layers(layers or ())),
         )
         for name in names or ()
     ]

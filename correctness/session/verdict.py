@@ -28,6 +28,7 @@ import pytest
 import torch
 
 from correctness.judging.blame import REPRODUCE
+from correctness.session.families import FAMILIES
 from correctness.session.summary import TENSORS, Result, result
 from correctness.session.verdict_page import page
 from moe_impls import suite
@@ -39,7 +40,7 @@ from reporting.pages import write_atomically
 FORMAT = 1  # of the JSON; another number where a reader of this one would go wrong
 KILLED = "the process ended before the run did, as by a crash or a lack of memory; --isolate survives both"
 SELECTING = {"keyword": "-k", "markexpr": "-m", "deselect": "--deselect", "lf": "--lf"}
-LIBRARIES = ("torch", "numpy", "triton")
+LIBRARIES = ("torch", "numpy", "triton", "transformers")
 PLAIN_S, FAILED_S = (
     5.0,
     0.2,
@@ -85,7 +86,9 @@ class Verdict:
         self.begun, self.clock = datetime.now(UTC), time.monotonic()
         self.written, self.failure = 0.0, ""
         named = [("implementation", name) for name in config.option.impl or ()]
-        named += [(kind, name) for kind in ("router", "layer") if (name := getattr(config.option, kind))]
+        named += [("router", config.option.router)] if config.option.router else []
+        # Of families the results say which blocks there are.
+        named += [("layer", name) for name in config.option.layer or () if not name.startswith(FAMILIES)]
         self.sources = {subject: source(*subject) for subject in named}  # as they are when they are imported
         self.made_by = versions(), machine(config.option.device)
 
