@@ -179,9 +179,7 @@ def _compare_weights(
     mine, theirs = subject.tensors(), reference.tensors()
     configs = [one.config for one in (reference, subject) if one.config is not None]
     skeleton = None
-    if configs and ({*mine} != {*theirs} or isinstance(subject, Made)):
-        skeleton = subjects.formats().skeleton(configs[0])
-    elif configs and not isinstance(subject, Made) and getattr(configs[0], "tie_word_embeddings", False):
+    if configs and ({*mine} != {*theirs} or isinstance(subject, Made)) or configs and not isinstance(subject, Made) and getattr(configs[0], "tie_word_embeddings", False):
         skeleton = subjects.formats().skeleton(configs[0])
     said = [one.said for one in (reference, subject)]
     verdict.findings += [Finding("config", line) for line in subjects.differences(*said)]
