@@ -79,7 +79,6 @@ def likely_epsilon(
     apart = (got - factor.unsqueeze(1) * want).abs().amax(dim=1) > 2 * precision * size * factor.abs()
     if bool(apart.any()) or not bool((factor > 0).all()):
         return None
-    precision = precision / FACTOR * 2  # of a factor, in which the errors of a row cancel
     denominator = (sums + spec.epsilon) / factor
     low = float((denominator * (1 - precision) - sums).max())
     high = float((denominator * (1 + precision) - sums).min())
