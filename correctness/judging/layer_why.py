@@ -91,7 +91,8 @@ def _of_epsilon(right: Expected, y: Tensor) -> Cause | None:
     logits = oracle.logits(x, weights)
     none = torch.zeros(right.ids.shape, dtype=x.dtype)
     rest = oracle.evaluate_layer(x, right.ids, weights, None, given=none).values["y"]  # of shared experts
-    precision = right.allowed["y"].amax(dim=1) / (want - rest).abs().amax(dim=1)
+    # A quarter of the budget, of which rounding takes less.
+    precision = right.allowed["y"].amax(dim=1) / (want - rest).abs().amax(dim=1) / 4
     found = likely_epsilon(y - rest, want - rest, logits, right.ids, spec, precision)
     return None if found is None else Cause(f"epsilon={found:g} in its router's spec, not {spec.epsilon:g}")
 

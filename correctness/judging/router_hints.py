@@ -73,13 +73,12 @@ def likely_epsilon(
     got, want = got.detach().double()[:MOST_TOKENS], want.detach().double()[:MOST_TOKENS]
     rows = list(zip(logits.detach().double(), ids.tolist(), strict=True))[:MOST_TOKENS]
     sums = torch.stack([oracle.chosen_scores(z, chosen, spec).sum() for z, chosen in rows])
-    precision = torch.as_tensor(precision).expand(len(logits))[:MOST_TOKENS]
+    precision = torch.as_tensor(precision, dtype=torch.float64).expand(len(logits))[:MOST_TOKENS]
     size = want.abs().amax(dim=1)
     factor = (got * want).sum(dim=1) / want.square().sum(dim=1)
     apart = (got - factor.unsqueeze(1) * want).abs().amax(dim=1) > 2 * precision * size * factor.abs()
     if bool(apart.any()) or not bool((factor > 0).all()):
         return None
-    precision = precision / FACTOR * 2  # of a factor, in which the errors of a row cancel
     denominator = (sums + spec.epsilon) / factor
     low = float((denominator * (1 - precision) - sums).max())
     high = float((denominator * (1 + precision) - sums).min())
