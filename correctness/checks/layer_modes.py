@@ -36,15 +36,19 @@ def _y(bench: Bench, x: Tensor | None = None) -> Tensor:
     return bench.call(x.unflatten(0, (-1, S))).flatten(0, 1)
 
 
-def autocast(bench: Bench) -> None:
-    """Under autocast to bfloat16 make logits in float32 all the same, keep the dtype of x, and be right to
-    bfloat16, gradients too.
+def _require_gradients(bench: Bench, where: str) -> None:
+    bench = bench.dropping()
+    require_gradients(bench, gradients_of(bench), where)
 
-    Parameters and x are float32 and hold numbers that bfloat16 has, so that rounding them changes nothing.
+
+def autocast(bench: Bench) -> None:
+    """Make logits in float32 under autocast, too, keep the dtype of x, and be right to bfloat16.
+
+    Gradients are compared, too. Parameters and x are float32 and hold numbers that bfloat16 has, so that
+    rounding them changes nothing.
     """
     gradients = bench.subject.support.gradients
-    many = as_it_is(bench, tokens=8 * T).expected
-    right = bench.expected
+    many, right = as_it_is(bench, tokens=8 * T).expected, bench.dropping().expected
     wide = replace(right, x=right.x.float(), dy=right.dy.float())
     bench = replace(bench, layer=bench.layer.float(), expected=wide)
     where = " under autocast to bfloat16"
@@ -65,8 +69,7 @@ def autocast(bench: Bench) -> None:
 
 
 def fullgraph(bench: Bench) -> None:
-    """Compile to one graph by torch.compile that is right for other tokens and lengths, gradients too,
-    without being compiled again."""
+    """Compile to one graph by torch.compile that is right for other tokens, lengths and gradients."""
     torch.compiler.reset()
     bench.layer.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     gradients = bench.subject.support.gradients
@@ -81,7 +84,7 @@ def fullgraph(bench: Bench) -> None:
                     y = bench.call(x.requires_grad_())
                 bench.require_y(y.flatten(0, 1), rows, f" compiled, for x {list(x.shape)}")
         if gradients:
-            require_gradients(bench, gradients_of(bench), " compiled")
+            _require_gradients(bench, " compiled")
             with torch.no_grad():
                 bench.require_y(_y(bench), context=" compiled, under no_grad")
     finally:
@@ -132,7 +135,7 @@ def saturated(bench: Bench) -> None:
     where = " with hidden values sixteen times as large"
     large.require_y(_y(large), context=where)
     if bench.subject.support.gradients:
-        require_gradients(large, gradients_of(large), where)
+        _require_gradients(large, where)
 
 
 def _of(bench: Bench, tensor: Tensor) -> set[str]:
@@ -161,7 +164,7 @@ def placement(bench: Bench) -> None:
         where = f" after the experts were moved by {', '.join(maps)}"
         now.require_y(_y(now), context=where)
         if subject.support.gradients:
-            require_gradients(now, gradients_of(now), where)
+            _require_gradients(now, where)
         put_back(layer, start)
 
 
@@ -206,7 +209,7 @@ def merged(bench: Bench) -> None:
             unmerge()
         bench.require_y(_y(bench), context=f" after unmerge(){turn}")
     if bench.subject.support.gradients:
-        require_gradients(bench, gradients_of(bench), " after merge() and unmerge()")
+        _require_gradients(bench, " after merge() and unmerge()")
 
 
 def round_trip(bench: Bench) -> None:
