@@ -77,8 +77,8 @@ class Report:
 @functools.cache
 def register() -> None:
     """Make the names ``moe_impls:<implementation>`` known to transformers, in this process."""
-    import transformers
-    from transformers.integrations.moe import ExpertsInterface
+    import transformers  # pyright: ignore[reportMissingImports]
+    from transformers.integrations.moe import ExpertsInterface  # pyright: ignore[reportMissingImports]
 
     if not transformers.__version__.startswith(TESTED):
         warnings.warn(f"transformers {transformers.__version__} was not tested; {TESTED}x was", stacklevel=3)
@@ -241,7 +241,7 @@ def _first_state(module: Any, implementation: Implementation) -> _State:
 
 def _as_before(module: Any, state: _State) -> Any:
     """Return what computed a module that was refused, before ``use``."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # pyright: ignore[reportMissingImports]
 
     eager = inspect.unwrap(type(module).forward)
     return ALL_EXPERTS_FUNCTIONS.get_interface(str(state.previous), eager)

@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
 
 def build(name: str, smoke: bool) -> Any:
     """Make the first layers of a model with random weights, in float32."""
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     shape, layer = SHAPES[name], MODELS[name]
     sizes = {"D": layer.D, "H": layer.H, "E": shape.E or layer.E, "K": layer.K, "heads": shape.heads}
@@ -196,7 +196,7 @@ def check(model: Any, calls: Mapping[str, Call]) -> None:
 
 def measure_all(folder: Path, names: list[str], smoke: bool) -> pd.DataFrame:
     """Measure every use of every model. Each is in ``folder`` at once, and a run is continued there."""
-    from transformers.integrations.moe import ExpertsInterface
+    from transformers.integrations.moe import ExpertsInterface  # pyright: ignore[reportMissingImports]
 
     from moe_impls import transformers as ours
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+import transformers  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 import moe_impls.transformers as ours

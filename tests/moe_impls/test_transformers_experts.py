@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+import transformers  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 from moe_impls.activation_probe import UnknownActivation, activation_of
