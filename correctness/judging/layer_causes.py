@@ -19,6 +19,7 @@ from correctness.oracle import layer as oracle
 from correctness.oracle import router
 from moe_impls.interface import (
     ACTIVATIONS,
+    BIASED,
     CLAMPED,
     GATED_ACTIVATIONS,
     GROUP_SCORES,
@@ -128,6 +129,10 @@ def _of_router(weights: LayerWeights) -> Iterator[Cause]:
             said += [f"renormalise={renormalise}"] * (renormalise != spec.renormalise)
             if score != "sparsemixer" or (spec.groups == 1 and weights.selection_bias is None):
                 yield routed(f"a router of {', '.join(said)}", score=score, renormalise=renormalise)
+    if weights.selection_bias is not None:
+        for biased in BIASED:
+            if biased != spec.biased:
+                yield routed(f"the selection bias added to the {biased}s: biased={biased!r}", biased=biased)
     if spec.groups > 1:
         for group_score in GROUP_SCORES:
             if group_score != spec.group_score:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -94,7 +95,10 @@ def _of_epsilon(right: Expected, y: Tensor) -> Cause | None:
     # A quarter of the budget, of which rounding takes less.
     precision = right.allowed["y"].amax(dim=1) / (want - rest).abs().amax(dim=1) / 4
     found = likely_epsilon(y - rest, want - rest, logits, right.ids, spec, precision)
-    return None if found is None else Cause(f"epsilon={found:g} in its router's spec, not {spec.epsilon:g}")
+    if found is None or not 0 <= found < 1:
+        return None
+    text = f"epsilon={found:g} in its router's spec, not {spec.epsilon:g}"
+    return Cause(text, lambda w: replace(w, router=replace(w.router, epsilon=found)))
 
 
 def _of_whole_rows(right: Expected, y: Tensor) -> Cause | None:

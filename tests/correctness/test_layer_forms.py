@@ -187,12 +187,10 @@ def test_a_wrong_report_of_the_routing_is_a_finding(change: Any, message: str) -
 def test_a_layer_that_drops_tokens_and_does_not_report_it_is_told_so() -> None:
     class Roomy(layer_switch.Layer):
         def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            ids, gates = super().route(x)
-            return (
-                (ids, gates)
-                if len(x) > 100
-                else layer_switch.F.linear(x, self.router).softmax(1).topk(2)[::-1]
-            )
+            if len(x) > 100:
+                return super().route(x)
+            gates, ids = (x @ self.router.mT).softmax(dim=1).topk(layer_switch.K)
+            return ids, gates
 
     found = findings(subject(layer_switch, make=Roomy, routing=None), only("tokens_apart"))
     assert "of a layer that drops some its file reports which: routing(layer, x)" in found["tokens_apart"]
