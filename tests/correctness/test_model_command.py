@@ -16,6 +16,7 @@ from safetensors.torch import (  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from correctness.models import command, families
+from moe_impls.__main__ import main as package_main
 
 Tensors = dict[str, Tensor]
 E, R, ALPHA = 4, 2, 6.0
@@ -411,3 +412,9 @@ def test_a_merged_lora_is_held_to_its_equation(
         assert f"{stack}: experts 0-3: {said}" in out and (
             "columns" in said or f"{linear}.weight: {said}" in out
         )
+
+
+def test_the_command_of_the_package_is_this_one(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["moe-impls", "model", "nowhere"])
+    assert package_main() == 2
+    assert "nowhere does not exist; valid are a file or folder of safetensors" in capsys.readouterr().err
