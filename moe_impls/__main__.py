@@ -75,7 +75,7 @@ def main() -> int:
     from benchmarks.__main__ import run_as
     from reporting import provenance
 
-    if command in OF_CHECKOUT and command not in MEASURING:
+    if command in OF_CHECKOUT and command not in COMMANDS:
         needs = f"{command} needs a checkout of the repository: python -m benchmarks {command}"
         print(f"error: {needs}", file=sys.stderr)
         return 2

@@ -69,14 +69,13 @@ def undone(tensor: Tensor, pair: bool) -> Iterator[tuple[str, Callable[[], Tenso
     if tensor.dim() == 2:
         yield "transposed", lambda: tensor.T
         matrices.append(("transposed and ", tensor.T))
-    halves = "gate and up" if pair else "its halves"
-    for before, matrix in matrices:
+    for before, matrix in matrices if pair else ():  # of others, `compare` tells of rows in another order
         for dim in range(matrix.dim()):
             if matrix.shape[dim] < 2 or matrix.shape[dim] % 2:
                 continue
             along = f" along dimension {dim}" if dim and not before else ""
             for words, back in _HALVES.items():
-                yield f"{before}{halves} {words}{along}", functools.partial(back, matrix, dim)
+                yield f"{before}gate and up {words}{along}", functools.partial(back, matrix, dim)
 
 
 def _joined(matrix: Tensor, dim: int, first: int, second: int) -> Tensor:

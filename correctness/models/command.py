@@ -179,7 +179,8 @@ def _compare_weights(
     mine, theirs = subject.tensors(), reference.tensors()
     configs = [one.config for one in (reference, subject) if one.config is not None]
     skeleton = None
-    if configs and ({*mine} != {*theirs} or isinstance(subject, Made)) or configs and not isinstance(subject, Made) and getattr(configs[0], "tie_word_embeddings", False):
+    other_names = {*mine} != {*theirs} or isinstance(subject, Made) or isinstance(reference, Made)
+    if configs and (other_names or getattr(configs[0], "tie_word_embeddings", False)):
         skeleton = subjects.formats().skeleton(configs[0])
     said = [one.said for one in (reference, subject)]
     verdict.findings += [Finding("config", line) for line in subjects.differences(*said)]

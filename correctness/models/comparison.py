@@ -14,6 +14,7 @@ from correctness.models.causes import Cause, Finder, Place, compare, order, rang
 from correctness.models.weights import Weight, Weights, in_order
 from moe_impls.interface import dtype_name
 
+SEVERAL = 5  # findings of one kind are told as one
 BLOCK = 2**22  # numbers of a large tensor that are compared at a time
 PAIR = re.compile(r"gate_up|gate_and_up|w13|wi\b|w_in|up_gate|input_linear|fc1|gate_proj_up")
 ROLES = (
@@ -319,5 +320,46 @@ def _merged(findings: list[Finding]) -> list[Finding]:
         fields = [where.removeprefix(f"{block}.") for where in wheres]
         where = wheres[0] if len(wheres) == 1 else f"{block} ({', '.join(fields)})"
         found.append(Finding(where, words, of_names))
+    found = _alike(_exchanged(found))
     rank = {name: i for i, name in enumerate(in_order({f.where for f in found}))}
-    return sorted(found, key=lambda finding: rank[finding.where])
+    return sorted((_relabelled(f, found) for f in found), key=lambda finding: rank[finding.where])
+
+
+def _exchanged(findings: list[Finding]) -> list[Finding]:
+    """Tell of layers, where several tensors of one are those of another."""
+    layers: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        name = finding.where.partition(" (")[0]
+        source = re.fullmatch(r"(?:experts? [\d, -]+ )?holds? ([^\s[]+)(?:\[[^]]*\])?", finding.words)
+        other = _block(source[1]) if source else ""
+        if source and name != source[1] == other + name.removeprefix(_block(name)):
+            layers[_block(name), other].append(finding)
+    told = [
+        Finding(layer, f"holds what belongs to {other}: {len(several)} tensors")
+        for (layer, other), several in layers.items()
+        if len(several) >= SEVERAL
+    ]
+    gone = [f for several in layers.values() if len(several) >= SEVERAL for f in several]
+    return [f for f in findings if f not in gone] + told
+
+
+def _alike(findings: list[Finding]) -> list[Finding]:
+    """Tell once what was done to several tensors alike, with the names of the first."""
+    words = Counter(f.words for f in findings)
+    found = [f for f in findings if words[f.words] < SEVERAL]
+    for said in (said for said, count in words.items() if count >= SEVERAL):
+        several = [f for f in findings if f.words == said]
+        names = in_order({f.where for f in several})
+        also = f" and {len(names) - 1} more"
+        found.append(Finding(names[0] + also, said, several[0].of_names))
+    return found
+
+
+def _relabelled(finding: Finding, findings: list[Finding]) -> Finding:
+    """Add to permuted experts whether the rows of their router stand in the same order."""
+    _, permuted, moves = finding.words.partition("experts permuted: ")
+    same = any(f.words == f"rows in another order: {moves}" and "(router)" in f.where
+               and _block(f.where) == _block(finding.where) for f in findings)  # fmt: skip
+    if not permuted or not same:
+        return finding
+    return replace(finding, words=f"{finding.words}, as the router's rows are: the block computes the same")

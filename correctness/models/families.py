@@ -111,4 +111,8 @@ def make(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.M
         for parameter in model.parameters():
             drawn = torch.randn(parameter.shape, generator=generator) * 0.2
             parameter.copy_(drawn + 1 if parameter.dim() == 1 else drawn)
+        kept = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        for buffer in model.buffers():  # such as a router's selection bias
+            if buffer.is_floating_point() and id(buffer) in kept:
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model.to(dtype)

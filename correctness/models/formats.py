@@ -59,9 +59,9 @@ def class_of(config: Any) -> Any:
             return found[0] if isinstance(found, tuple | list) else found
     package = type(config).__module__.replace(".configuration_", ".modeling_")
     for found in vars(importlib.import_module(package)).values():
-        if inspect.isclass(found) and getattr(found, "config_class", None) is type(config):
-            if not inspect.isabstract(found) and not found.__name__.endswith("PreTrainedModel"):
-                return found
+        owned = inspect.isclass(found) and getattr(found, "config_class", None) is type(config)
+        if owned and not found.__name__.endswith("PreTrainedModel"):
+            return found
     raise ValueError(f"transformers has no model of {type(config).__name__}")
 
 

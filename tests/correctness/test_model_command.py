@@ -16,6 +16,7 @@ from safetensors.torch import (  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from correctness.models import command, families
+from moe_impls.__main__ import main as package_main
 
 Tensors = dict[str, Tensor]
 E, R, ALPHA = 4, 2, 6.0
@@ -242,6 +243,41 @@ def test_a_fault_is_named_and_nothing_else(
     assert status == 1 and len(findings) == 1 and findings[0].strip().startswith(said), out
 
 
+def relabelled(t: Tensors) -> None:
+    permuted(t)
+    t[f"{MOE}.gate.weight"] = t[f"{MOE}.gate.weight"][[2, 0, 3, 1]]
+
+
+def all_rounded(t: Tensors) -> None:
+    t.update({name: tensor.bfloat16().float() for name, tensor in t.items()})
+
+
+def layers_exchanged(t: Tensors) -> None:
+    old = dict(t)
+    for name in (name for name in old if "layers." in name):
+        first, second = "layers.0." in name, "layers.1."
+        t[name] = old[name.replace("layers.0.", second) if first else name.replace(second, "layers.0.")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (relabelled, "3<-1, as the router's rows are: the block computes the same"),
+        (all_rounded, "more: rounded to bfloat16"),
+        (layers_exchanged, "model.layers.0: holds what belongs to model.layers.1: "),
+    ],
+)
+def test_what_many_tensors_share_is_told_once(
+    fault: Callable[[Tensors], None], said: str, original: Path, tensors: Tensors,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    changed = {name: t.clone() for name, t in tensors.items()}
+    fault(changed)
+    assert command.main([str(written(tmp_path / "b", changed)), "--against", str(original), "--weights"]) == 1
+    out = capsys.readouterr().out
+    assert said in out and len(out.splitlines()) <= 8, out
+
+
 def test_other_formats_of_the_same_numbers_are_equal(
     original: Path, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,3 +412,9 @@ def test_a_merged_lora_is_held_to_its_equation(
         assert f"{stack}: experts 0-3: {said}" in out and (
             "columns" in said or f"{linear}.weight: {said}" in out
         )
+
+
+def test_the_command_of_the_package_is_this_one(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["moe-impls", "model", "nowhere"])
+    assert package_main() == 2
+    assert "nowhere does not exist; valid are a file or folder of safetensors" in capsys.readouterr().err
