@@ -54,6 +54,16 @@ def passes(environment: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
+def test_without_the_library_of_a_peer_its_extra_is_named_in_one_line(
+    without_packages: dict[str, str], tmp_path: Path
+) -> None:
+    done = python(without_packages, "benchmarks", "peers", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "transformers" in line and "[peers]" in line
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_help_names_every_command_without_importing_torch() -> None:
     code = (
         "import sys\nfrom benchmarks.__main__ import parser\nparser('').print_help()\n"

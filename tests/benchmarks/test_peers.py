@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pandas as pd
@@ -17,11 +16,6 @@ from benchmarks.timing import measure
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
 from moe_impls.registry import PEERS, resolve
-
-IS_INSTALLED = importlib.util.find_spec("transformers") is not None
-with_transformers = pytest.mark.skipif(
-    not IS_INSTALLED, reason="transformers, of the extra peers, is missing"
-)
 
 
 def growth(square: float) -> pd.DataFrame:
@@ -116,15 +110,6 @@ def test_what_was_begun_by_another_version_is_not_continued(
     assert str(part) in line and "git_commit abc" in line and part.read_text() == before
 
 
-@pytest.mark.skipif(IS_INSTALLED, reason="transformers is installed")
-def test_without_the_library_the_extra_is_named_in_one_line(tmp_path: Path, capsys) -> None:
-    assert main(["peers", "--out", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "transformers" in line and "[peers]" in line
-    assert list(tmp_path.iterdir()) == []
-
-
-@with_transformers
 def test_the_best_of_each_side_are_compared_and_the_files_say_so(tiny, tmp_path: Path) -> None:
     assert main(["peers", "--quick", "--out", str(tmp_path)]) == 0
     cells = pd.read_csv(tmp_path / "peers.csv")
