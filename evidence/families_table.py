@@ -23,7 +23,8 @@ PAGE = CSV.with_suffix(".md")
 SHOWN = 160  # characters of a finding on the page
 # What the findings of a block come from, where that is known.
 CAUSES = {
-    "axk2": "experts of other groups have the score 0, not minus infinity: negative biases choose them",
+    "axk2": "experts of other groups have the score 0, not minus infinity: negative biases choose them "
+    "([script](../evidence/layers/reproductions/groups_masked_with_zero.py))",
     "nllb_moe": "the mask [T, E] of the best experts is taken for expert ids: only experts 0 and 1 are used",
     "phimoe": "a limit of the suite: it finds no 16-bit tokens whose sparsemixer choice is clear",
     "switch_transformers": "the choice is made among probabilities rounded to 16 bits; noise, on by default, "
