@@ -36,6 +36,7 @@ class Public(NamedTuple):
     reproduction: str = ""
 
 
+MASKED = "tokens are gathered by a product with a mask: NaN times zero reaches the other tokens of a sequence"
 LAYERS = (
     Public(
         "transformers",
@@ -78,7 +79,7 @@ LAYERS = (
         "from_mixture_of_experts.py:defaults",
         "by default the second expert is left out at random in evaluation, too",
     ),
-    Public("mixture-of-experts", "from_mixture_of_experts.py:every_second_expert"),
+    Public("mixture-of-experts", "from_mixture_of_experts.py:every_second_expert", MASKED),
     Public(
         "st-moe-pytorch",
         "from_st_moe_pytorch.py:defaults",
@@ -89,7 +90,7 @@ LAYERS = (
         "from_st_moe_pytorch.py:straight_through",
         "by design gradients flow through the dispatch mask, too, and are not those of y",
     ),
-    Public("st-moe-pytorch", "from_st_moe_pytorch.py:every_second_expert"),
+    Public("st-moe-pytorch", "from_st_moe_pytorch.py:every_second_expert", MASKED),
 )
 # Layers that are no subject, with the reason.
 REFUSED = {

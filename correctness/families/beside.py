@@ -73,7 +73,7 @@ def _switch(block: Any) -> LayerWeights:
 
 def _nllb(block: Any) -> LayerWeights:
     """The two best experts; in evaluation what they return is multiplied by one minus moe_token_dropout."""
-    experts = list(block.experts.values())
+    experts = [block.experts[f"expert_{e}"] for e in range(block.num_experts)]
     w_in, b_in = (torch.stack([getattr(e.fc1, name) for e in experts]) for name in ("weight", "bias"))
     w_out, b_out = (torch.stack([getattr(e.fc2, name) for e in experts]) for name in ("weight", "bias"))
     spec = RouterSpec(2, "softmax", True, scale=1 - block.experts.moe_token_dropout)
