@@ -16,7 +16,8 @@ import torch
 from correctness.problems.loads import LOADS, load_named
 from correctness.problems.problem import Problem
 from moe_impls import models
-from moe_impls.interface import GATED_ACTIVATIONS, Clamp, RouterSpec, check_choice
+from moe_impls.interface import GATED_ACTIVATIONS, Clamp, check_choice
+from moe_impls.router_interface import RouterSpec
 
 # forward: inference, no gradients recorded. forward_backward: y, then the gradients of x, the gates and
 # every weight from a random dy.

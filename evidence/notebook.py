@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_impls.interface import RouterSpec, Routing
+from moe_impls.interface import Routing
 from moe_impls.router import smooth_load
+from moe_impls.router_interface import RouterSpec
 
 # Defect 15, in the form of source text.
 DEAD_CODE = """

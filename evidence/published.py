@@ -35,8 +35,9 @@ from evidence import published_suites, tables
 from evidence.mutants import MUTANTS, Mutant, table
 from evidence.mutants.judge import KILLED, SURVIVED
 from evidence.published_suites import SUITES, Comparison, Suite, describe
-from moe_impls.interface import Experts, Forward, RouterSpec, Routing, dtype_name
+from moe_impls.interface import Experts, Forward, Routing, dtype_name
 from moe_impls.router import route
+from moe_impls.router_interface import RouterSpec
 from reporting.pages import markdown_table, write_atomically
 
 CSV = tables.RESULTS / "verification.csv"

@@ -13,7 +13,9 @@ from correctness.judging.budget import relative_errors
 from correctness.judging.finding import CheckFailed, Timeout
 from correctness.judging.layer_bench import Bench, Layer
 from correctness.session.limits import limited
-from moe_impls.interface import LayerSupport, RouterSpec, dtype_name
+from moe_impls.interface import dtype_name
+from moe_impls.layer_interface import LayerSupport
+from moe_impls.router_interface import RouterSpec
 
 PASSED, FAILED, REFUSED = "passed", "failed", "refused"
 SECONDS = 60.0  # of processor time for each check

@@ -34,13 +34,6 @@ OUTPUT_ACTIVATIONS = ("none", "relu")
 COMBINES = ("sum", "logsumexp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
-SCORES = ("softmax", "sigmoid", "topk_softmax", "sqrtsoftplus", "sparsemixer")
-GROUP_SCORES = ("max", "top2_sum")
-BIASED = ("score", "logit")
-SPARSEMIXER_REACH = 0.02  # twice the router_jitter_noise of Phi-3.5-MoE
-GATES_ON = ("output", "input")
-LEADING = ("any", "batch_sequence")
-ROUTER_DTYPES = ("float32", "input")
 
 
 def check_choice(argument: str, value: object, valid: tuple) -> None:
@@ -55,6 +48,18 @@ def check_positive(argument: str, value: object) -> None:
         raise TypeError(f"{argument} is {value!r}; it must be an int")
     if value < 1:
         raise ValueError(f"{argument} is {value}; it must be at least 1")
+
+
+def check_declared(name: str, declared: object, valid: tuple) -> None:
+    """Raise TypeError unless ``declared`` is a tuple, not empty, and ValueError unless all of it is valid."""
+    if not isinstance(declared, tuple) or not declared:
+        raise TypeError(f"{name} is {declared!r}; it must be a tuple of {valid}, not empty")
+    for value in declared:
+        check_choice(name, value, valid)
+
+
+Forward = Callable[..., Tensor]  # forward(x, routing, experts, *, combine="sum") -> y
+Prepared = Callable[..., Tensor]  # f(x, routing, *, combine="sum") -> y, without gradients
 
 
 class Clamp(NamedTuple):
@@ -142,194 +147,6 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class RouterSpec:
-    """What the routers of released models do, as data; ``moe_impls.router.route`` carries it out.
-
-    top_k: K, experts per token.
-    score: softmax | sigmoid | topk_softmax (softmax over the K chosen logits) | sqrtsoftplus,
-        sqrt(log(1 + exp(z))) (DeepSeek-V4) | sparsemixer (PhiMoE, arXiv:2409.12136, in evaluation: the gate
-        of the best logit m is its softmax over the logits with m - z <= 0.02 max(|z|, m); the next one's is
-        the same without those chosen before). sparsemixer has no groups and takes no selection bias.
-    renormalise: divide the gates by their sum over K; topk_softmax sums to one anyway.
-    scale: multiplies the gates, whether renormalised or not.
-    groups, keep_groups: experts lie in ``groups`` equal, contiguous groups, and only the best
-        ``keep_groups`` of them may be chosen from.
-    group_score: max (DeepSeek-V2) | top2_sum, the sum of a group's two best scores (DeepSeek-V3).
-    epsilon: added to the sum that the gates are divided by, once, where ``renormalise`` divides.
-    biased: score | logit (Kolibri): what the selection bias is added to, by which experts and groups are then
-        ranked.
-    """
-
-    top_k: int
-    score: str = "softmax"
-    renormalise: bool = False
-    scale: float = 1.0
-    groups: int = 1
-    keep_groups: int = 1
-    group_score: str = "max"
-    epsilon: float = 0.0
-    biased: str = "score"
-
-    def __post_init__(self) -> None:
-        check_choice("score", self.score, SCORES)
-        check_choice("group_score", self.group_score, GROUP_SCORES)
-        check_choice("biased", self.biased, BIASED)
-        for name in ("top_k", "groups", "keep_groups"):
-            check_positive(name, getattr(self, name))
-        if self.keep_groups > self.groups:
-            raise ValueError(f"keep_groups is {self.keep_groups}; it must not exceed groups, {self.groups}")
-        if self.score == "sparsemixer" and self.groups > 1:
-            raise ValueError(f"groups is {self.groups}; with score 'sparsemixer' it must be 1")
-        least = torch.finfo(torch.float32).smallest_normal
-        if self.epsilon != 0 and not least <= self.epsilon < 1:
-            raise ValueError(f"epsilon is {self.epsilon}; it must be 0, or from {least:.3g} to below 1")
-
-
-def check_num_experts(spec: RouterSpec, E: int) -> None:
-    """Raise ValueError unless ``spec`` can be carried out with E experts."""
-    if E % spec.groups:
-        raise ValueError(f"groups is {spec.groups}; it must divide the number of experts, {E}")
-    if spec.groups > 1 and spec.group_score == "top2_sum" and E // spec.groups < 2:
-        raise ValueError(
-            f"group_score 'top2_sum' needs groups of at least 2 experts; {spec.groups} of {E} have 1"
-        )
-    candidates = E // spec.groups * spec.keep_groups
-    if spec.top_k > candidates:
-        raise ValueError(
-            f"top_k is {spec.top_k}; it must be at most the number of experts to choose from, {candidates}"
-        )
-
-
-@dataclass(frozen=True)
-class RouterSupport:
-    """What a router declares that it can carry out. The suite tests all of it and nothing else.
-
-    A router's file may hold ``SUPPORT = RouterSupport(...)`` beside its ``route``; without one, every default
-    below is claimed.
-
-    specs: all that it carries out, such as that of one model; None: every `RouterSpec` of the fields below.
-    num_experts: E, where it is made for that number alone; None: any.
-    scores, group_scores, biased, renormalise: values of these fields of `RouterSpec`.
-    groups, scale, epsilon: False where it has no groups, no scale but 1, no epsilon.
-    biases: whether it is called with a selection bias, without one, or both.
-    dtypes: of the logits.
-    gradients: of the logits.
-    extremes: logits of -inf, which mask experts, of size 1000 and far below 0, with finite gradients.
-    """
-
-    specs: tuple[RouterSpec, ...] | None = None
-    num_experts: int | None = None
-    scores: tuple[str, ...] = SCORES
-    group_scores: tuple[str, ...] = GROUP_SCORES
-    biased: tuple[str, ...] = BIASED
-    renormalise: tuple[bool, ...] = (True, False)
-    groups: bool = True
-    scale: bool = True
-    epsilon: bool = True
-    biases: tuple[bool, ...] = (True, False)
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    gradients: bool = True
-    extremes: bool = True
-
-    def __post_init__(self) -> None:
-        for name, valid in (
-            ("scores", SCORES),
-            ("group_scores", GROUP_SCORES),
-            ("biased", BIASED),
-            ("renormalise", (True, False)),
-            ("biases", (True, False)),
-            ("dtypes", DTYPES),
-        ):
-            _check_declared(f"{name} of RouterSupport", getattr(self, name), valid)
-        if self.num_experts is not None:
-            check_positive("num_experts of RouterSupport", self.num_experts)
-        if self.specs is None:
-            return
-        if not (
-            isinstance(self.specs, tuple)
-            and self.specs
-            and all(isinstance(s, RouterSpec) for s in self.specs)
-        ):
-            raise TypeError(
-                f"specs of RouterSupport is {self.specs!r}; it must be a tuple of RouterSpec, not empty"
-            )
-        plain = {field.name: field.default for field in fields(self)}
-        for name in ("scores", "group_scores", "biased", "renormalise", "groups", "scale", "epsilon"):
-            if getattr(self, name) != plain[name]:
-                raise ValueError(f"{name} of RouterSupport is given beside specs, which say it already")
-        for spec in self.specs:
-            if spec.score == "sparsemixer" and False not in self.biases:
-                raise ValueError("biases of RouterSupport is (True,); score 'sparsemixer' takes no bias")
-            if self.num_experts is not None:
-                check_num_experts(spec, self.num_experts)
-
-
-@dataclass(frozen=True)
-class BiasRule:
-    """How training moves the selection bias by the load, so that no loss has to balance the experts.
-
-    bias[e] += rate * sign(mean load - load[e]), where a load counts the visits of an expert since the last
-    update (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
-
-    centred: the mean of the change over all experts is then taken off it, as torchtitan does.
-    """
-
-    rate: float
-    centred: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rate, int | float) or isinstance(self.rate, bool) or not self.rate > 0:
-            raise ValueError(f"rate of BiasRule is {self.rate!r}; it must be a number above 0")
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """What a whole layer holds, in the terms of this suite: what a file's ``read(layer)`` returns.
-
-    Its tensors are the layer's parameters and buffers, or views, stacks and transposes of them made with
-    autograd on, so that gradients can be followed back to the parameters. ``correctness.oracle.layer`` has
-    the equations.
-
-    experts: the routed experts.
-    router: what becomes of the logits, n(x) @ router_weightᵀ + router_bias, where n is the identity.
-    router_weight, router_bias: [E + Z, D], [E + Z] or None; Z is identity_experts.
-    selection_bias: [E + Z], added to the scores for the choice of experts only, never to the gates.
-    shared: S experts that every token visits; their outputs are added to the combined ones.
-    shared_gate: [S, D], then shared expert s counts sigmoid(x @ shared_gate[s]) times; once if None.
-    combine: of the routed experts.
-    training_only: names of parameters that evaluation does not use, such as those of the gate's noise.
-    expert_scale: [E], multiplies the gates of expert e after all that the router does (Gemma 4).
-    gates_on: output, or input: f_e(gate * x) in place of gate * f_e(x) (Llama 4); of routed experts alone.
-    router_norm, router_norm_epsilon: [D] or None, then n(x) = router_norm * x / sqrt(mean(x²) + epsilon).
-    identity_experts: Z, as many further experts, E to E + Z - 1, that return x itself (LongCat-Flash).
-    bias_rule: how training moves selection_bias; None: not said.
-    """
-
-    experts: Experts
-    router: RouterSpec
-    router_weight: Tensor
-    router_bias: Tensor | None = None
-    selection_bias: Tensor | None = None
-    shared: Experts | None = None
-    shared_gate: Tensor | None = None
-    combine: str = "sum"
-    training_only: tuple[str, ...] = ()
-    expert_scale: Tensor | None = None
-    gates_on: str = "output"
-    router_norm: Tensor | None = None
-    router_norm_epsilon: float = 1e-6
-    identity_experts: int = 0
-    bias_rule: BiasRule | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("gates_on", self.gates_on, GATES_ON)
-        if not isinstance(self.identity_experts, int) or self.identity_experts < 0:
-            raise ValueError(f"identity_experts is {self.identity_experts!r}; it must be an int, at least 0")
-        if not isinstance(self.router_norm_epsilon, int | float) or self.router_norm_epsilon < 0:
-            raise ValueError(f"router_norm_epsilon is {self.router_norm_epsilon!r}; it must be at least 0")
-
-
-@dataclass(frozen=True)
 class Support:
     """What an implementation declares that it can do. The suite tests all of it and nothing else.
 
@@ -387,86 +204,11 @@ class Support:
             ("combines", COMBINES),
             ("biases", (True, False)),
         ):
-            _check_declared(f"{name} of Support", getattr(self, name), valid)
+            check_declared(f"{name} of Support", getattr(self, name), valid)
 
     def takes_clamp(self, activation: str, clamp: Clamp) -> bool:
         """Tell whether the numbers of an activation are declared; without numbers they are."""
         return activation != CLAMPED or self.clamps is None or clamp in self.clamps
-
-
-@dataclass(frozen=True)
-class LayerSupport:
-    """What a whole layer declares that it can do. The suite tests all of it and nothing else.
-
-    A layer's file may hold ``SUPPORT = LayerSupport(...)``; without one, every default below is claimed. With
-    ``Support(...)`` in its place the layer declares the fields that the two share.
-
-    dtypes: of x, with parameters in the same one.
-    gradients: of x and every parameter that is trained; without them the output alone is tested.
-    deterministic: equal inputs give bit-equal outputs in evaluation.
-    leading: any ([..., D]), or batch_sequence: x is [B, S, D] and nothing else.
-    router_dtype: float32: logits are made in at least float32, whatever the dtype of x is. input: they are
-        made and rounded in the dtype of x; tokens whose choice of experts that rounding may change are then
-        judged in float32 and float64 alone.
-    no_tokens: x may hold none.
-    training: it can be called in training mode, and y then has the gradients of what was computed, noise
-        included.
-    recompute: under torch.utils.checkpoint around the layer a training step moves every buffer as it does
-        without. Not said of a layer that moves any, that step is not compared.
-    autocast: under torch.autocast logits are still made in float32, and the output is right to the autocast
-        dtype and has the dtype of x.
-    fullgraph: torch.compile takes it as one graph, and does not compile again for another number of tokens.
-    exports: torch.export takes it.
-    """
-
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    gradients: bool = True
-    deterministic: bool = True
-    leading: str = "any"
-    router_dtype: str = "float32"
-    no_tokens: bool = True
-    training: bool = True
-    recompute: bool = False
-    autocast: bool = False
-    fullgraph: bool = False
-    exports: bool = False
-
-    def __post_init__(self) -> None:
-        _check_declared("dtypes of LayerSupport", self.dtypes, DTYPES)
-        check_choice("leading of LayerSupport", self.leading, LEADING)
-        check_choice("router_dtype of LayerSupport", self.router_dtype, ROUTER_DTYPES)
-
-    @property
-    def any_leading(self) -> bool:
-        """Whether x may have any leading dimensions."""
-        return self.leading == "any"
-
-    @classmethod
-    def of(cls, declared: object) -> LayerSupport:
-        """Return a layer's declaration, or keep of an implementation's what a layer can declare.
-
-        Raises:
-            TypeError: it is neither.
-        """
-        if isinstance(declared, LayerSupport):
-            return declared
-        if not isinstance(declared, Support):
-            raise TypeError(
-                f"SUPPORT is a {type(declared).__name__}; it must be a moe_impls.LayerSupport or Support"
-            )
-        return cls(**{f.name: getattr(declared, f.name) for f in fields(cls) if hasattr(declared, f.name)})
-
-
-def _check_declared(name: str, declared: object, valid: tuple) -> None:
-    """Raise TypeError unless ``declared`` is a tuple, not empty, and ValueError unless all of it is valid."""
-    if not isinstance(declared, tuple) or not declared:
-        raise TypeError(f"{name} is {declared!r}; it must be a tuple of {valid}, not empty")
-    for value in declared:
-        check_choice(name, value, valid)
-
-
-Forward = Callable[..., Tensor]  # forward(x, routing, experts, *, combine="sum") -> y
-Prepared = Callable[..., Tensor]  # f(x, routing, *, combine="sum") -> y, without gradients
 
 
 def _needs_nothing_more() -> bool:

@@ -17,7 +17,6 @@ from moe_impls.interface import (
     Clamp,
     Experts,
     Implementation,
-    RouterSpec,
     Routing,
     check_choice,
     check_inputs,
@@ -27,6 +26,7 @@ from moe_impls.interface import (
 from moe_impls.losses import auxiliary_loss
 from moe_impls.registry import resolve
 from moe_impls.router import count_load, importance, noisy_top_k, route
+from moe_impls.router_interface import RouterSpec
 
 
 class MoE(nn.Module):

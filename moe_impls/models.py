@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moe_impls.interface import Clamp, RouterSpec
+from moe_impls.interface import Clamp
+from moe_impls.router_interface import RouterSpec
 
 HUB = "https://huggingface.co"
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import accumulation_dtype
-from moe_impls.interface import SPARSEMIXER_REACH, RouterSpec, Routing, check_num_experts, check_positive
+from moe_impls.interface import Routing, check_positive
+from moe_impls.router_interface import SPARSEMIXER_REACH, RouterSpec, check_num_experts
 
 NOISE_EPSILON = 1e-2  # the least standard deviation of the gate's noise, in units of logits
 

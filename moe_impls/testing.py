@@ -21,17 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from moe_impls import suite
-from moe_impls.interface import (
-    Forward,
-    Implementation,
-    LayerSupport,
-    LayerWeights,
-    RouterSpec,
-    RouterSupport,
-    Routing,
-    Support,
-)
+from moe_impls.interface import Forward, Implementation, Routing, Support
+from moe_impls.layer_interface import LayerSupport, LayerWeights
 from moe_impls.registry import check_signature
+from moe_impls.router_interface import RouterSpec, RouterSupport
 
 if TYPE_CHECKING:
     from correctness.checks.case import Case, Subject

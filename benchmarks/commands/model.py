@@ -25,7 +25,7 @@ from benchmarks.options import RESULTS
 from benchmarks.sweep import journal, record
 from benchmarks.timing import measure, memory, ratio
 from benchmarks.timing.measure import Call
-from correctness.judging.budget import FACTOR, eps
+from correctness.judging.budget import allowed_error
 from correctness.judging.finding import CheckFailed
 from moe_impls.interface import check_choice
 from moe_impls.models import MODELS
@@ -184,13 +184,14 @@ def check(model: Any, calls: Mapping[str, Call]) -> None:
     They may be further from its loop than its other backend is, by the factor of the error budget.
     """
     for name in (use for use in calls if not use.startswith("generate")):
-        loop, other, ours = (by(model, b, calls[name])() for b in ("eager", "grouped_mm", OURS))
-        size = float(loop.abs().max())
-        allowed = FACTOR * max(float((other - loop).abs().max()), eps(loop.dtype) * size)
-        off = float((ours - loop).abs().max())
+        logits: list[torch.Tensor] = [by(model, b, calls[name])() for b in ("eager", "grouped_mm", OURS)]  # pyright: ignore[reportAssignmentType]
+        loop, other, ours = logits
+        size = loop.abs().max()
+        allowed = allowed_error((other - loop).abs() / size, loop.dtype, loop.dtype)
+        off = float((ours - loop).abs().max() / size)
         if not off <= allowed:
             raise CheckFailed(
-                f"{name}: ours is {off:.3g} off at a size of {size:.3g}; allowed is {allowed:.3g}"
+                f"{name}: ours is {off:.3g} of the largest off; allowed is {allowed:.3g}"
             )
 
 

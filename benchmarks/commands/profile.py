@@ -14,8 +14,9 @@ from benchmarks.sweep.plan import SIZES
 from benchmarks.timing import profile
 from benchmarks.workloads import MODELS, Workloads
 from correctness.problems.problem import Problem
-from moe_impls.interface import Implementation, RouterSpec
+from moe_impls.interface import Implementation
 from moe_impls.registry import resolve
+from moe_impls.router_interface import RouterSpec
 
 MODE = "forward_backward"
 

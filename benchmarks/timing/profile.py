@@ -46,9 +46,10 @@ from correctness.judging import calling, compare
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem, unsupported
 from moe_impls import functional
-from moe_impls.interface import Implementation, RouterSpec, dtype_name
+from moe_impls.interface import Implementation, dtype_name
 from moe_impls.registry import one_line
 from moe_impls.router import route
+from moe_impls.router_interface import RouterSpec
 from reporting.pages import slug, write_atomically
 
 STAGES = ("route", "dispatch", "expert_gemms", "activation", "combine", "other", "host")

@@ -12,7 +12,8 @@ from correctness.checks.case import Check, Kind, Subject
 from correctness.judging.budget import STANDARD_ERRORS, require_close
 from correctness.judging.finding import CheckFailed
 from correctness.oracle import router as oracle
-from moe_impls.interface import RouterSpec, Routing
+from moe_impls.interface import Routing
+from moe_impls.router_interface import RouterSpec
 
 EPS64, EPS32 = (torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32))
 REDRAWS = 4000

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from correctness.checks.case import Check
-from correctness.judging.budget import FACTOR, eps
+from correctness.judging.budget import eps, roundings
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Bench, S, T, weights_of
 from correctness.judging.layer_steps import as_it_is, during, is_noisy, seeded, step
 from correctness.oracle import layer as oracle
 from correctness.problems.layers import LayerProblem
-from moe_impls.interface import BiasRule
+from moe_impls.layer_interface import BiasRule
 
 MOST = 1024  # tokens of a step
 
@@ -98,7 +98,7 @@ def _require_moved(moved: Tensor, load: Tensor, rule: BiasRule | None, before: T
         return
     want = rule.rate * (load.mean() - load).sign()
     want = want - want.mean() if rule.centred else want
-    allowed = FACTOR * eps(torch.float32) * (before.double().abs() + rule.rate)
+    allowed = roundings(eps(torch.float32)) * (before.double().abs() + rule.rate)
     if bool(((moved - want).abs() <= allowed).all()):
         return
     e = int(((moved - want).abs() / allowed).argmax())

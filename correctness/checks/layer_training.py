@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from correctness.checks.case import Check
 from correctness.judging import layer_reported
-from correctness.judging.budget import FACTOR, allowed_by_differences, eps
+from correctness.judging.budget import allowed_by_differences, eps, roundings
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import COPIES, B, Bench, S, T, build, spread, trained
 from correctness.judging.layer_steps import (
@@ -206,7 +206,7 @@ def _as_good(bench: Bench, name: str, got: Tensor | None, want: Tensor | None) -
     if got is None or want is None:
         return got is want
     known = bench.expected.allowed.get(name)
-    allowed = known.to(want).flatten() if known is not None else FACTOR * eps(bench.dtype) * want.abs().max()
+    allowed = known.to(want).flatten() if known is not None else roundings(eps(bench.dtype)) * want.abs().max()
     return bool(((got - want).abs().flatten() <= allowed).all())
 
 

@@ -52,7 +52,7 @@ from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Bench, Layer
 from correctness.judging.layer_why import cause_of, unread
 from correctness.problems.layers import LayerProblem
-from moe_impls.interface import LayerSupport
+from moe_impls.layer_interface import LayerSupport
 
 _FLOAT32 = (LayerProblem(),)
 _BFLOAT16 = (LayerProblem(torch.bfloat16),)

@@ -31,7 +31,8 @@ from correctness.problems.routers import (
     RouterProblem,
     make_router_inputs,
 )
-from moe_impls.interface import RouterSpec, RouterSupport, Routing, dtype_name
+from moe_impls.interface import Routing, dtype_name
+from moe_impls.router_interface import RouterSpec, RouterSupport
 
 Route = Callable[..., Routing]
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from moe_impls.interface import Experts, LayerWeights, RouterSpec
+from moe_impls.interface import Experts
+from moe_impls.layer_interface import LayerWeights
+from moe_impls.router_interface import RouterSpec
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from correctness.families.probe import TOKENS, trace
 from correctness.families.reading import Reading
 from correctness.families.tiny import D
-from moe_impls.interface import DTYPES, LayerSupport
+from moe_impls.interface import DTYPES
+from moe_impls.layer_interface import LayerSupport
 from moe_impls.router import route
 
 MANY = 50 * TOKENS  # tokens, so that rounding of logits sends some elsewhere

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from correctness.families.tiny import D
 from correctness.judging.layer_bench import draw
-from moe_impls import interface
-from moe_impls.interface import RouterSpec, Routing
+from moe_impls import router_interface
+from moe_impls.interface import Routing
 from moe_impls.router import route
+from moe_impls.router_interface import RouterSpec
 
 TOKENS = 400
 TOLERANCE = 2e-5  # of gates, which the block makes in float32
@@ -178,12 +179,13 @@ def _guesses(block: nn.Module, experts: str, ids: Tensor) -> Iterator[Router]:
     tensors = {
         n: t for n, t in named(block).items() if not n.startswith(experts + ".") and t.is_floating_point()
     }
-    K, E = ids.shape[1], block.get_submodule(experts).down_proj.shape[0]
+    down: Any = block.get_submodule(experts).down_proj
+    K, E = ids.shape[1], len(down)
     weights = [n for n, t in tensors.items() if t.ndim == 2 and t.shape == (E, D)]
     vectors = [n for n, t in tensors.items() if t.numel() == E and "shared" not in n]
     norms = [n for n, t in tensors.items() if t.shape == (D,) and "shared" not in n]
     roles: tuple[str, ...] = ("router_bias", "selection_bias", "expert_scale")
-    chosen = [
+    chosen: list[dict[str, str]] = [
         dict(zip(rs, vs, strict=True))
         for n in range(len(vectors) + 1)
         for vs in itertools.combinations(vectors, n)
@@ -196,7 +198,7 @@ def _guesses(block: nn.Module, experts: str, ids: Tensor) -> Iterator[Router]:
         has_bias = "selection_bias" in vector
         if spec.score == "sparsemixer" and has_bias:
             continue
-        for biased in interface.BIASED if has_bias else ("score",):
+        for biased in router_interface.BIASED if has_bias else ("score",):
             yield Router(replace(spec, biased=biased), weight, vector, norm, scale)
 
 
@@ -205,10 +207,11 @@ def _specs(E: int, K: int) -> Iterator[RouterSpec]:
     for g in range(2, E // 2 + 1):
         if E % g == 0:
             kept = (k for k in range(1, g) if E // g * k >= K)
-            groups += [(g, k, how) for k in kept for how in interface.GROUP_SCORES]
-    for (g, kept, how), score, renormalise in itertools.product(groups, interface.SCORES, (False, True)):
-        if not (renormalise and score == "topk_softmax") and (score != "sparsemixer" or g == 1):
-            yield RouterSpec(K, score, renormalise, 1.0, g, kept, how)
+            groups += [(g, k, how) for k in kept for how in router_interface.GROUP_SCORES]
+    for g, kept, how in groups:
+        for score, renormalise in itertools.product(router_interface.SCORES, (False, True)):
+            if not (renormalise and score == "topk_softmax") and (score != "sparsemixer" or g == 1):
+                yield RouterSpec(K, score, renormalise, 1.0, g, kept, how)
 
 
 def _by_id(routing: Routing) -> Tensor:

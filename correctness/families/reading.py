@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from correctness.families.probe import NotInTheContract, Router, Trace, experts_name, find_router, named
 from moe_impls.activation_probe import UnknownActivation, activation_of
-from moe_impls.interface import Clamp, Experts, LayerWeights
+from moe_impls.interface import Clamp, Experts
+from moe_impls.layer_interface import LayerWeights
 from moe_impls.transformers import Refused, experts_of
 
 FIT = 1e-5  # of the root mean square of y: what is not explained may be rounding of float32

@@ -28,6 +28,11 @@ def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
+def roundings(eps: float) -> float:
+    """Return the relative error that a right computation may show of which nothing but a precision is known."""
+    return FACTOR * eps
+
+
 def relative_errors(got: Tensor, want: Tensor, scale: Tensor, floor: float = 0.0) -> Tensor:
     """Return |got - want| / scale for each entry, in float64; infinite where it is no number.
 
@@ -106,7 +111,7 @@ def require_close(what: str, got: Tensor | float, want: Tensor | float, eps: flo
     got, want = torch.as_tensor(got).double(), torch.as_tensor(want, dtype=torch.float64)
     if got.shape != want.shape:
         raise CheckFailed(f"{what} has shape {list(got.shape)}; it must be {list(want.shape)}")
-    allowed = FACTOR * eps * (want.abs() + want.abs().max()) if want.numel() else want
+    allowed = roundings(eps) * (want.abs() + want.abs().max()) if want.numel() else want
     if not bool(((got - want).abs() <= allowed).all()):
         raise CheckFailed(f"{what} is {got.tolist()}; right is {want.tolist()}")
 

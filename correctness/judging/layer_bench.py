@@ -16,7 +16,8 @@ from correctness.judging.layer_routing import dropped_slots
 from correctness.judging.layer_tokens import B, S, T, comparable, draw_tokens, is_swayed  # noqa: F401
 from correctness.oracle import layer as oracle
 from correctness.problems.problem import LOW_PRECISION
-from moe_impls.interface import LayerSupport, LayerWeights, Routing, dtype_name
+from moe_impls.interface import Routing, dtype_name
+from moe_impls.layer_interface import LayerSupport, LayerWeights
 from moe_impls.registry import one_line
 
 SIGNS = 64  # patterns of signs of errors

@@ -17,18 +17,9 @@ from torch import Tensor
 
 from correctness.oracle import layer as oracle
 from correctness.oracle import router
-from moe_impls.interface import (
-    ACTIVATIONS,
-    BIASED,
-    CLAMPED,
-    GATED_ACTIVATIONS,
-    GROUP_SCORES,
-    OUTPUT_ACTIVATIONS,
-    SCORES,
-    Clamp,
-    Experts,
-    LayerWeights,
-)
+from moe_impls.interface import ACTIVATIONS, CLAMPED, GATED_ACTIVATIONS, OUTPUT_ACTIVATIONS, Clamp, Experts
+from moe_impls.layer_interface import LayerWeights
+from moe_impls.router_interface import BIASED, GROUP_SCORES, SCORES
 
 NO_LIMIT = 1e30
 NUMBERS = ((7.0, 10.0, NO_LIMIT), (1.702, 1.0), (1.0, 0.0))  # limits, alphas and offsets of clamps

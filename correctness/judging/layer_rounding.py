@@ -12,7 +12,7 @@ from correctness.judging.budget import relative_errors
 from correctness.judging.layer_bench import Bench, judged
 from correctness.oracle import layer as oracle
 from correctness.oracle import router
-from moe_impls.interface import LayerWeights
+from moe_impls.layer_interface import LayerWeights
 
 
 def rounded_tensor(bench: Bench, y: Tensor) -> str:

@@ -12,7 +12,8 @@ from correctness.judging.budget import allowed_error, relative_errors
 from correctness.judging.finding import CheckFailed
 from correctness.oracle import layer as oracle
 from correctness.problems.problem import LOW_PRECISION
-from moe_impls.interface import LayerWeights, Routing
+from moe_impls.interface import Routing
+from moe_impls.layer_interface import LayerWeights
 from moe_impls.registry import one_line
 
 MANY = 4  # visits of an expert; a capacity, of whatever size, leaves it one of so many

@@ -9,7 +9,8 @@ from correctness.judging.finding import CheckFailed
 from correctness.oracle import layer as oracle
 from correctness.problems.inputs import near_kink
 from correctness.problems.problem import LOW_PRECISION, Inputs, Problem
-from moe_impls.interface import Experts, LayerWeights, Routing
+from moe_impls.interface import Experts, Routing
+from moe_impls.layer_interface import LayerWeights
 from moe_impls.router import route
 
 B, S = 4, 8  # leading dimensions of the input: T = B * S tokens

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_impls.interface import BiasRule, Experts, LayerWeights, RouterSpec, Routing, check_inputs
+from moe_impls.interface import Experts, Routing, check_inputs
+from moe_impls.layer_interface import BiasRule, LayerWeights
 from moe_impls.router import check_logits
+from moe_impls.router_interface import RouterSpec
 
 
 def check_weights(weights: object, layer: nn.Module) -> None:

@@ -15,7 +15,7 @@ from correctness.judging.layer_bench import B, Bench, Expected, Layer, S, traine
 from correctness.judging.layer_causes import Cause, causes
 from correctness.judging.router_hints import likely_epsilon
 from correctness.oracle import layer as oracle
-from moe_impls.interface import LayerWeights
+from moe_impls.layer_interface import LayerWeights
 
 FEW = 6  # tokens on which a cause is tried first
 A_LOT = 1e-2  # of y's scale: a cause that is so far off on these is none

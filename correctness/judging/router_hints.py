@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from correctness.judging.budget import FACTOR, eps
+from correctness.judging.budget import eps, roundings
 from correctness.oracle import router as oracle
-from moe_impls.interface import BIASED, GROUP_SCORES, SCORES, RouterSpec
+from moe_impls.router_interface import BIASED, GROUP_SCORES, SCORES, RouterSpec
 
 MOST_TOKENS = 64
-PRECISION = FACTOR * eps(torch.float32)
+PRECISION = roundings(eps(torch.float32))
 HINT = "\n  hint: "
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from correctness.judging.budget import FACTOR, allowed_error, eps
+from correctness.judging.budget import allowed_error, eps, roundings
 from moe_impls.interface import dtype_name
 
 NARROW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
@@ -167,7 +167,7 @@ def _rounded(got: Tensor, want: Tensor) -> str:
 
 def _close(got: Tensor, want: Tensor, precision: float) -> bool:
     """Whether numbers agree to the roundings of one operation: eps of their own size for each."""
-    return bool(((got - want).abs() <= FACTOR * precision * want.abs()).all())
+    return bool(((got - want).abs() <= roundings(precision) * want.abs()).all())
 
 
 def _by_a_factor(got: Tensor, want: Tensor, precision: float) -> str:
@@ -175,7 +175,7 @@ def _by_a_factor(got: Tensor, want: Tensor, precision: float) -> str:
     factor = float((got * want).sum()) / norm if norm else 0.0
     if not factor or not _close(got, factor * want, precision) or got.numel() < LEAST:
         return ""
-    if abs(factor - 1) <= FACTOR * precision:
+    if abs(factor - 1) <= roundings(precision):
         return f"off by roundings only, at most {float((got - want).abs().max()):.1e}"
     if factor == -1:
         return "its sign is turned"
@@ -186,7 +186,7 @@ def _number(factor: float, precision: float) -> str:
     """Write a factor as a fraction where that is short and as exact as it is known."""
     for below in range(1, 65):
         above = round(factor * below)
-        if above and abs(above / below - factor) <= FACTOR * precision * abs(factor) and abs(above) <= 64:
+        if above and abs(above / below - factor) <= roundings(precision) * abs(factor) and abs(above) <= 64:
             return str(above) if below == 1 else f"{above}/{below} ({factor:.6g})"
     return f"{factor:.6g}"
 
@@ -194,8 +194,8 @@ def _number(factor: float, precision: float) -> str:
 def _by_an_offset(got: Tensor, want: Tensor, precision: float) -> str:
     off = (got - want).mean()
     size = torch.maximum(want.abs(), got.abs()) + off.abs()
-    near = bool(((got - want - off).abs() <= FACTOR * precision * size).all())
-    told = near and got.numel() >= LEAST and float(off.abs()) > FACTOR * precision * float(size.max())
+    near = bool(((got - want - off).abs() <= roundings(precision) * size).all())
+    told = near and got.numel() >= LEAST and float(off.abs()) > roundings(precision) * float(size.max())
     return f"{float(off):+.6g} added to every number" if told else ""
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from correctness.judging.budget import FACTOR, allowed_error, eps, worst
+from correctness.judging.budget import allowed_error, eps, roundings, worst
 from correctness.models.causes import digest
 from correctness.models.comparison import Finding
 
@@ -340,7 +340,7 @@ def executed(got: Tensor, want: Tensor, allowed: float, module: str) -> str:
         return "it is all zeros"
     got, want = got.double(), want.double()
     size = want.square().mean().sqrt()
-    tolerance = max(allowed, FACTOR * eps(torch.float32)) * size
+    tolerance = max(allowed, roundings(eps(torch.float32))) * size
     factor = (got * want).sum() / (want * want).sum()
     if bool(((got - factor * want).abs() <= tolerance * factor.abs()).all()):
         return f"it is {float(factor):.6g} times the reference's: a factor is missing, or counted twice"

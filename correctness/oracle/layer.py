@@ -20,7 +20,8 @@ from torch import Tensor
 
 from correctness.oracle import router
 from correctness.oracle.experts import evaluate, running_product
-from moe_impls.interface import LayerWeights, RouterSpec
+from moe_impls.layer_interface import LayerWeights
+from moe_impls.router_interface import RouterSpec
 
 PLAIN = ("router_weight", "router_bias", "selection_bias", "expert_scale", "router_norm", "shared_gate")
 # How far a logit or a score in the dtype of x may be off, in distances between numbers of that dtype: four

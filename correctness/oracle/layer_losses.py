@@ -7,7 +7,8 @@ from torch import Tensor
 
 from correctness.oracle import router
 from correctness.oracle.layer import Sums, Terms, add_router, gates, logit_gradient, logits
-from moe_impls.interface import LayerWeights, check_choice
+from moe_impls.interface import check_choice
+from moe_impls.layer_interface import LayerWeights
 
 LOSSES = ("load_balancing_loss", "z_loss", "auxiliary_loss")
 

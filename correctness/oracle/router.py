@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_impls.interface import SPARSEMIXER_REACH, RouterSpec, check_choice
+from moe_impls.interface import check_choice
+from moe_impls.router_interface import SPARSEMIXER_REACH, RouterSpec
 
 # How many units of rounding a right router's score may be off before its choice is called unclear.
 SLACK = 16.0

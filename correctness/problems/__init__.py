@@ -11,6 +11,7 @@ import torch
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
 from correctness.problems.routers import RouterProblem, make_router_inputs
-from moe_impls.interface import Clamp, RouterSpec
+from moe_impls.interface import Clamp
+from moe_impls.router_interface import RouterSpec
 
 __all__ = ["Clamp", "Problem", "RouterProblem", "RouterSpec", "make_inputs", "make_router_inputs", "torch"]

@@ -10,15 +10,7 @@ from dataclasses import replace
 import torch
 
 from correctness.problems.problem import EXACT_CLAMP, LOW_PRECISION, Problem, fit
-from moe_impls.interface import (
-    ACTIVATIONS,
-    CLAMPED,
-    COMBINES,
-    DTYPES,
-    OUTPUT_ACTIVATIONS,
-    Clamp,
-    Support,
-)
+from moe_impls.interface import ACTIVATIONS, CLAMPED, COMBINES, DTYPES, OUTPUT_ACTIVATIONS, Clamp, Support
 from moe_impls.models import MODELS
 
 SMALL = Problem("small", T=37, D=12, H=10, O=7, E=5, K=2, gates="unnormalised")

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from correctness.problems.routers import FieldProblem, RouterProblem, is_moderate
-from moe_impls.interface import RouterSpec, RouterSupport, check_num_experts, dtype_name
+from moe_impls.interface import dtype_name
+from moe_impls.router_interface import RouterSpec, RouterSupport, check_num_experts
 
 MODERATE = 2.0  # spread of logits
 

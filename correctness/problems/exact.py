@@ -14,11 +14,7 @@ from correctness.problems.problem import (
     Problem,
     gate_scale,
 )
-from moe_impls.interface import (
-    CLAMPED,
-    Experts,
-    Routing,
-)
+from moe_impls.interface import CLAMPED, Experts, Routing
 
 
 def _exact_numbers(p: Problem, routing: Routing, generator: torch.Generator) -> Inputs:

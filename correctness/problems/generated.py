@@ -30,7 +30,8 @@ from correctness.problems.problem import (
     resize,
 )
 from correctness.problems.routers import RouterProblem, is_moderate
-from moe_impls.interface import CLAMPED, Clamp, RouterSpec, RouterSupport, Support
+from moe_impls.interface import CLAMPED, Clamp, Support
+from moe_impls.router_interface import RouterSpec, RouterSupport
 
 # Sizes are below 2**n, with n from here. One size of a problem may be larger, which keeps each one fast.
 USUAL = {"T": 6, "D": 6, "H": 6, "O": 6, "E": 4, "K": 3}

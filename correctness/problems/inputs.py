@@ -12,10 +12,7 @@ from correctness.problems.exact import _exact_numbers
 from correctness.problems.gates import GATES
 from correctness.problems.loads import load_named
 from correctness.problems.problem import MOST_DRAWS, Inputs, Problem
-from moe_impls.interface import (
-    Experts,
-    Routing,
-)
+from moe_impls.interface import Experts, Routing
 
 
 def make_inputs(problem: Problem) -> Inputs:

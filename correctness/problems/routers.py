@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_impls.interface import DTYPES, GROUP_SCORES, RouterSpec, dtype_name
+from moe_impls.interface import DTYPES, dtype_name
 from moe_impls.models import MODELS
+from moe_impls.router_interface import GROUP_SCORES, RouterSpec
 
 
 @dataclass(frozen=True)

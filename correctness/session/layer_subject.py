@@ -13,9 +13,11 @@ from correctness.checks.layers import layer
 from correctness.judging.layer_bench import Layer, build
 from correctness.judging.layer_weights import check_weights
 from correctness.session.families import FAMILIES, family_layer
-from moe_impls.interface import LayerSupport, LayerWeights, RouterSpec, Routing
+from moe_impls.interface import Routing
 from moe_impls.layer import MoE
+from moe_impls.layer_interface import LayerSupport, LayerWeights
 from moe_impls.registry import ResolveError, asking, check_signature, load_function
+from moe_impls.router_interface import RouterSpec
 
 
 def resolve_layer(name: str) -> Subject:

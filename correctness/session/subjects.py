@@ -13,8 +13,8 @@ from correctness.judging.blame import process_kept
 from correctness.session.families import named_layers
 from correctness.session.layer_subject import own_layers, resolve_layer
 from correctness.session.limits import limited
-from moe_impls.interface import RouterSupport
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve
+from moe_impls.router_interface import RouterSupport
 
 OWN_ROUTER, OWN_LOSSES = "moe_impls.router:route", "moe_impls"
 

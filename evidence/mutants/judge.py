@@ -12,7 +12,8 @@ from correctness.checks.case import Subject, cases
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Layer
 from evidence.mutants.mutant import Mutant
-from moe_impls.interface import Implementation, LayerSupport
+from moe_impls.interface import Implementation
+from moe_impls.layer_interface import LayerSupport
 
 
 class Trial(NamedTuple):

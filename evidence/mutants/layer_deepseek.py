@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_impls.interface import Experts, LayerWeights, RouterSpec
+from moe_impls.interface import Experts
+from moe_impls.layer_interface import LayerWeights
+from moe_impls.router_interface import RouterSpec
 
 D, H, E, K, GROUPS, KEPT, SCALE = 12, 10, 8, 2, 4, 2, 2.5
 HIDDEN = 6  # features of each of two shared experts

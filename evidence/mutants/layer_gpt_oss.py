@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_impls.interface import Experts, LayerWeights, RouterSpec
+from moe_impls.interface import Experts
+from moe_impls.layer_interface import LayerWeights
+from moe_impls.router_interface import RouterSpec
 
 D, H, E, K = 12, 10, 6, 2
 

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_impls.interface import Experts, LayerSupport, LayerWeights, RouterSpec
+from moe_impls.interface import Experts
+from moe_impls.layer_interface import LayerSupport, LayerWeights
+from moe_impls.router_interface import RouterSpec
 
 D, H, E, K = 12, 12, 6, 1  # square, so that a transposed weight has the right shape
 

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_impls.interface import Experts, LayerWeights, RouterSpec, Routing
+from moe_impls.interface import Experts, Routing
+from moe_impls.layer_interface import LayerWeights
+from moe_impls.router_interface import RouterSpec
 
-D, H, E, K, FACTOR = 12, 10, 6, 2, 1.0
+D, H, E, K, CAPACITY_FACTOR = 12, 10, 6, 2, 1.0
 
 
 class Layer(nn.Module):
@@ -40,7 +42,7 @@ class Layer(nn.Module):
         """Choose experts [T, K], E where one is full, and gates, for tokens x [T, D]."""
         logits = F.linear(x.float(), self.router.float())
         gates, ids = logits.softmax(dim=1).topk(K, dim=1)
-        capacity = math.ceil(FACTOR * len(x) * K / E)
+        capacity = math.ceil(CAPACITY_FACTOR * len(x) * K / E)
         visits = F.one_hot(ids.mT.flatten(), E)  # [K * T, E]; first choices come first
         place = (visits.cumsum(dim=0) * visits).sum(dim=1).view(K, -1).mT  # [T, K], from 1
         ids = ids.where(place <= capacity, E)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_impls.interface import RouterSpec, Routing
+from moe_impls.interface import Routing
+from moe_impls.router_interface import RouterSpec
 
 
 def wide(t: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
 """A right router, each step on a line of its own, so that it can be made wrong by changing one line.
 
-Written from the equations of the released routers (see ``moe_impls.interface.RouterSpec``). It passes every
+Written from the equations of the released routers (see ``moe_impls.router_interface.RouterSpec``). It passes every
 check of a router as it stands.
 """
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_impls.interface import RouterSpec, Routing
+from moe_impls.interface import Routing
+from moe_impls.router_interface import RouterSpec
 
 
 def route(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:

@@ -19,8 +19,8 @@ from correctness.checks.routers import router
 from correctness.checks.table import CHECKS, KINDS, implementation
 from correctness.judging.finding import CheckFailed
 from correctness.session.subjects import find_subjects, rerun
-from moe_impls.interface import RouterSpec
 from moe_impls.registry import IMPLEMENTATIONS, resolve
+from moe_impls.router_interface import RouterSpec
 from reporting.provenance import ROOT
 from tests.correctness.findings import findings
 

@@ -19,8 +19,8 @@ from correctness.judging.finding import CheckFailed
 from correctness.problems.routers import KINDS, PROBLEMS
 from correctness.session.subjects import find_subjects
 from moe_impls import RouterSpec, RouterSupport, Routing
-from moe_impls.interface import SCORES
 from moe_impls.registry import ResolveError
+from moe_impls.router_interface import SCORES
 from tests.correctness.findings import findings
 
 WITH_BIAS, WITHOUT = (True,), (False,)

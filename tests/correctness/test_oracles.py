@@ -14,15 +14,9 @@ from correctness.oracle.experts import act, act_derivative, evaluate
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
-from moe_impls.interface import (
-    ACTIVATIONS,
-    COMBINES,
-    OUTPUT_ACTIVATIONS,
-    SCORES,
-    Clamp,
-    LayerWeights,
-    RouterSpec,
-)
+from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS, Clamp
+from moe_impls.layer_interface import LayerWeights
+from moe_impls.router_interface import SCORES, RouterSpec
 
 
 def scalar_activation(name: str, h: list[float], clamp: Clamp) -> list[float]:

@@ -14,7 +14,7 @@ import transformers  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 import moe_impls.transformers as ours
-from correctness.judging.budget import FACTOR, eps
+from correctness.judging.budget import allowed_error, eps, roundings
 from moe_impls import IMPLEMENTATIONS
 from moe_impls.registry import ResolveError
 from moe_impls.transformers import Refused, calls, refresh, unuse, use
@@ -51,15 +51,15 @@ def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
 
 def agree(got: torch.Tensor, want: torch.Tensor) -> bool:
     """Whether results of two computations in one dtype are alike but for rounding."""
-    limit = 1e-14 if got.dtype == torch.float64 else 2 * FACTOR * eps(got.dtype)
+    limit = 1e-14 if got.dtype == torch.float64 else 2 * roundings(eps(got.dtype))
     return float((got - want).detach().abs().max()) <= limit * float(want.detach().abs().max())
 
 
 def as_right(got: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> bool:
     """Whether a result is within the budget, by what transformers' own loop loses."""
-    lost, size = (theirs - exact).detach().abs().max(), exact.detach().abs().max()
-    allowed = FACTOR * max(float(lost), eps(theirs.dtype) * float(size))
-    return float((got - exact).detach().abs().max()) <= allowed
+    size = exact.detach().abs().max()
+    allowed = allowed_error((theirs - exact).detach().abs() / size, theirs.dtype, theirs.dtype)
+    return float((got - exact).detach().abs().max() / size) <= allowed
 
 
 def only_ours(model: nn.Module) -> bool:
