@@ -131,6 +131,17 @@ def test_sums_are_kept_in_float32() -> None:
     assert y.tolist() == [[1.0]]
 
 
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gates_may_be_of_another_dtype_than_outputs(dtype: torch.dtype, combine: str) -> None:
+    gates = torch.tensor([[0.5, 0.25], [0.0, 1.0]])
+    outputs = [torch.tensor([[3.0]]), torch.tensor([[-2.0], [7.0]])]
+    want = SparseDispatcher(2, gates).combine(outputs, combine=combine)
+    y = SparseDispatcher(2, gates.to(dtype)).combine(outputs, combine=combine)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, want)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
