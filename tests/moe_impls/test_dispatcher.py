@@ -122,6 +122,14 @@ def test_a_zero_gate_of_a_routing_has_a_gradient() -> None:
     assert grad.tolist() == [[7.0, 5.0]]
 
 
+@pytest.mark.parametrize("value", [-1000.0, 1000.0])
+@pytest.mark.parametrize("gates", [[0.0, 0.5], [0.0, 1.0]])
+def test_the_largest_output_is_that_of_a_gate_above_zero(gates: list[float], value: float) -> None:
+    dispatcher = SparseDispatcher.from_routing(Routing(torch.tensor([[0, 1]]), torch.tensor([gates])), 2)
+    y = dispatcher.combine([torch.tensor([[-value]]), torch.tensor([[value]])], combine="logsumexp")
+    assert y.item() == pytest.approx(value + math.log(gates[1]))
+
+
 def test_sums_are_kept_in_float32() -> None:
     """256 + 1 - 256 is 1; in bfloat16 256 + 1 is 256."""
     dispatcher = SparseDispatcher(3, torch.ones(1, 3, dtype=torch.bfloat16))
