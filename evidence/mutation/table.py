@@ -43,7 +43,7 @@ def _of(*implementations: str, tests: str = "", named: str = "", interpreted: bo
 # Which files are mutated, and what each is held to: those subjects that use it.
 JUDGES: dict[str, Judges] = {
     "functional": _of("index_add", "sorted_dispatch", "recompute"),
-    "dispatcher": _of("sorted_dispatch", "recompute", tests="test_dispatcher.py"),
+    "dispatcher": _of("sorted_dispatch", tests="test_dispatcher.py"),
     "router": Judges((_ROUTER, _LOSSES, _LAYERS), ("test_layer.py", "test_sentinels.py")),
     "losses": Judges((_LOSSES, _LAYERS), ("test_losses.py",)),
     "layer": Judges((_LAYERS,), ("test_layer.py",)),
@@ -258,15 +258,9 @@ def page() -> str:
     frame["by"] = [check.partition("-")[0].partition("::")[0] for check in frame["check"]]
     frame["edit"] = "`" + frame["before"] + "` to `" + frame["after"] + "`"
     frame["place"] = frame["file"] + ":" + frame["line"]
-    alive = frame[frame["stands"] == SURVIVED][["key", "place", "function", "edit"]]
-    equal = frame[frame["stands"] == SAME]
-    equal = equal.assign(reason=[same[key] for key in equal["key"]])[["place", "edit", "reason"]]
-    by = (
-        frame[frame["stands"] == KILLED]["by"]
-        .value_counts()
-        .rename_axis("check")
-        .reset_index(name="found first")
-    )
+    frame["reason"] = [same.get(key, "") for key in frame["key"]]
+    killed, equal, alive = (pd.DataFrame(frame[frame["stands"] == name]) for name in (KILLED, SAME, SURVIVED))
+    by = killed["by"].value_counts().rename_axis("check").reset_index(name="found first")
     text = headline(frame)
     return f"""# Faults that nobody chose
 
@@ -288,16 +282,20 @@ the files and what each is held to stand in `evidence/mutation/`. `native.cpp` i
 
 ## Survivors
 
-{markdown_table(alive) if len(alive) else "None."}
+{_listed(alive, "key", "place", "function", "edit")}
 
 ## Equivalent
 
-{markdown_table(equal) if len(equal) else "None."}
+{_listed(equal, "place", "edit", "reason")}
 
 ## Checks
 
 {markdown_table(by)}
 """
+
+
+def _listed(frame: pd.DataFrame, *columns: str) -> str:
+    return markdown_table(frame.filter(columns)) if len(frame) else "None."
 
 
 def _by(frame: pd.DataFrame, column: str) -> str:
