@@ -103,7 +103,10 @@ def test_the_page_of_mutants_counts_the_checks_of_its_table(then: Path) -> None:
         ["experts", "a_check_of_then", 2, 2, 1],
         ["experts", "values", 0, 1, 0],
     ]
-    assert "3 of 3 mutants (2 expert computations, 1 routers, 0 losses and loads)" in table.page()
+    assert (
+        "3 of 3 mutants (2 expert computations, 1 routers, 0 whole layers, 0 losses and loads)"
+        in table.page()
+    )
 
 
 def test_the_comparison_counts_what_both_tables_have(then: Path) -> None:
