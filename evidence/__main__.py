@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser(
         "layers", help="the suite on public layers that are installed: results/layers.csv and its page"
     )
+    mutation.add_argument("--only", nargs="+", choices=drawn.JUDGES, default=(), help="modules of moe_impls")
     commands.add_parser("pages", help="every page again, from the committed tables")
     commands.add_parser("check", help="which tables and pages are stale, and what makes them anew")
     options = parser.parse_args(arguments)
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "lookalikes":
         return error_budget.run(options.seeds)
     if options.command == "mutation":
-        return drawn.run(options.seed, options.number, options.workers)
+        return drawn.run(options.seed, options.number, options.workers, options.only)
     if options.command == "published":
         return published.run()
     if options.command in ("families", "layers"):  # transformers is imported for them alone

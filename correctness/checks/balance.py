@@ -12,7 +12,7 @@ from correctness.checks.case import Check, Kind, Subject
 from correctness.judging.budget import STANDARD_ERRORS, require_close
 from correctness.judging.finding import CheckFailed
 from correctness.oracle import router as oracle
-from moe_impls.interface import Routing
+from moe_impls.interface import DTYPES, Routing
 from moe_impls.router_interface import RouterSpec
 
 EPS64, EPS32 = (torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32))
@@ -31,13 +31,13 @@ def _logits(T: int = 17, E: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def load_values(smooth_load: Callable[..., Tensor]) -> None:
-    """Return the oracle's load from smooth_load(clean, noisy, scale, k), for every k and in float32, too."""
-    for dtype in (torch.float64, torch.float32):
+    """Return the oracle's load from smooth_load(clean, noisy, scale, k), for every k, in float32 at least."""
+    for dtype in DTYPES:
         for k in range(1, 7):
-            arguments = _logits()
-            want = oracle.smooth_load(*arguments, k)
-            got = smooth_load(*(t.to(dtype) for t in arguments), k)
-            require_close(f"the load for k = {k} in {dtype}", got, want, torch.finfo(dtype).eps)
+            arguments = tuple(t.to(dtype) for t in _logits())
+            want = oracle.smooth_load(*(t.double() for t in arguments), k)
+            eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+            require_close(f"the load for k = {k} in {dtype}", smooth_load(*arguments, k), want, eps)
     empty = torch.zeros(0, 7)
     require_close("the load without tokens", smooth_load(empty, empty, empty, 2), torch.zeros(7), 0)
 

@@ -100,6 +100,7 @@ _TOP2: dict[str, Any] = {"group_score": "top2_sum"}
 PROBLEMS = (
     *_of_models(),
     RouterProblem("one_expert", 1, _spec(1)),
+    RouterProblem("one_expert_no_groups_top2", 1, _spec(1, **_TOP2)),
     RouterProblem("one_expert_of_three", 3, _spec(1, "topk_softmax")),
     RouterProblem("one_renormalised", 7, _spec(1, renormalise=True, scale=0.5)),
     RouterProblem("all_experts", 7, _spec(7)),

@@ -7,8 +7,9 @@ compute nothing else, each with the reason; the others are holes.
 
 from __future__ import annotations
 
+import functools
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,16 +36,17 @@ _ROUTER, _LAYERS, _LOSSES = ("router", "moe_impls.router:route"), ("layers", "")
 
 
 def _of(*implementations: str, tests: str = "", named: str = "", interpreted: bool = False) -> Judges:
-    return Judges(tuple(("implementation", name) for name in implementations), tests, named, interpreted)
+    subjects = tuple(("implementation", name) for name in implementations)
+    return Judges(subjects, (tests,) if tests else (), named, interpreted)
 
 
 # Which files are mutated, and what each is held to: those subjects that use it.
 JUDGES: dict[str, Judges] = {
     "functional": _of("index_add", "sorted_dispatch", "recompute"),
-    "dispatcher": _of("sorted_dispatch", "recompute", tests="test_dispatcher.py"),
-    "router": Judges((_ROUTER, _LOSSES, _LAYERS), "test_layer.py"),
-    "losses": Judges((_LOSSES, _LAYERS), "test_losses.py"),
-    "layer": Judges((_LAYERS,), "test_layer.py"),
+    "dispatcher": _of("sorted_dispatch", tests="test_dispatcher.py"),
+    "router": Judges((_ROUTER, _LOSSES, _LAYERS), ("test_layer.py", "test_sentinels.py")),
+    "losses": Judges((_LOSSES, _LAYERS), ("test_losses.py",)),
+    "layer": Judges((_LAYERS,), ("test_layer.py",)),
     "compiled": _of("compiled"),
     "compiling": _of("compiled"),
     "dense_mask": _of("dense_mask"),
@@ -70,15 +72,16 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def draw(seed: int) -> list[Mutant]:
-    """List all mutants in the order in which a seed draws them."""
+def draw(seed: int, only: Sequence[str] = ()) -> list[Mutant]:
+    """List all mutants, or those of some files, in the order in which a seed draws them."""
     from evidence.mutation.operators import mutants
 
-    found = [m for file, name in _files() for m in mutants(file, _text(file), LEFT_OUT.get(name, ()))]
+    named = [(file, name) for file, name in _files() if name in only or not only]
+    found = [m for file, name in named for m in mutants(file, _text(file), LEFT_OUT.get(name, ()))]
     return sorted(found, key=lambda mutant: tables.digest(seed, mutant.key))
 
 
-def run(seed: int = SEED, number: int = NUMBER, workers: int = 1) -> int:
+def run(seed: int = SEED, number: int = NUMBER, workers: int = 1, only: Sequence[str] = ()) -> int:
     """Judge the first mutants that a seed draws, and files as they are; 1 if one survives that computes else.
 
     A row of an earlier run is kept while its file is what it was and, for one that survived, while what
@@ -86,11 +89,15 @@ def run(seed: int = SEED, number: int = NUMBER, workers: int = 1) -> int:
     """
     from evidence.mutation.operators import unchanged
 
-    every = draw(seed)
+    every = draw(seed, only)
     drawn = every[:number]
-    if unknown := equivalents().keys() - {mutant.key for mutant in every}:
+    unknown = equivalents().keys() - {mutant.key for mutant in every}
+    if unknown and not only:
         print(f"{EQUIVALENT.name} names what is no mutant any more: {', '.join(sorted(unknown))}")
-    made = {"seed": str(seed), "of": str(len(every)), "of_judges": tables.digest(sorted(made_of().items()))}
+    of = made_of()
+    files = str(len({mutant.file for mutant in every}))
+    made = {"seed": str(seed), "of": str(len(every)), "files": files}
+    made |= {"of_judges": tables.digest(sorted(of.items()))}
     rows = _kept(drawn, made)
     print(f"{len(rows)} of {len(drawn)} are kept from {CSV}", flush=True)
     made = provenance.columns() | made
@@ -98,7 +105,7 @@ def run(seed: int = SEED, number: int = NUMBER, workers: int = 1) -> int:
     with _Pool(workers) as pool:
         for row in pool.judge([mutant for mutant in drawn if mutant.key not in rows]):
             rows[row["key"]] = made | row
-            _write([rows[mutant.key] for mutant in drawn if mutant.key in rows])
+            _write([rows[mutant.key] for mutant in drawn if mutant.key in rows], of)
             print(f"{len(rows)} of {len(drawn)}: {_told(row)}", flush=True)
         # Where no mutant of a file survives, the file itself must, or all that was found means nothing.
         passed = {row["file"] for row in rows.values() if row["verdict"] == SURVIVED}
@@ -106,7 +113,7 @@ def run(seed: int = SEED, number: int = NUMBER, workers: int = 1) -> int:
         broken = [row for row in pool.judge([unchanged(file, _text(file)) for file in files]) if row["check"]]
     for row in [*broken, *(row for row in rows.values() if standing(row, equivalents()) == SURVIVED)]:
         print(_told(row))
-    _write([rows[mutant.key] for mutant in drawn])
+    _write([rows[mutant.key] for mutant in drawn], of)
     print(f"{headline(tables.read(CSV))}\n{CSV}\n{PAGE}")
     return int(bool(broken) or counts(tables.read(CSV))[SURVIVED] > 0)
 
@@ -158,7 +165,9 @@ def _files() -> list[tuple[str, str]]:
     return [(f"moe_impls/{name}.py", name) for name in JUDGES]
 
 
+@functools.cache
 def _text(file: str) -> str:
+    """Read a file once: what is judged is what was there when the run began."""
     return (provenance.ROOT / file).read_text(encoding="utf-8")
 
 
@@ -175,12 +184,12 @@ def _kept(drawn: list[Mutant], made: dict[str, str]) -> dict[str, dict[str, str]
         if row is None or row["seed"] != made["seed"] or row["of_file"] != _digest(mutant.file):
             continue
         if row["verdict"] == KILLED or row["of_judges"] == made["of_judges"]:
-            kept[mutant.key] = row
+            kept[mutant.key] = row | {"of": made["of"], "files": made["files"]}
     return kept
 
 
-def _write(rows: tables.Rows) -> None:
-    tables.write(CSV, rows, made_of())
+def _write(rows: tables.Rows, of: dict[str, str]) -> None:
+    tables.write(CSV, rows, of)
     write_atomically(PAGE, page().encode())
 
 
@@ -192,7 +201,7 @@ def _told(row: dict[str, str]) -> str:
 
 def made_of() -> dict[str, str]:
     """List the files that are mutated, those that decide what is right, and the tests that judge, too."""
-    tests = {judges.tests for judges in JUDGES.values() if judges.tests}
+    tests = {test for judges in JUDGES.values() for test in judges.tests}
     return (
         tables.files(*(provenance.ROOT / file for file, _ in _files()))
         | tables.files(*(provenance.ROOT / "tests" / "moe_impls" / test for test in tests))
@@ -233,11 +242,11 @@ def headline(frame: pd.DataFrame) -> str:
     number = counts(frame)
     of = number[KILLED] + number[SURVIVED]
     interval = binomtest(number[KILLED], of).proportion_ci(0.95, "exact")
-    seed, every = frame["seed"].iloc[0], frame["of"].iloc[0]
+    seed, every, files = (frame[name].iloc[0] for name in ("seed", "of", "files"))
     return (
-        f"of {len(frame)} single edits, drawn by seed {seed} from the {every} that operators make, "
-        f"{number[KILLED]} are found, {number[SAME]} compute the same and {number[SURVIVED]} survive: "
-        f"{number[KILLED] / of:.1%} of those that compute something else (95 % interval "
+        f"of {len(frame)} single edits, drawn by seed {seed} from the {every} that operators make in "
+        f"{files} files, {number[KILLED]} are found, {number[SAME]} compute the same and {number[SURVIVED]} "
+        f"survive: {number[KILLED] / of:.1%} of those that compute something else (95 % interval "
         f"{interval.low:.1%} to {interval.high:.1%})"
     )
 
@@ -249,15 +258,9 @@ def page() -> str:
     frame["by"] = [check.partition("-")[0].partition("::")[0] for check in frame["check"]]
     frame["edit"] = "`" + frame["before"] + "` to `" + frame["after"] + "`"
     frame["place"] = frame["file"] + ":" + frame["line"]
-    alive = frame[frame["stands"] == SURVIVED][["key", "place", "function", "edit"]]
-    equal = frame[frame["stands"] == SAME]
-    equal = equal.assign(reason=[same[key] for key in equal["key"]])[["place", "edit", "reason"]]
-    by = (
-        frame[frame["stands"] == KILLED]["by"]
-        .value_counts()
-        .rename_axis("check")
-        .reset_index(name="found first")
-    )
+    frame["reason"] = [same.get(key, "") for key in frame["key"]]
+    killed, equal, alive = (pd.DataFrame(frame[frame["stands"] == name]) for name in (KILLED, SAME, SURVIVED))
+    by = killed["by"].value_counts().rename_axis("check").reset_index(name="found first")
     text = headline(frame)
     return f"""# Faults that nobody chose
 
@@ -279,16 +282,20 @@ the files and what each is held to stand in `evidence/mutation/`. `native.cpp` i
 
 ## Survivors
 
-{markdown_table(alive) if len(alive) else "None."}
+{_listed(alive, "key", "place", "function", "edit")}
 
 ## Equivalent
 
-{markdown_table(equal) if len(equal) else "None."}
+{_listed(equal, "place", "edit", "reason")}
 
 ## Checks
 
 {markdown_table(by)}
 """
+
+
+def _listed(frame: pd.DataFrame, *columns: str) -> str:
+    return markdown_table(frame.filter(columns)) if len(frame) else "None."
 
 
 def _by(frame: pd.DataFrame, column: str) -> str:

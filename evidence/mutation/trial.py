@@ -29,13 +29,13 @@ class Judges(NamedTuple):
     """What a file is held to.
 
     subjects: (kind, name) of those that use it: of `correctness.session.subjects.FIND`, or ("layers", "").
-    tests: the file of tests/moe_impls that holds its checks of arguments and what else is its own.
+    tests: files of tests/moe_impls that hold its checks of arguments and what else is its own.
     named: those of the tests, by pytest's -k; all if empty.
     interpreted: Triton's kernels are interpreted, without the search for problems, which would take hours.
     """
 
     subjects: tuple[tuple[str, str], ...]
-    tests: str = ""
+    tests: tuple[str, ...] = ()
     named: str = ""
     interpreted: bool = False
 
@@ -201,7 +201,7 @@ def _first_failure(judges: Judges) -> tuple[str, str]:
 
     first = First()
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--timeout={WAITING_S}"]
-    tests = [f"tests/moe_impls/{judges.tests}", "-k", judges.named]
+    tests = [*(f"tests/moe_impls/{name}" for name in judges.tests), "-k", judges.named]
     status = pytest.main([*options, *tests], plugins=[first])
     return (
         (first.check, first.finding)

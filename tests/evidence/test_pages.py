@@ -59,7 +59,15 @@ BUDGETS_OF_THEN = [
 ]
 DRAWN_THEN = [
     MADE
-    | {"seed": "7", "of": "90", "key": key, "file": "moe_impls/a.py", "line": "1", "function": "f"}
+    | {
+        "seed": "7",
+        "of": "90",
+        "files": "3",
+        "key": key,
+        "file": "moe_impls/a.py",
+        "line": "1",
+        "function": "f",
+    }
     | {"operator": "constant", "before": "1", "after": "2", "verdict": verdict, "check": check}
     for key, verdict, check in (("k", "killed", "values-problem-name"), ("s", "survived", ""))
 ]
@@ -95,7 +103,10 @@ def test_the_page_of_mutants_counts_the_checks_of_its_table(then: Path) -> None:
         ["experts", "a_check_of_then", 2, 2, 1],
         ["experts", "values", 0, 1, 0],
     ]
-    assert "3 of 3 mutants (2 expert computations, 1 routers, 0 losses and loads)" in table.page()
+    assert (
+        "3 of 3 mutants (2 expert computations, 1 routers, 0 whole layers, 0 losses and loads)"
+        in table.page()
+    )
 
 
 def test_the_comparison_counts_what_both_tables_have(then: Path) -> None:
@@ -110,7 +121,7 @@ def test_the_comparison_counts_what_both_tables_have(then: Path) -> None:
 
 
 def test_the_page_of_drawn_mutants_names_what_survives(then: Path) -> None:
-    text = "Of 2 single edits, drawn by seed 7 from the 90 that operators make, 1 are found"
+    text = "Of 2 single edits, drawn by seed 7 from the 90 that operators make in 3 files, 1 are found"
     assert text in mutation.page()
     assert "| s | moe_impls/a.py:1 | f | `1` to `2` |" in mutation.page()
     assert "| values | 1 |" in mutation.page()

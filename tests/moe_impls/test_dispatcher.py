@@ -122,6 +122,14 @@ def test_a_zero_gate_of_a_routing_has_a_gradient() -> None:
     assert grad.tolist() == [[7.0, 5.0]]
 
 
+@pytest.mark.parametrize("value", [-1000.0, 1000.0])
+@pytest.mark.parametrize("gates", [[0.0, 0.5], [0.0, 1.0]])
+def test_the_largest_output_is_that_of_a_gate_above_zero(gates: list[float], value: float) -> None:
+    dispatcher = SparseDispatcher.from_routing(Routing(torch.tensor([[0, 1]]), torch.tensor([gates])), 2)
+    y = dispatcher.combine([torch.tensor([[-value]]), torch.tensor([[value]])], combine="logsumexp")
+    assert y.item() == pytest.approx(value + math.log(gates[1]))
+
+
 def test_sums_are_kept_in_float32() -> None:
     """256 + 1 - 256 is 1; in bfloat16 256 + 1 is 256."""
     dispatcher = SparseDispatcher(3, torch.ones(1, 3, dtype=torch.bfloat16))
@@ -129,6 +137,17 @@ def test_sums_are_kept_in_float32() -> None:
     y = dispatcher.combine(outputs)
     assert y.dtype == torch.bfloat16
     assert y.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gates_may_be_of_another_dtype_than_outputs(dtype: torch.dtype, combine: str) -> None:
+    gates = torch.tensor([[0.5, 0.25], [0.0, 1.0]])
+    outputs = [torch.tensor([[3.0]]), torch.tensor([[-2.0], [7.0]])]
+    want = SparseDispatcher(2, gates).combine(outputs, combine=combine)
+    y = SparseDispatcher(2, gates.to(dtype)).combine(outputs, combine=combine)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, want)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,15 @@ def test_experts_start_like_linear_layers() -> None:
         assert float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
+def test_a_gate_starts_at_zero_where_noise_decides_and_else_like_a_linear_layer() -> None:
+    noisy, quiet = MoE(400, 3, 40, 5), MoE(400, 3, 40, 5, noisy_gating=False)
+    for parameter in (noisy.w_gate, noisy.w_noise, quiet.w_noise):
+        assert not parameter.any()
+    w_gate, bound = quiet.w_gate.detach(), 400**-0.5
+    assert -bound <= w_gate.min() < -0.95 * bound
+    assert 0.95 * bound < w_gate.max() <= bound
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -368,3 +369,58 @@ def test_a_wrong_activation_of_the_kernels_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels(), name, wrong(getattr(kernels(), name)))
     with pytest.raises(CheckFailed, match="wrong|NaN"):
         compare.require_right_calls(resolve("triton_fused"), problem)
+
+
+TINY = Problem("tiny", T=5, D=3, H=4, O=5, E=3, K=2, gates="unnormalised", dtype=torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "problem",
+    [
+        replace(TINY, dtype=torch.float32),
+        replace(TINY, activation="gelu", output_activation="relu", dtype=torch.float32),
+        replace(TINY, combine="logsumexp", bias=False),
+    ],
+    ids=lambda problem: problem.id,
+)
+def test_no_result_depends_on_what_a_masked_load_holds(
+    monkeypatch: pytest.MonkeyPatch, problem: Problem
+) -> None:
+    """The interpreter loads zeros where a mask says no and nothing is given for it; a GPU loads anything."""
+    from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
+
+    builder = interpreter.InterpreterBuilder
+    load = builder.create_masked_load
+
+    def load_or_all_bits(self: Any, pointers: Any, mask: Any, other: Any, *options: Any) -> Any:
+        if other is None and mask.data.size > 1:  # of a single number the interpreter drops an `other` of 0
+            other = load(self, pointers, mask, other, *options)
+            other.data.view(np.uint8)[...] = 0xFF  # NaN of every floating dtype, and -1
+        return load(self, pointers, mask, other, *options)
+
+    monkeypatch.setattr(builder, "create_masked_load", load_or_all_bits)
+    results = calling.run(triton_fused.forward, make_inputs(problem), problem.combine)
+    compare.require_right(results, problem)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("activation", "name", "dimension"),
+    [
+        *(("gelu", name, dimension) for name in ("w_in", "w_out") for dimension in range(3)),
+        *(("gelu", name, dimension) for name in ("b_in", "b_out") for dimension in range(2)),
+        *(("swiglu", name, 1) for name in ("w_in", "b_in")),
+    ],
+)
+def test_weights_may_lie_further_apart_than_32_bits_count(activation: str, name: str, dimension: int) -> None:
+    inputs = make_inputs(replace(TINY, activation=activation))
+    near = getattr(inputs.experts, name)
+    strides = list(near.stride())
+    strides[dimension] = 2**31 // (near.shape[dimension] - 1) + 1
+    far = torch.empty_strided(near.shape, strides, dtype=near.dtype)  # its untouched pages take no memory
+    far.copy_(near)
+    moved = inputs._replace(experts=replace(inputs.experts, **{name: far}))
+    want, results = (calling.run(triton_fused.forward, i, TINY.combine) for i in (inputs, moved))
+    for tensor in want:
+        assert torch.equal(results[tensor], want[tensor]), tensor
