@@ -190,9 +190,7 @@ def check(model: Any, calls: Mapping[str, Call]) -> None:
         allowed = allowed_error((other - loop).abs() / size, loop.dtype, loop.dtype)
         off = float((ours - loop).abs().max() / size)
         if not off <= allowed:
-            raise CheckFailed(
-                f"{name}: ours is {off:.3g} of the largest off; allowed is {allowed:.3g}"
-            )
+            raise CheckFailed(f"{name}: ours is {off:.3g} of the largest off; allowed is {allowed:.3g}")
 
 
 def measure_all(folder: Path, names: list[str], smoke: bool) -> pd.DataFrame:

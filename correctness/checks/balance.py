@@ -34,10 +34,10 @@ def load_values(smooth_load: Callable[..., Tensor]) -> None:
     """Return the oracle's load from smooth_load(clean, noisy, scale, k), for every k, in float32 at least."""
     for dtype in DTYPES:
         for k in range(1, 7):
-            arguments = tuple(t.to(dtype) for t in _logits())
-            want = oracle.smooth_load(*(t.double() for t in arguments), k)
+            clean, noisy, scale = (t.to(dtype) for t in _logits())
+            want = oracle.smooth_load(clean.double(), noisy.double(), scale.double(), k)
             eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-            require_close(f"the load for k = {k} in {dtype}", smooth_load(*arguments, k), want, eps)
+            require_close(f"the load for k = {k} in {dtype}", smooth_load(clean, noisy, scale, k), want, eps)
     empty = torch.zeros(0, 7)
     require_close("the load without tokens", smooth_load(empty, empty, empty, 2), torch.zeros(7), 0)
 

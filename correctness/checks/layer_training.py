@@ -206,7 +206,8 @@ def _as_good(bench: Bench, name: str, got: Tensor | None, want: Tensor | None) -
     if got is None or want is None:
         return got is want
     known = bench.expected.allowed.get(name)
-    allowed = known.to(want).flatten() if known is not None else roundings(eps(bench.dtype)) * want.abs().max()
+    unknown = roundings(eps(bench.dtype)) * want.abs().max()
+    allowed = unknown if known is None else known.to(want).flatten()
     return bool(((got - want).abs().flatten() <= allowed).all())
 
 

@@ -29,7 +29,7 @@ def eps(dtype: torch.dtype) -> float:
 
 
 def roundings(eps: float) -> float:
-    """Return the relative error that a right computation may show of which nothing but a precision is known."""
+    """Return the relative error of a right computation of which only its precision, eps, is known."""
     return FACTOR * eps
 
 

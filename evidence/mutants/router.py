@@ -1,7 +1,7 @@
 """A right router, each step on a line of its own, so that it can be made wrong by changing one line.
 
-Written from the equations of the released routers (see ``moe_impls.router_interface.RouterSpec``). It passes every
-check of a router as it stands.
+Written from the equations of the released routers (see ``moe_impls.router_interface.RouterSpec``). It passes
+every check of a router as it stands.
 """
 
 from __future__ import annotations
