@@ -54,7 +54,16 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: torch takes seconds, and `moe-impls --help` does not need it.
-_MODULES = ("interface", "registry", "router", "losses", "dispatcher", "layer")
+_MODULES = (
+    "interface",
+    "router_interface",
+    "layer_interface",
+    "registry",
+    "router",
+    "losses",
+    "dispatcher",
+    "layer",
+)
 
 
 def __getattr__(name: str) -> object:
