@@ -53,6 +53,7 @@ from correctness.judging.layer_bench import Bench, Layer
 from correctness.judging.layer_why import cause_of, unread
 from correctness.problems.layers import LayerProblem
 from moe_impls.layer_interface import LayerSupport
+from moe_impls.registry import one_line
 
 _FLOAT32 = (LayerProblem(),)
 _BFLOAT16 = (LayerProblem(torch.bfloat16),)
@@ -93,6 +94,14 @@ def _unsupported(support: LayerSupport, problem: LayerProblem) -> str | None:
 
 
 def _explained(case: Case, failure: CheckFailed) -> CheckFailed:
+    """Tell the cause of a finding; where looking for it goes wrong, the finding stands, with a note."""
+    try:
+        return _with_cause(case, failure)
+    except Exception as error:
+        return CheckFailed(f"{failure}\n  note: looking for a cause raised {one_line(error)}")
+
+
+def _with_cause(case: Case, failure: CheckFailed) -> CheckFailed:
     """Tell the cause of a wrong y once, at `values`, and of other findings that it explains them.
 
     It does where the check passes for a layer of which `read` says what the cause is.

@@ -47,11 +47,11 @@ def causes(weights: LayerWeights) -> Iterator[Cause]:
         yield Cause(text, lambda w: replace(w, gates_on=other))
     yield from _of_shared(weights)
     yield from _of_router(weights)
-    yield from _of_experts(weights.experts, "experts")
+    yield from _of_experts(weights, "experts")
     if weights.shared is not None:
-        yield from _of_experts(weights.shared, "shared")
+        yield from _of_experts(weights, "shared")
         if weights.shared.activation == weights.experts.activation:  # where one function serves both
-            yield from _of_experts(weights.experts, "experts", "shared")
+            yield from _of_experts(weights, "experts", "shared")
     if weights.experts.b_out is not None and weights.combine == "sum":
         yield Cause("experts.b_out not multiplied by the gates", _without_b_out, y=_add_b_out)
     yield from _of_gates(weights)
@@ -109,7 +109,8 @@ def _of_router(weights: LayerWeights) -> Iterator[Cause]:
 
     for name in ("expert_scale", "router_bias", "selection_bias", "router_norm"):
         if getattr(weights, name) is not None:
-            yield Cause(f"{name} left out", lambda w, name=name: replace(w, **{name: None}))
+            none = {"selection_bias": None, "bias_rule": None} if name == "selection_bias" else {name: None}
+            yield Cause(f"{name} left out", lambda w, none=none: replace(w, **none))
     if spec.scale != 1:
         yield routed("the router's scale left out: scale=1", scale=1.0)
         yield routed("the router's scale applied twice", scale=spec.scale**2)
@@ -144,9 +145,13 @@ def _of_router(weights: LayerWeights) -> Iterator[Cause]:
         yield Cause("router_weight transposed", lambda w: replace(w, router_weight=w.router_weight.mT))
 
 
-def _of_experts(experts: Experts, *fields: str) -> Iterator[Cause]:
-    """Permute, transpose or leave out the weights of experts, or change their activation."""
-    field = " and ".join(fields)
+def _of_experts(weights: LayerWeights, *fields: str) -> Iterator[Cause]:
+    """Permute, transpose or leave out the weights of experts, or change their activation.
+
+    What is transposed has the same shape as before, in each of the fields.
+    """
+    field, each = " and ".join(fields), [getattr(weights, name) for name in fields]
+    experts: Experts = each[0]
 
     def made_of(text: str, change: Callable[[Experts], Experts]) -> Cause:
         return Cause(text, lambda w: replace(w, **{name: change(getattr(w, name)) for name in fields}))
@@ -164,8 +169,7 @@ def _of_experts(experts: Experts, *fields: str) -> Iterator[Cause]:
         """Make rows [..., 2H] anew of the H of the gate and the H of up."""
         return lambda t: change(*t.tensor_split(2, dim=-1))
 
-    E, F, D = experts.w_in.shape
-    _, O, H = experts.w_out.shape
+    D = experts.w_in.shape[2]
     if gated := experts.activation in GATED_ACTIVATIONS:
         swapped = rows(halves(lambda gate, up: torch.cat([up, gate], dim=-1)))
         yield made_of(f"gate and up swapped in {field}.w_in", swapped)
@@ -173,15 +177,15 @@ def _of_experts(experts: Experts, *fields: str) -> Iterator[Cause]:
         yield made_of(f"rows of gate and up that alternate in {field}.w_in, as read returns it", alternate)
         apart = rows(halves(lambda gate, up: torch.stack([gate, up], dim=-1).flatten(-2)))
         yield made_of(f"rows of gate and up that do not alternate in {field}.w_in", apart)
-    if F == D:
+    if all(e.w_in.shape[1] == D for e in each):
         yield made_of(f"{field}.w_in transposed", lambda e: replace(e, w_in=e.w_in.mT))
-    if gated and H == D:
-        square = lambda t: t.unflatten(1, (2, H)).mT.flatten(1, 2)  # noqa: E731
+    if gated and all(e.w_out.shape[2] == D for e in each):
+        square = lambda t: t.unflatten(1, (2, D)).mT.flatten(1, 2)  # noqa: E731
         yield made_of(f"gate and up of {field}.w_in transposed", lambda e: replace(e, w_in=square(e.w_in)))
-    if O == H:
+    if all(e.w_out.shape[1] == e.w_out.shape[2] for e in each):
         yield made_of(f"{field}.w_out transposed", lambda e: replace(e, w_out=e.w_out.mT))
     for name in ("b_in", "b_out"):
-        if getattr(experts, name) is not None:
+        if any(getattr(e, name) is not None for e in each):
             yield made_of(f"{field}.{name} left out", lambda e, name=name: replace(e, **{name: None}))
     if experts.activation == CLAMPED:
         for limit, alpha, offset in dict.fromkeys(product(*NUMBERS)):

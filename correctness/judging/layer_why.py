@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import replace
+from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from correctness.judging.budget import entry_budgets, relative_errors
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import B, Bench, Expected, Layer, S, trained
+from correctness.judging.layer_bench import B, Bench, Expected, Layer, S, judged, trained
 from correctness.judging.layer_causes import Cause, causes
+from correctness.judging.layer_weights import check_weights
 from correctness.judging.router_hints import likely_epsilon
 from correctness.oracle import layer as oracle
 from moe_impls.layer_interface import LayerWeights
 
 FEW = 6  # tokens on which a cause is tried first
 A_LOT = 1e-2  # of y's scale: a cause that is so far off on these is none
+MOST_SLOTS = 6  # of a token, of which each may be dropped or not
 LEAST = 0.5  # of the tokens must have a clear choice of experts for the layer that a cause describes
 
 
@@ -39,15 +42,34 @@ def cause_of(subject: Layer) -> Cause | None:
     right = bench.expected
     if found := _of_epsilon(right, y):
         return found
+    if dropped is not None and (found := _of_drops(right, y, dropped)):
+        return found
     for cause in causes(right.weights):
-        if _explains(cause, right, y, dropped):
+        weights = _changed(cause, right.weights, bench.layer)
+        if weights and _explains(cause, weights, right, y, dropped):
             return cause
-    return _of_whole_rows(right, y) or (_of_whole_experts(right, y) if dropped is None else None)
+    if dropped is None:
+        return _of_whole_rows(right, y) or _of_whole_experts(right, y)
+    want, allowed = judged(right.x, right.ids, right.weights, None, torch.float32, dropped=dropped)
+    return _of_whole_rows(replace(right, want=want, allowed=allowed), y)
 
 
-def _explains(cause: Cause, right: Expected, y: Tensor, dropped: Tensor | None) -> bool:
-    """Tell whether all tokens with a clear choice have the y [T, O] of the layer that a cause describes."""
-    weights = right.weights if cause.weights is None else cause.weights(right.weights)
+def _changed(cause: Cause, weights: LayerWeights, layer: nn.Module) -> LayerWeights | None:
+    """Return what a layer holds as a cause says; None where that does not fit together."""
+    if cause.weights is None:
+        return weights
+    try:
+        changed = cause.weights(weights)
+        check_weights(changed, layer)
+    except ValueError:  # as of a spec that leaves fewer experts than a token visits
+        return None
+    return changed
+
+
+def _explains(
+    cause: Cause, weights: LayerWeights, right: Expected, y: Tensor, dropped: Tensor | None
+) -> bool:
+    """Tell whether all tokens with a clear choice have the y [T, O] of a cause's layer, of such weights."""
     for rows in (slice(FEW), slice(None)):
         ids, clear = oracle.choose(right.x[rows], weights)
         if dropped is not None and not torch.equal(ids, right.ids[rows]):
@@ -101,11 +123,41 @@ def _of_epsilon(right: Expected, y: Tensor) -> Cause | None:
     return Cause(text, lambda w: replace(w, router=replace(w.router, epsilon=found)))
 
 
+def _of_drops(right: Expected, y: Tensor, reported: Tensor) -> Cause | None:
+    """Find that y is right where other slots are dropped than ``reported``, bool [T, K]."""
+    if right.weights.router.top_k > MOST_SLOTS:
+        return None
+    choices = torch.tensor(list(product((False, True), repeat=right.weights.router.top_k)))  # [2^K, K]
+    agree = []
+    for choice in choices:
+        dropped = choice.expand(right.ids.shape)
+        want, allowed = judged(right.x, right.ids, right.weights, None, torch.float32, dropped=dropped)
+        agree.append((relative_errors(y, want["y"], allowed["y"]) <= 1).all(dim=1))
+    found = torch.stack(agree)  # [2^K, T]
+    if not bool(found.any(dim=0).all()):
+        return None
+    if bool(found[0].all()):
+        return Cause("no slot dropped, where routing(layer, x) reports that some are")
+    as_reported = (choices.unsqueeze(1) == reported).all(dim=2)  # [2^K, T]
+    others = (~(found & as_reported).any(dim=0)).nonzero().flatten().tolist()
+    if not others:
+        return None
+    t = others[0]
+    told = [
+        ", ".join(map(str, right.ids[t][slots].tolist())) or "none"
+        for slots in (choices[int(found[:, t].nonzero()[0])], reported[t])
+    ]
+    return Cause(
+        f"other slots dropped than routing(layer, x) reports: of the experts {right.ids[t].tolist()} that "
+        f"token {t} visits {told[0]}, not {told[1]}; so for {len(others)} of {len(y)} tokens"
+    )
+
+
 def _of_whole_rows(right: Expected, y: Tensor) -> Cause | None:
     """Find that rows of y are the right ones of other tokens, or that all are multiplied by one number."""
     want, allowed = right.want["y"], right.allowed["y"]
     agree = (relative_errors(y.unsqueeze(1), want, allowed) <= 1).all(dim=2)  # [T, T]
-    if bool(agree.any(dim=1).all()):
+    if bool(agree.any(dim=1).all()) and not bool(agree.diagonal().all()):
         t = int((~agree.diagonal()).nonzero()[0])
         return Cause(f"tokens in another order: y of token {t} is that of token {int(agree[t].nonzero()[0])}")
     if not bool(y.any()):
