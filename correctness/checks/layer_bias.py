@@ -58,5 +58,5 @@ def _made_of(bench: Bench) -> list[str]:
 def _bias(bench: Bench, layer: nn.Module) -> Tensor:
     bias = bench.subject.read(layer).selection_bias
     if bias is None:
-        raise CheckFailed("read(layer) returns a selection_bias of some layers of this class, and of others none")
+        raise CheckFailed("read(layer) returns a selection_bias of some layers, and none of others")
     return bias.detach().clone()

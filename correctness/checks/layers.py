@@ -50,7 +50,7 @@ from correctness.checks.layer_values import (
 )
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Bench, Layer
-from correctness.judging.layer_why import cause_of, unread
+from correctness.judging.layer_why import cause_of, misread
 from correctness.problems.layers import LayerProblem
 from moe_impls.layer_interface import LayerSupport
 from moe_impls.registry import one_line
@@ -109,8 +109,7 @@ def _with_cause(case: Case, failure: CheckFailed) -> CheckFailed:
     tested, check = case.subject.tested, case.check.function
     cause = cause_of(tested)
     if check is values:
-        hints = [f"y is right with {cause.text}"] if cause else []
-        hints += [f"y does not depend on {', '.join(names)}"] if (names := unread(tested)) else []
+        hints = [*misread(tested), *([f"y is right with {cause.text}"] if cause else [])]
         return CheckFailed("".join([str(failure), *(f"\n  hint: {hint}" for hint in hints)]))
     if cause is None:
         return failure

@@ -218,6 +218,14 @@ def _of_gates(weights: LayerWeights) -> Iterator[Cause]:
 
     if weights.selection_bias is not None:
         yield Cause("the selection bias in the gates", gates=with_bias)
+    probabilities = replace(weights.router, score="softmax", renormalise=False, scale=1.0)
+
+    def twice(z: Tensor, ids: Tensor, w: LayerWeights) -> Tensor:
+        again = oracle.gates(z, ids, probabilities).softmax(dim=1)
+        return w.router.scale * again * oracle.slot_scale(ids, w, z)
+
+    if weights.router.top_k > 1:
+        yield Cause("a second softmax, over the probabilities of the chosen experts", gates=twice)
     yield Cause("every gate 1", gates=lambda z, ids, w: torch.ones_like(plain(z, ids, w)))
     yield Cause("each gate applied twice", gates=lambda z, ids, w: plain(z, ids, w).square())
     if weights.identity_experts:

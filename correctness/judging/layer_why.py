@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from correctness.judging.budget import entry_budgets, relative_errors
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import B, Bench, Expected, Layer, S, judged, trained
+from correctness.judging.layer_bench import B, Bench, Expected, Layer, S, judged, reached, trained
 from correctness.judging.layer_causes import Cause, causes
 from correctness.judging.layer_weights import check_weights
 from correctness.judging.router_hints import likely_epsilon
@@ -21,6 +21,7 @@ from moe_impls.layer_interface import LayerWeights
 
 FEW = 6  # tokens on which a cause is tried first
 A_LOT = 1e-2  # of y's scale: a cause that is so far off on these is none
+MOST_NAMES = 12  # of parameters in a hint
 MOST_SLOTS = 6  # of a token, of which each may be dropped or not
 LEAST = 0.5  # of the tokens must have a clear choice of experts for the layer that a cause describes
 
@@ -210,8 +211,8 @@ def _in_words(shares: Tensor, factor: float) -> Cause | None:
     return Cause(f"other experts: {'; '.join(told)}") if told else None
 
 
-def unread(subject: Layer) -> list[str]:
-    """Name the parameters of which y is independent though the right one depends on them."""
+def misread(subject: Layer) -> list[str]:
+    """Say which parameters y depends on and `read` does not return, and of which y is independent instead."""
     if torch.float32 not in subject.support.dtypes or not subject.support.gradients:
         return []
     bench = Bench.of(subject, torch.float32)
@@ -223,5 +224,18 @@ def unread(subject: Layer) -> list[str]:
     except (CheckFailed, RuntimeError):
         return []
     depends = {n for n, g in zip(parameters, grads, strict=True) if g is not None and bool(g.any())}
-    want = bench.expected.want
-    return [name for name in parameters if name in want and bool(want[name].any()) and name not in depends]
+    returned = {
+        n for t in oracle.tensors(subject.read(bench.layer)).values() for n in reached(bench.layer, t)
+    }
+    want, told = bench.expected.want, []
+    if forgotten := [name for name in parameters if name in depends - returned]:
+        told.append(f"read(layer) returns nothing made of {_listed(forgotten)}, on which y depends")
+    wanted = (name for name in parameters if name in want and bool(want[name].any()))
+    if unread := [name for name in wanted if name not in depends]:
+        told.append(f"y does not depend on {_listed(unread)}")
+    return told
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more

@@ -152,6 +152,12 @@ def _other_gates(spec: RouterSpec, bias: Tensor | None) -> Iterator[tuple[str, O
         yield "with epsilon added to each score, not to their sum", each
         larger = from_scores(lambda p: p / p.sum().clamp(min=spec.epsilon))
         yield "divided by the larger of their sum and epsilon, not by the sum of both", larger
+    softmax = replace(plain, score="softmax")
+
+    def twice(z: Tensor, ids: Sequence[int]) -> Tensor:
+        return spec.scale * oracle.gates(z, ids, softmax).softmax(dim=0)
+
+    yield "of a second softmax, over the probabilities of the chosen experts", twice
     if bias is not None:
         yield "that contain the selection bias", from_scores(by_sum, bias)
 
@@ -190,7 +196,8 @@ def _other_choices(
 ) -> Iterator[tuple[str, Tensor, RouterSpec, Tensor | None]]:
     """List mistakes in the choice: what to say, and the logits, spec and bias that give it."""
     if bias is not None:
-        yield "without the selection bias", z, spec, None
+        declared = "a router that takes none declares RouterSupport(..., biases=(False,))"
+        yield f"without the selection bias ({declared})", z, spec, None
         other = BIASED[1 - BIASED.index(spec.biased)]
         yield f"with the selection bias added to the {other}", z, replace(spec, biased=other), bias
         yield "with the selection bias subtracted", z, spec, -bias
