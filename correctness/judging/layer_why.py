@@ -126,7 +126,7 @@ def _of_epsilon(right: Expected, y: Tensor) -> Cause | None:
 
 def _of_drops(right: Expected, y: Tensor, reported: Tensor) -> Cause | None:
     """Find that y is right where other slots are dropped than ``reported``, bool [T, K]."""
-    if right.weights.router.top_k > MOST_SLOTS:
+    if right.weights.router.top_k > MOST_SLOTS or not bool(y.any()):
         return None
     choices = torch.tensor(list(product((False, True), repeat=right.weights.router.top_k)))  # [2^K, K]
     agree = []
@@ -149,8 +149,8 @@ def _of_drops(right: Expected, y: Tensor, reported: Tensor) -> Cause | None:
         for slots in (choices[int(found[:, t].nonzero()[0])], reported[t])
     ]
     return Cause(
-        f"other slots dropped than routing(layer, x) reports: of the experts {right.ids[t].tolist()} that "
-        f"token {t} visits {told[0]}, not {told[1]}; so for {len(others)} of {len(y)} tokens"
+        f"other slots dropped than routing(layer, x) reports, for {len(others)} of {len(y)} tokens: of the "
+        f"experts {right.ids[t].tolist()} of token {t} {told[0]} dropped in y, {told[1]} by routing"
     )
 
 

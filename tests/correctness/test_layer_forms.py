@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from correctness.checks import layers
 from correctness.checks.case import Subject, cases
 from correctness.checks.layers import CHECKS, layer
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Bench, Layer
+from correctness.judging.layer_causes import causes
 from correctness.judging.layer_tokens import draw_tokens, is_swayed
 from correctness.judging.layer_weights import check_weights
 from correctness.judging.layer_why import cause_of
 from correctness.oracle import layer as oracle
 from evidence.mutants import layer_deepseek, layer_gemma, layer_llama4, layer_switch
-from moe_impls import Experts, LayerSupport, LayerWeights, RouterSpec, Support
+from moe_impls import Experts, LayerSupport, LayerWeights, RouterSpec, Routing, Support
 from tests.correctness.findings import findings
 
 
@@ -238,3 +241,86 @@ def test_the_factor_of_the_routed_experts_is_told_where_read_has_none() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_right_layer_has_no_cause(name: str) -> None:
     assert cause_of(subject(importlib.import_module(f"evidence.mutants.{name}")).tested) is None
+
+
+def test_a_report_of_drops_that_are_others_than_the_layers_is_told() -> None:
+    class Serves(layer_switch.Layer):
+        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            gates, ids = F.linear(x.float(), self.router.float()).softmax(dim=1).topk(layer_switch.K, dim=1)
+            return ids, gates
+
+    class DropsTheLast(layer_switch.Layer):
+        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            ids, gates = super().route(x.flip(0))
+            return ids.flip(0), gates.flip(0)
+
+    def routing(made: Any, x: Tensor) -> Any:
+        return Routing(*layer_switch.Layer.route(made, x))
+
+    for make, told in (
+        (Serves, "no slot dropped, where routing(layer, x) reports that some are"),
+        (DropsTheLast, "other slots dropped than routing(layer, x) reports, for "),
+    ):
+        found = findings(subject(layer_switch, make=make, routing=routing), only("values"))
+        assert f"hint: y is right with {told}" in found["values"]
+
+
+def test_what_read_forgets_is_told_first() -> None:
+    def read(made: Any) -> LayerWeights:
+        return replace(layer_deepseek.read(made), shared=None, shared_gate=None)
+
+    found = findings(subject(layer_deepseek, read=read), only("values"))["values"]
+    told = found.partition("hint: ")[2].splitlines()[0]
+    assert (
+        told == "read(layer) returns nothing made of shared_in, shared_out, shared_gate, on which y depends"
+    )
+
+
+def test_a_layer_that_ignores_its_selection_bias_fails_by_that() -> None:
+    class Ignores(layer_deepseek.Layer):
+        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            bias, self.bias = self.bias, torch.zeros_like(self.bias)
+            routed = super().route(x)
+            self.bias = bias
+            return routed
+
+    found = findings(subject(layer_deepseek, make=Ignores), only("selection_bias"))
+    assert "as 'values' tells, y is right with selection_bias left out" in found["selection_bias"]
+
+
+def test_only_what_keeps_its_shape_is_transposed() -> None:
+    def told(S: int) -> set[str]:
+        square, shared = torch.ones(4, 8, 8), torch.ones(1, 2 * S, 8)
+        experts = Experts(square, None, torch.ones(4, 8, 4), None, "swiglu")
+        both = Experts(shared, None, torch.ones(1, 8, S), None, "swiglu")
+        weights = LayerWeights(experts, RouterSpec(2), torch.ones(4, 8), shared=both)
+        return {cause.text for cause in causes(weights)}
+
+    assert "experts and shared.w_in transposed" in told(4)
+    assert "experts.w_in transposed" in told(6)
+    assert "experts and shared.w_in transposed" not in told(6)
+
+
+def test_a_search_for_causes_that_raises_leaves_the_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(tested: Layer) -> None:
+        raise IndexError("out of bounds")
+
+    def read(made: Any) -> LayerWeights:
+        return replace(layer_gemma.read(made), gates_on="input")
+
+    monkeypatch.setattr(layers, "cause_of", raises)
+    found = findings(subject(layer_gemma, read=read), only("values"))["values"]
+    assert "fails 'values': y[" in found
+    assert "note: looking for a cause raised IndexError: out of bounds" in found
+
+
+def test_a_layer_that_always_has_tokens_fails_by_that_alone() -> None:
+    class Refuses(layer_gemma.Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.numel():
+                raise ValueError("x has no tokens")
+            return super().forward(x)
+
+    found = findings(subject(layer_gemma, make=Refuses), only("leading_dimensions", "no_tokens"))
+    assert list(found) == ["no_tokens"]
+    assert "hint: SUPPORT = LayerSupport(no_tokens=False)" in found["no_tokens"]
