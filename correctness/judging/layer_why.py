@@ -149,8 +149,8 @@ def _of_drops(right: Expected, y: Tensor, reported: Tensor) -> Cause | None:
         for slots in (choices[int(found[:, t].nonzero()[0])], reported[t])
     ]
     return Cause(
-        f"other slots dropped than routing(layer, x) reports, for {len(others)} of {len(y)} tokens: of the "
-        f"experts {right.ids[t].tolist()} of token {t} {told[0]} dropped in y, {told[1]} by routing"
+        f"other slots dropped than routing(layer, x) reports, for {len(others)} of {len(y)} tokens: "
+        f"token {t} visits experts {right.ids[t].tolist()}; y drops {told[0]}, routing {told[1]}"
     )
 
 

@@ -55,9 +55,12 @@ def qwen3(
     selection_bias: Any = None,
     rounded: bool = False,
     renormalise: bool = True,
+    again: bool = False,
 ) -> Routing:
     z = logits.bfloat16() if rounded else logits
     weights, ids = F.softmax(z, dim=-1, dtype=torch.float).topk(8, dim=-1)
+    if again:
+        return Routing(ids, weights.softmax(dim=-1))
     return Routing(ids, weights / weights.sum(dim=-1, keepdim=True) if renormalise else weights)
 
 
@@ -175,6 +178,7 @@ WRONG = [
     (deepseek_v3, {"logit_bias": True}, "the choice with the selection bias added to the logit"),
     (qwen3, {"rounded": True}, "the choice by logits rounded to bfloat16|the gate of token"),
     (qwen3, {"renormalise": False}, "the gates of renormalise=False"),
+    (qwen3, {"again": True}, "the gates of a second softmax, over the probabilities of the chosen experts"),
     (mixtral, {"epsilon": 1e-6}, "divided by their sum \\+ 1e-06, where the spec has epsilon=0: declare"),
     (gpt_oss, {"softmax_first": True}, "the gates of score='softmax'"),
     (llama4, {"softmax": True}, "the gates of score='softmax'"),
@@ -183,7 +187,7 @@ WRONG = [
     (deepseek_v4, {"root": False}, "the choice|the gate of token"),
     (deepseek_v4, {"start": 0.0}, "a search for the best must not begin at 0"),
     (glm, {"scaled": False}, "the gates of scale=1.0"),
-    (glm, {"biased": False}, "the choice without the selection bias"),
+    (glm, {"biased": False}, "the choice without the selection bias .*biases=\\(False,\\)"),
 ]
 
 
