@@ -28,7 +28,8 @@ ROOMS = {
     "moe_impls/pytest_names": ("moe_impls",),
     "reporting": ("moe_impls/suite",),
     **{room: ("moe_impls", *JUDGES[:i]) for i, room in enumerate(JUDGES)},
-    "correctness/oracle": ("moe_impls/interface",),  # shares no code with what it judges
+    # Shares no code with what it judges.
+    "correctness/oracle": ("moe_impls/interface", "moe_impls/layer_interface", "moe_impls/router_interface"),
     "correctness/session": ("moe_impls", "reporting", *JUDGES[:-1]),
     "correctness/models": ("moe_impls", "correctness/judging"),
     "correctness": ("moe_impls", "reporting", *JUDGES),
