@@ -16,7 +16,7 @@ import torch
 from correctness.models import adapters, running, subjects
 from correctness.models.comparison import Finding, compare_weights
 from correctness.models.subjects import FAMILY, Checkpoint, Made
-from correctness.models.weights import Weights, stacked
+from correctness.models.weights import Weights, stacked, uneven
 
 EXAMPLE = "moe-impls model converted/ --against original/"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,6 +37,10 @@ def main(arguments: Sequence[str]) -> int:
         return run(parser.parse_args(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # 1 would say that the models differ
+        words = " ".join(str(error).split()) or "no message"
+        print(f"error: the comparison failed: {type(error).__name__}: {words}", file=sys.stderr)
         return 2
 
 
@@ -185,11 +189,14 @@ def _compare_weights(
     said = [one.said for one in (reference, subject)]
     verdict.findings += [Finding("config", line) for line in subjects.differences(*said)]
     tied = {} if skeleton is None else subjects.formats().tied(skeleton)
+    odd = uneven(theirs, mine)
 
     def named(weights: Weights, one: Checkpoint | Made) -> Weights:
+        apart = {n: w for n, w in weights.items() if n in odd}  # compared by their names on disk
+        weights = {n: w for n, w in weights.items() if n not in odd}
         if skeleton is not None and isinstance(one, Checkpoint):
             weights = subjects.formats().as_modules(weights, skeleton)
-        return stacked(weights)
+        return stacked(weights) | apart
 
     right, judged = named(theirs, reference), named(mine, subject)
     if options.adapter is not None:
@@ -259,14 +266,19 @@ def _run(model: torch.nn.Module, exact: running.Exact, gradients: bool, verdict:
         try:
             return running.run(model, exact.ids, torch.float64, gradients)
         except ValueError as error:
-            verdict.remarks.append(f"in float32: {str(error).partition(chr(10))[0]}")
+            how = getattr(getattr(model, "config", None), "_experts_implementation", None)
+            chosen = (
+                f"experts by {how}, as transformers would run them: " if how not in (None, "eager") else ""
+            )
+            verdict.remarks.append(f"in float32: {chosen}{str(error).partition(chr(10))[0]}")
     return running.run(model, exact.ids, torch.float32, gradients)
 
 
 def _cannot(verdict: Verdict, error: ValueError) -> list[Finding]:
     if verdict.equal:
         raise error
-    verdict.remarks.append(f"tensors only: {'; '.join(line.strip() for line in str(error).splitlines())}")
+    said, *faults = (line.strip() for line in str(error).splitlines())
+    verdict.remarks.append(f"tensors only: {' '.join([said, '; '.join(faults)]).strip()}")
     return []
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from correctness.models.causes import Cause, Finder, Place, compare, order, ranges
-from correctness.models.weights import Weight, Weights, in_order
+from correctness.models.weights import OF_AN_EXPERT, Weight, Weights, in_order
 from moe_impls.interface import dtype_name
 
 SEVERAL = 5  # findings of one kind are told as one
@@ -289,11 +289,12 @@ def _unmatched(
             found.append(Finding(_where(place), f"named {name} in the subject"))
             done = {e: c for e, c in known.items() if c.words or c.source != Place(place, e)}
             found += _describe(place, weight, reference[place], done) if done else []
-    kinds: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in missing:
         if name not in moved.values():
-            kinds[role(name)].append(name)
-    for kind, names in kinds.items():
+            of_one = OF_AN_EXPERT.fullmatch(name) is not None
+            kinds[("tensors of experts", _block(name)) if of_one else (role(name), "")].append(name)
+    for (kind, _), names in kinds.items():
         bias = all(name.endswith("bias") for name in names) and kind != "selection bias of the router"
         what = f"bias of the {kind}" if bias and kind else kind or "tensor"
         found.append(Finding(_block(names[0]), f"{what} missing: {', '.join(names)}"))

@@ -23,9 +23,10 @@ from transformers.core_model_loading import (  # pyright: ignore[reportMissingIm
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
-from correctness.models.weights import Weight, Weights
+from correctness.models.weights import OF_AN_EXPERT, Weight, Weights, of_files
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -69,26 +70,56 @@ def load(folder: Path, dtype: torch.dtype, experts: str | None = "eager") -> nn.
     """Load a checkpoint through transformers.
 
     Raises:
-        ValueError: its tensors do not fit the model; all that are missing, left over or of another shape.
+        ValueError: its tensors do not fit the model; all that are missing, left over or of another shape, by
+            their names on disk where it is in the form that transformers saves.
     """
     config = config_of(folder)
     quiet = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     given = {} if experts is None else {"experts_implementation": experts}
+    kind = class_of(config)
     try:
-        model, info = class_of(config).from_pretrained(
+        _, info = found = kind.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", output_loading_info=True,
             ignore_mismatched_sizes=True, local_files_only=True, **given,
         )  # fmt: skip
+    except RuntimeError as error:  # a conversion failed, such as a concatenation of unlike shapes
+        faults = _misfits(folder, config) or [str(error).partition("\n")[0]]
+        raise ValueError(f"{folder} does not fit {kind.__name__}:\n  " + "\n  ".join(faults)) from error
     finally:
         transformers.logging.set_verbosity(quiet)
+    model: nn.Module = found[0]
     faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     faults += [f"{name} belongs to nothing" for name in sorted(info["unexpected_keys"])]
-    faults += [f"{name} has another shape: {shapes}" for name, *shapes in sorted(info["mismatched_keys"])]
+    faults += [
+        f"{name} has shape {[*has]}, the model's has {[*wants]}"
+        for name, has, wants in sorted(info["mismatched_keys"])
+    ]
     faults += [str(message) for message in info["error_msgs"]]
     if faults:
-        raise ValueError(f"{folder} does not fit {type(model).__name__}:\n  " + "\n  ".join(faults))
+        faults = _misfits(folder, config) or faults
+        raise ValueError(f"{folder} does not fit {kind.__name__}:\n  " + "\n  ".join(faults))
     return model.eval()
+
+
+def _misfits(folder: Path, config: Any) -> list[str]:
+    """List how a checkpoint differs on disk from what transformers would save of that config.
+
+    Nothing if its experts are in another form.
+    """
+    model = skeleton(config)
+    right = revert_weight_conversion(model, model.state_dict())
+    has, may_lack = of_files(folder), {*tied(model)}
+    experts = [name for name in right if OF_AN_EXPERT.fullmatch(name)]
+    if experts and not any(name in has for name in experts):
+        return []
+    faults = [f"{name} is missing" for name in right if name not in has and name not in may_lack]
+    faults += [f"{name} belongs to nothing" for name in has if name not in right and name not in may_lack]
+    return faults + [
+        f"{name} has shape {[*has[name].shape]}, the model's has {[*tensor.shape]}"
+        for name, tensor in right.items()
+        if name in has and has[name].shape != tuple(tensor.shape)
+    ]
 
 
 def skeleton(config: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -153,6 +153,35 @@ def stacked(weights: Weights) -> Weights:
             assert weight.rows is not None
             parts = {e: lambda e=e, rows=weight.rows: rows(e, e + 1)[0] for e in range(weight.shape[0])}
             found[name] = Weight(weight.shape, weight.dtype, weight.read, parts, weight.rows)
+    return found
+
+
+def uneven(first: Weights, second: Weights) -> set[str]:
+    """Name the tensors of experts that cannot be stacked: they lack a tensor, or have one of another shape.
+
+    Others of their block on the same side, or the same expert of the other side, have it.
+    """
+    sides = [_apart(weights) for weights in (first, second)]
+    odd: set[tuple[str, str]] = set()
+    for side in sides:
+        for block, experts in side.items():
+            ((usual, _),) = Counter(frozenset(shapes.items()) for shapes in experts.values()).most_common(1)
+            odd |= {(block, e) for e, shapes in experts.items() if {*shapes.items()} != usual}
+    one, other = sides
+    for block in one.keys() & other.keys():
+        for e in one[block].keys() & other[block].keys():
+            mine, theirs = one[block][e].keys(), other[block][e].keys()
+            if mine < theirs or theirs < mine:
+                odd.add((block, e))
+    return {f"{block}.{e}.{field}" for side in sides for block, e in odd for field in side[block][e]}
+
+
+def _apart(weights: Weights) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
+    """List the shapes of experts that lie apart, by block, expert and field."""
+    found: dict[str, dict[str, dict[str, tuple[int, ...]]]] = defaultdict(lambda: defaultdict(dict))
+    for name, weight in weights.items():
+        if match := OF_AN_EXPERT.fullmatch(name):
+            found[match["block"]][match["expert"]][match["field"]] = weight.shape
     return found
 
 

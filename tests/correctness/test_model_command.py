@@ -312,6 +312,67 @@ def test_everything_that_does_not_fit_is_listed_at_once(
         assert said in out, out
 
 
+def of_uneven_experts(t: Tensors) -> None:
+    del t[expert(1, "up_proj", OTHER)], t[expert(2, "down_proj")]
+    t[expert(3, "gate_proj")] = torch.zeros(15, 32)
+    t[expert(0, "norm")] = torch.zeros(4)
+
+
+@pytest.mark.parametrize("options", [["--weights"], []], ids=["weights", "runs"])
+def test_tensors_of_single_experts_are_compared_by_their_names_on_disk(
+    options: list[str], original: Path, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = dict(tensors)
+    of_uneven_experts(changed)
+    folder = written(tmp_path / "b", changed, config_of(original))
+    assert command.main([str(folder), "--against", str(original), *options]) == 1
+    out = capsys.readouterr().out
+    for said in (
+        f"model.layers.0: tensors of experts missing: {expert(1, 'up_proj', OTHER)}\n",
+        f"model.layers.1: tensors of experts missing: {expert(2, 'down_proj')}\n",
+        f"model.layers.1: not in the reference: {expert(0, 'norm')}\n",
+        f"{expert(3, 'gate_proj')}: has shape [15, 32], in the reference [16, 32]\n",
+    ):
+        assert said in out, out
+    assert options or f"does not fit Qwen2MoeForCausalLM: {expert(1, 'up_proj', OTHER)} is missing; " in out
+
+
+def test_a_field_that_all_experts_lack_is_listed(
+    original: Path, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = [expert(e, "up_proj") for e in range(E)]
+    kept = {name: t for name, t in tensors.items() if name not in lost}
+    folder = written(tmp_path / "b", kept, config_of(original))
+    assert command.main([str(folder), "--against", str(original), "--weights"]) == 1
+    assert f"model.layers.1: tensors of experts missing: {', '.join(lost)}\n" in capsys.readouterr().out
+
+
+def test_a_folder_that_does_not_fit_its_config_is_told_by_names_on_disk(
+    original: Path, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = dict(tensors)
+    of_uneven_experts(changed)
+    assert command.main([str(written(tmp_path / "b", changed, config_of(original)))]) == 2
+    out = capsys.readouterr().err
+    assert out.startswith("error: ") and out.partition("\n  ")[2].splitlines() == [
+        f"{expert(1, 'up_proj', OTHER)} is missing",
+        f"  {expert(2, 'down_proj')} is missing",
+        f"  {expert(0, 'norm')} belongs to nothing",
+        f"  {expert(3, 'gate_proj')} has shape [15, 32], the model's has [16, 32]",
+    ]
+
+
+def test_an_unexpected_failure_is_one_line_and_says_nothing_of_the_models(
+    original: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr(command, "compare_weights", fail)
+    assert command.main([str(original), "--against", str(original), "--weights"]) == 2
+    assert capsys.readouterr().err == "error: the comparison failed: KeyError: 'a\\nb'\n"
+
+
 def test_a_prefix_of_all_names_is_one_finding(
     original: Path, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
