@@ -97,7 +97,10 @@ def use(model: nn.Module, name: str = "auto") -> Report:
     Raises:
         Refused: no experts module of the model can be taken; the message says why, for each.
         ResolveError: no such implementation.
+        TypeError: model is no module, such as a config or a path.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be an nn.Module of transformers")
     register()
     if name not in registry.IMPLEMENTATIONS:
         raise registry.ResolveError(f"name is {name!r}; valid are {', '.join(registry.IMPLEMENTATIONS)}")

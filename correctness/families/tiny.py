@@ -120,9 +120,15 @@ def blocks(family: str) -> list[str]:
     if family == "all":
         return [block for name in known for block in blocks(name)]
     name, _, wanted = family.partition(".")
+    if name not in known and name.isidentifier() and any(_folder().glob(f"{name}/modeling_*.py")):
+        raise ResolveError(
+            f"the family {name!r} of transformers has no MoE block; those with one are "
+            f"{', '.join(sorted(known))}; all means each of them"
+        )
     if name not in known or (wanted and wanted not in known[name]):
         raise ResolveError(
-            f"transformers has no family {family!r} with experts; it has {', '.join(sorted(known))} and all"
+            f"transformers has no family {family!r} with experts; it has {', '.join(sorted(known))}; "
+            "all means each of them"
         )
     several = len(known[name]) > 1
     return [f"{name}.{c}" if several else name for c in known[name] if wanted in ("", c)]

@@ -74,7 +74,10 @@ def test_what_the_contract_cannot_say_is_refused_with_the_reason(family: str, re
 
 
 def test_an_unknown_family_is_answered_with_those_that_there_are() -> None:
-    with pytest.raises(ResolveError, match=r"no family 'olmo' with experts; it has .*mixtral, .*olmoe"):
+    families = r"mixtral, .*olmoe, .*; all means each of them$"
+    with pytest.raises(ResolveError, match=rf"no family 'olmo9' with experts; it has .*{families}"):
+        named_layers(["transformers:olmo9"])
+    with pytest.raises(ResolveError, match=rf"the family 'olmo' of .* has no MoE block; those .*{families}"):
         named_layers(["transformers:olmo"])
 
 

@@ -173,6 +173,13 @@ def test_a_model_of_the_same_code_and_numbers_agrees(checkpoints: Path, tmp_path
     assert all(fraction < 1 for _, fraction in verdict["rows"])
 
 
+def test_a_folder_alone_is_run_by_the_experts_that_transformers_chooses(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(checkpoints / "qwen2_moe")]) == 0
+    assert "note: in float32: experts by grouped_mm do not run in float64 (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("function", "said"), FAULTS, ids=[function for function, _ in FAULTS])
 def test_the_first_module_that_differs_is_named(
     function: str, said: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]

@@ -340,6 +340,13 @@ def test_a_model_of_which_nothing_can_be_taken_is_refused(model: Callable[[], An
         use(model())
 
 
+@pytest.mark.parametrize("model", [transformers.OlmoeConfig(), "a/path", None])
+def test_what_is_no_module_is_refused_by_its_type(model: Any) -> None:
+    kind = type(model).__name__
+    with pytest.raises(TypeError, match=f"model is a {kind}; it must be an nn.Module of transformers"):
+        use(model, "auto")
+
+
 def test_what_cannot_be_taken_is_computed_as_before_and_told() -> None:
     model = build()
     want = model(tokens()).logits
