@@ -65,9 +65,13 @@ def _distance(z: Tensor, ids: Sequence[int]) -> Tensor:
 
 
 def _sparse_is_clear(z: Tensor, ids: Sequence[int], doubt: Tensor) -> bool:
-    """Tell whether the order of the chosen, best first, and what is within their reach exceed the doubt."""
+    """Tell whether the order of the chosen, best first, and what is within their reach exceed the doubt.
+
+    A chosen expert is within its own reach whatever its logit is, and a better choice is out of the softmax.
+    """
     best, their_doubt = z[ids], doubt[ids]
     reach = (_distance(z, ids).abs() > doubt + their_doubt.unsqueeze(1)) | z.isinf()
+    reach[:, ids] |= torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     order = best[:-1] - their_doubt[:-1] > best[1:] + their_doubt[1:]
     return bool(reach.all()) and bool(order.all())
 

@@ -204,6 +204,13 @@ def test_the_gradient_of_gates_equals_finite_differences(
     assert got.tolist() == pytest.approx(slopes, rel=1e-7, abs=1e-8)
 
 
+def test_sparsemixer_is_clear_at_low_precision_where_no_other_expert_is_near_the_reach() -> None:
+    spec, precision = RouterSpec(2, "sparsemixer"), 2**-11
+    for logits, right in (([2.0, 1.0, -1.0], True), ([2.0, 1.0, 0.98], False), ([2.0, 1.99, -1.0], False)):
+        ids, clear = router.select(torch.tensor(logits, dtype=torch.float64), spec, None, precision)
+        assert ids == [0, 1] and clear == right, logits
+
+
 def test_the_gates_of_each_score_equal_scalar_arithmetic() -> None:
     z, ids, e = [1.0, 0.99, 0.975, -2.0], [0, 1], math.exp
     softplus = [math.log(1 + e(v)) for v in z]
