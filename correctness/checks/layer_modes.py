@@ -261,7 +261,7 @@ MODES = (
     Check(placement, _FLOAT32),
     Check(merged, _FLOAT32),
     Check(round_trip, _FLOAT32),
-    Check(autocast, (LayerProblem(torch.bfloat16),), needs="autocast"),
+    Check(autocast, (LayerProblem(torch.bfloat16),), needs="autocast", fits=False),
     Check(fullgraph, _FLOAT32, needs="fullgraph"),
     Check(exports, _FLOAT32, needs="exports"),
     Check(many_tokens, _FLOAT32),

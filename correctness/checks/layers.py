@@ -61,13 +61,13 @@ _BFLOAT16 = (LayerProblem(torch.bfloat16),)
 CHECKS = (
     Check(values, _FLOAT32),
     Check(gradients, _FLOAT32, needs="gradients"),
-    Check(low_precision, _BFLOAT16),
-    Check(half_precision, (LayerProblem(torch.float16),)),
-    Check(double_precision, (LayerProblem(torch.float64),)),
+    Check(low_precision, _BFLOAT16, fits=False),
+    Check(half_precision, (LayerProblem(torch.float16),), fits=False),
+    Check(double_precision, (LayerProblem(torch.float64),), fits=False),
     Check(strides, _FLOAT32),
     Check(leading_dimensions, _FLOAT32, needs="any_leading"),
     Check(no_tokens, _FLOAT32, needs="no_tokens"),
-    Check(low_precision_gradients, _BFLOAT16, needs="gradients"),
+    Check(low_precision_gradients, _BFLOAT16, needs="gradients", fits=False),
     Check(router_gradient, _FLOAT32, needs="gradients"),
     Check(frozen, _FLOAT32, needs="gradients"),
     *TRAINING,
@@ -87,6 +87,14 @@ CHECKS = (
 
 def _bench(case: Case) -> tuple[Bench]:
     return (Bench.of(case.subject.tested, case.problem.dtype),)
+
+
+def _fit(subject: Subject, check: Check, problem: LayerProblem) -> LayerProblem:
+    """Take the widest dtype that is declared where a layer does not declare float32."""
+    dtypes = subject.support.dtypes
+    if not check.fits or problem.dtype in dtypes or problem.dtype != torch.float32:
+        return problem
+    return replace(problem, dtype=max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16)))
 
 
 def _unsupported(support: LayerSupport, problem: LayerProblem) -> str | None:
@@ -125,7 +133,7 @@ def _with_cause(case: Case, failure: CheckFailed) -> CheckFailed:
     return CheckFailed(f"as 'values' tells, y is right with {cause.text}")
 
 
-LAYER = Kind("layer", CHECKS, _bench, unsupported=_unsupported, explain=_explained)
+LAYER = Kind("layer", CHECKS, _bench, _fit, unsupported=_unsupported, explain=_explained)
 
 
 def layer(name: str, tested: Layer) -> Subject:
