@@ -12,7 +12,7 @@ from torch import Tensor
 
 from correctness.checks.case import Check
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import B, Bench, S, T, build, copies_of, reached, spread
+from correctness.judging.layer_bench import COPIES, B, Bench, S, T, build, call_of, copies_of, reached
 from correctness.judging.layer_steps import (
     as_it_is,
     during,
@@ -236,22 +236,21 @@ def round_trip(bench: Bench) -> None:
 
 
 def many_tokens(bench: Bench) -> None:
-    """Be right for more than 65,536 tokens, gradients too, where all hidden values together fit 1 GiB."""
+    """Be right for more than 65,536 tokens, gradients too, or as many as keep all hidden values in 1 GiB."""
     weights = bench.subject.read(bench.layer)
-    copies = MANY // T + 3
     E, F, _ = weights.experts.w_in.shape
-    if copies * T * E * F * weights.experts.w_in.element_size() > LIMIT:
-        return
-    rows = torch.arange(copies * T) % (T - 1)  # whose period divides no power of two
+    fitting = LIMIT // (E * F * weights.experts.w_in.element_size())
+    tokens = max(COPIES * T, min(MANY + 3 * T, fitting)) | 1
+    rows = torch.arange(tokens) % (T - 1)  # whose period divides no power of two
     with torch.no_grad():
         y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
     # What a layer reports of its routing is compared token by token: of some of them, the last ones too.
-    only = torch.cat([spread(copies), torch.arange(len(rows))[-T:]]) if bench.subject.routing else slice(None)
-    bench.require_y(y, rows, f" with {len(rows)} tokens", only=only)
+    some = torch.cat([call_of(T, tokens)[1], torch.arange(tokens)[-T:]])
+    bench.require_y(y, rows, f" with {tokens} tokens", only=some if bench.subject.routing else slice(None))
     if bench.subject.support.gradients:
-        bench = bench.dropping(copies)
-        found = gradients_of(bench, copies=copies, flipped=False)
-        require_gradients(bench, found, f" with {len(rows)} tokens")
+        bench = bench.dropping(tokens)
+        found = gradients_of(bench, tokens=tokens, flipped=False)
+        require_gradients(bench, found, f" with {tokens} tokens")
 
 
 _FLOAT32 = (LayerProblem(),)

@@ -26,6 +26,7 @@ from correctness.checks.layer_gradients import (
     gradients,
     low_precision_gradients,
     router_gradient,
+    sizes,
 )
 from correctness.checks.layer_losses import losses
 from correctness.checks.layer_modes import MODES
@@ -68,6 +69,7 @@ CHECKS = (
     Check(leading_dimensions, _FLOAT32, needs="any_leading"),
     Check(no_tokens, _FLOAT32, needs="no_tokens"),
     Check(low_precision_gradients, _BFLOAT16, needs="gradients", fits=False),
+    Check(sizes, _FLOAT32, needs="gradients"),
     Check(router_gradient, _FLOAT32, needs="gradients"),
     Check(frozen, _FLOAT32, needs="gradients"),
     *TRAINING,
