@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Bench, T, reached, trained
-from correctness.judging.layer_steps import gradients_of, in_sequences, require_gradient, require_gradients
+from correctness.judging.layer_steps import (
+    during,
+    gradients_of,
+    held,
+    in_sequences,
+    is_noisy,
+    put_back,
+    require_gradient,
+    require_gradients,
+)
 from correctness.oracle import layer as oracle
 
 MORE = (T + 5, 32 * T)  # tokens: of which a tile leaves a rest, and a power of two
@@ -67,11 +77,20 @@ def _is_buffer(bench: Bench, name: str) -> bool:
 
 
 def low_precision_gradients(bench: Bench) -> None:
-    """Keep the gradients of x and of every parameter within their budget in bfloat16."""
-    bench = bench.dropping()
-    for name, got in gradients_of(bench).items():
-        if name in bench.expected.want:
-            require_gradient(bench, name, got)
+    """Keep the gradients of x and of every parameter within their budget in 16 bits, in training mode too."""
+    for training in (False, True)[: 1 + bench.subject.support.training]:
+        start = held(bench.layer.train(training))
+        if training and is_noisy(bench):
+            return
+        where = " in training mode" if training else ""
+        with during("in training mode") if training else contextlib.nullcontext():
+            y = bench.call(in_sequences(bench.x)).flatten(0, 1)
+            bench.require_y(y, context=where)
+            put_back(bench.layer, start)
+            dropping = bench.dropping()
+            put_back(bench.layer, start)
+            require_gradients(dropping, gradients_of(dropping), where)
+        put_back(bench.layer, start)
 
 
 def frozen(bench: Bench) -> None:

@@ -12,21 +12,37 @@ from torch import Tensor
 
 from correctness.checks.case import Check
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import COPIES, B, Bench, S, T, build, call_of, copies_of, reached
+from correctness.judging.layer_bench import (
+    COPIES,
+    B,
+    Bench,
+    Expected,
+    S,
+    T,
+    build,
+    call_of,
+    copies_of,
+    reached,
+)
 from correctness.judging.layer_steps import (
     as_it_is,
     during,
+    fresh,
     gradients_of,
     held,
+    is_noisy,
     put_back,
     require_gradients,
     same,
+    step,
 )
 from correctness.judging.layer_weights import check_weights
 from correctness.problems.layers import LayerProblem
+from moe_impls.interface import dtype_name
 from moe_impls.registry import one_line
 
 MANY = 65_536  # tokens, up to which a count in 16 bits or a grid of blocks goes
+LARGE = 64  # times a logit, of which the exponential then is infinite
 LIMIT = 2**30  # bytes of one tensor [T, E, F], which a plain layer may well make
 
 
@@ -42,30 +58,47 @@ def _require_gradients(bench: Bench, where: str) -> None:
 
 
 def autocast(bench: Bench) -> None:
-    """Make logits in float32 under autocast, too, keep the dtype of x, and be right to bfloat16.
+    """Make logits in float32 under autocast, too, keep the dtype of x, and be right to the autocast dtype.
 
-    Gradients are compared, too. Parameters and x are float32 and hold numbers that bfloat16 has, so that
-    rounding them changes nothing.
+    Gradients are compared, too, and training mode. Parameters and x are float32 and hold numbers that the
+    autocast dtype has, so that rounding them changes nothing.
     """
-    gradients = bench.subject.support.gradients
-    many, right = as_it_is(bench, tokens=8 * T).expected, bench.dropping().expected
-    wide = replace(right, x=right.x.float(), dy=right.dy.float())
-    bench = replace(bench, layer=bench.layer.float(), expected=wide)
-    where = " under autocast to bfloat16"
-    with torch.autocast("cpu", dtype=torch.bfloat16), during("under autocast"):
-        with torch.no_grad():
-            y = bench.call(many.x.float().to(bench.device).unflatten(0, (-1, S))).flatten(0, 1)
-        found = gradients_of(bench) if gradients else {}
-        again = bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1)
+    support, low = bench.subject.support, bench.dtype
+    many, start, rights = as_it_is(bench, tokens=8 * T).expected, held(bench.layer), []
+    for training in (False, True)[: 1 + support.training]:
+        bench.layer.train(training)
+        if not training or not is_noisy(bench):
+            rights.append(bench.dropping().expected)
+        put_back(bench.layer, start)
+    bench.layer.float()
+    for training, right in enumerate(rights):
+        where = f" under autocast to {dtype_name(low)}{' in training mode' if training else ''}"
+        bench.layer.train(bool(training))
+        bench = replace(bench, expected=replace(right, x=right.x.float(), dy=right.dy.float()))
+        with torch.autocast("cpu", dtype=low), during(where.strip()):
+            with torch.no_grad():
+                y = _y(bench, many.x.float().to(bench.device))
+            put_back(bench.layer, start)
+            found = gradients_of(bench) if support.gradients else {}
+            put_back(bench.layer, start)
+            again = _y(bench)
+            put_back(bench.layer, start)
+        if low == torch.bfloat16:
+            where += _swayed(many, y)
+        replace(bench, expected=many).require_y(y, context=where)
+        bench.require_y(again, context=where)
+        require_gradients(bench, found, where)
+
+
+def _swayed(many: Expected, y: Tensor) -> str:
+    """Say so where the wrong tokens are those that rounded logits send to other experts."""
     is_wrong = ((y.double().cpu() - many.want["y"]).abs() > many.allowed["y"]).any(dim=1)
-    if bool(is_wrong.any()) and not bool((is_wrong & ~many.is_swayed).any()):
-        where += (
-            f"; all {int(is_wrong.sum())} wrong tokens of {len(y)} are those that logits rounded to bfloat16 "
-            "send elsewhere: autocast makes a router's product in bfloat16 even of arguments made float32"
-        )
-    replace(bench, expected=many).require_y(y, context=where)
-    bench.require_y(again, context=where)
-    require_gradients(bench, found, where)
+    if not bool(is_wrong.any()) or bool((is_wrong & ~many.is_swayed).any()):
+        return ""
+    return (
+        f"; all {int(is_wrong.sum())} wrong tokens of {len(y)} are those that logits rounded to bfloat16 "
+        "send elsewhere: autocast makes a router's product in bfloat16 even of arguments made float32"
+    )
 
 
 def fullgraph(bench: Bench) -> None:
@@ -87,8 +120,23 @@ def fullgraph(bench: Bench) -> None:
             _require_gradients(bench, " compiled")
             with torch.no_grad():
                 bench.require_y(_y(bench), context=" compiled, under no_grad")
+        if bench.subject.support.training:
+            _compiled_training(bench)
     finally:
         torch.compiler.reset()
+
+
+def _compiled_training(bench: Bench) -> None:
+    """Be right compiled in training mode, where no noise is added."""
+    twin = fresh(bench.subject, bench)
+    start = held(twin.layer)
+    if is_noisy(twin):
+        return
+    put_back(twin.layer, start)
+    twin.layer.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    x = bench.x.requires_grad_(bench.subject.support.gradients)
+    with during("compiled in training mode"):
+        twin.require_y(_y(twin, x), context=" compiled, in training mode")
 
 
 def _calls(bench: Bench) -> list[tuple[tuple[int, int], Tensor]]:
@@ -136,6 +184,60 @@ def saturated(bench: Bench) -> None:
     large.require_y(_y(large), context=where)
     if bench.subject.support.gradients:
         _require_gradients(large, where)
+
+
+def padding(bench: Bench) -> None:
+    """Be finite for a token of zeros, as padding is, and for large logits, and leave other tokens right.
+
+    A token of zeros is right, too, where experts without biases make it zeros whatever experts it visits.
+    """
+    weights, gradients = bench.expected.weights, bench.subject.support.gradients
+    x, sound = bench.x, torch.arange(T) != 3
+    x[3] = 0
+    parts = [part for part in (weights.experts, weights.shared) if part is not None]
+    if weights.router_norm is None or weights.router_norm_epsilon > 0:
+        y = _finite(bench, x, " with a token of zeros", gradients)
+        if bench.subject.routing is None:
+            bench.require_y(y, context=" beside a token of zeros", only=sound)
+        plain = all(
+            part.b_in is None and part.b_out is None and part.output_activation == "none" for part in parts
+        )
+        if plain and weights.combine == "sum" and bool(y[3].any()):
+            raise CheckFailed(f"y[3] of a token of zeros is {y[3].tolist()}, right is 0")
+    if (
+        weights.router.score == "softmax" and weights.combine == "sum"
+    ):  # another may come to zero, and have no gradient there
+        names = _of(bench, bench.subject.read(bench.layer).router_weight)
+        with torch.no_grad():
+            for name in names:
+                dict(bench.layer.named_parameters())[name].mul_(LARGE)
+        _finite(bench, bench.x, f" with logits {LARGE} times as large", gradients)
+
+
+def _finite(bench: Bench, x: Tensor, where: str, gradients: bool) -> Tensor:
+    """Raise CheckFailed unless y [T, O], which is returned, and all gradients are finite."""
+    if gradients:
+        y, found = step(bench, x.unflatten(0, (B, S)), bench.expected.dy.to(bench.device))
+    else:
+        y, found = bench.call(x.unflatten(0, (B, S))), {}
+    named = {"y": y, **{f"the gradient of {name}": grad for name, grad in found.items()}}
+    for name, tensor in named.items():
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise CheckFailed(f"{name} is not finite{where}")
+    return y.flatten(0, 1)
+
+
+def lengths(bench: Bench) -> None:
+    """Be right without gradients for each token alone, for one token many times, and for 2,560 tokens.
+
+    More than 2,048 of those visit one expert, which is as far as float16 counts.
+    """
+    order = torch.arange(T)
+    skewed = torch.cat([order.repeat(8), torch.zeros(72 * T, dtype=torch.int64)])
+    with torch.no_grad():
+        for rows in (*order.split(1), order[:1].repeat(64), order.repeat(32), skewed):
+            y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
+            bench.require_y(y, rows, f" among {len(rows)} tokens, {rows[:3].tolist()}...")
 
 
 def _of(bench: Bench, tensor: Tensor) -> set[str]:
@@ -254,13 +356,16 @@ def many_tokens(bench: Bench) -> None:
 
 
 _FLOAT32 = (LayerProblem(),)
+_LOW = (LayerProblem(torch.bfloat16), LayerProblem(torch.float16))
 
 MODES = (
     Check(saturated, _FLOAT32),
+    Check(padding, _FLOAT32),
+    Check(lengths, (*_LOW, *_FLOAT32), fits=False),
     Check(placement, _FLOAT32),
     Check(merged, _FLOAT32),
     Check(round_trip, _FLOAT32),
-    Check(autocast, (LayerProblem(torch.bfloat16),), needs="autocast", fits=False),
+    Check(autocast, _LOW, needs="autocast", fits=False),
     Check(fullgraph, _FLOAT32, needs="fullgraph"),
     Check(exports, _FLOAT32, needs="exports"),
     Check(many_tokens, _FLOAT32),

@@ -58,17 +58,18 @@ from moe_impls.registry import one_line
 
 _FLOAT32 = (LayerProblem(),)
 _BFLOAT16 = (LayerProblem(torch.bfloat16),)
+_FLOAT16 = (LayerProblem(torch.float16),)
 
 CHECKS = (
     Check(values, _FLOAT32),
-    Check(gradients, _FLOAT32, needs="gradients"),
+    Check(gradients, (*_FLOAT32, LayerProblem(torch.float64)), needs="gradients"),
     Check(low_precision, _BFLOAT16, fits=False),
-    Check(half_precision, (LayerProblem(torch.float16),), fits=False),
+    Check(half_precision, _FLOAT16, fits=False),
     Check(double_precision, (LayerProblem(torch.float64),), fits=False),
     Check(strides, _FLOAT32),
     Check(leading_dimensions, _FLOAT32, needs="any_leading"),
     Check(no_tokens, _FLOAT32, needs="no_tokens"),
-    Check(low_precision_gradients, _BFLOAT16, needs="gradients", fits=False),
+    Check(low_precision_gradients, _BFLOAT16 + _FLOAT16, needs="gradients", fits=False),
     Check(sizes, _FLOAT32, needs="gradients"),
     Check(router_gradient, _FLOAT32, needs="gradients"),
     Check(frozen, _FLOAT32, needs="gradients"),
