@@ -30,6 +30,7 @@ from correctness.checks.layer_gradients import (
 )
 from correctness.checks.layer_losses import losses
 from correctness.checks.layer_modes import MODES
+from correctness.checks.layer_sizes import SIZES
 from correctness.checks.layer_state import (
     evaluation,
     every_parameter_counts,
@@ -85,6 +86,7 @@ CHECKS = (
     Check(losses, _FLOAT32, needs="losses"),
     *BALANCE,
     *MODES,
+    *SIZES,
 )
 
 
