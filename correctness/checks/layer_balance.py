@@ -31,7 +31,7 @@ def bias_update(bench: Bench) -> None:
         return
     K, E = subject.read(layer).router.top_k, len(subject.read(layer).router_weight)
     bench = as_it_is(bench, tokens=min(MOST, max(2 * T, 16 * E // K // S * S)))
-    turns: list[tuple[Callable[[Tensor, Tensor], Tensor], ...]] = [(_all,), (_uneven,)]
+    turns: list[tuple[Callable[[Tensor, Tensor], Tensor], ...]] = [(_all,), (_uneven,), (_one,)]
     for turn in [*turns, (_all, _of_the_least)] if subject.update_bias else turns:
         before = _bias(bench)
         load = torch.stack([_train(bench, pick) for pick in turn]).sum(0)
@@ -50,6 +50,12 @@ def _bias(bench: Bench) -> Tensor:
 def _all(visits: Tensor, mass: Tensor) -> Tensor:
     """Pick all tokens."""
     return torch.ones(len(visits), dtype=torch.bool)
+
+
+def _one(visits: Tensor, mass: Tensor) -> Tensor:
+    """Pick one token, of those that leave the last experts empty."""
+    last = (visits * torch.arange(visits.shape[1])).amax(dim=1).argmin()
+    return torch.arange(len(visits)) == last
 
 
 def _uneven(visits: Tensor, mass: Tensor) -> Tensor:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
+from torch import Tensor
 
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import Bench, reached, trained
-from correctness.judging.layer_steps import gradients_of, require_gradient
+from correctness.judging.layer_bench import Bench, T, reached, trained
+from correctness.judging.layer_steps import (
+    during,
+    gradients_of,
+    held,
+    in_sequences,
+    is_noisy,
+    put_back,
+    require_gradient,
+    require_gradients,
+)
 from correctness.oracle import layer as oracle
+
+MORE = (T + 5, 32 * T)  # tokens: of which a tile leaves a rest, and a power of two
+EXACT = 64  # visits of an expert, a tile of usual size
 
 
 def gradients(bench: Bench) -> None:
@@ -21,12 +35,35 @@ def gradients(bench: Bench) -> None:
             raise CheckFailed(
                 f"{name}, as read(layer) returns it, is made of no parameter that is trained and of no buffer"
             )
-    for x_wanted, context in ((True, ""), (False, " where x needs none")):
-        for name, got in gradients_of(bench, x_wanted=x_wanted).items():
+    for asked, context in (
+        ({}, ""),
+        ({"x_wanted": False}, " where x needs none"),
+        ({"strided": True}, " by a gradient of y that is not contiguous"),
+    ):
+        for name, got in gradients_of(bench, **asked).items():
             if name in right.want:
                 require_gradient(bench, name, got, context)
             elif got is not None and bool(got.any()):
                 raise CheckFailed(f"y depends on {name}, which read(layer) does not return")
+
+
+def sizes(bench: Bench) -> None:
+    """Give the oracle's gradients for any number of tokens, and none to experts that no token visits."""
+    for tokens in MORE:
+        among = bench.dropping(tokens)
+        require_gradients(among, gradients_of(among, tokens=tokens), f" with {tokens} tokens")
+    for rows in few(bench):
+        alone = bench.alone(rows).dropping()
+        where = f" with {len(rows)} tokens that visit experts {alone.expected.ids.unique().tolist()}"
+        alone.require_y(alone.call(in_sequences(alone.x)).flatten(0, 1), context=where)
+        require_gradients(alone, gradients_of(alone), where)
+
+
+def few(bench: Bench) -> list[Tensor]:
+    """Pick tokens that leave the last experts empty, one of them; then the first; and 64 times one token."""
+    ids = bench.expected.ids
+    low, high = ids.amax(dim=1).argmin(), ids.amin(dim=1).argmax()
+    return [low.reshape(1), torch.stack([high, high]), low.repeat(EXACT)]
 
 
 def _is_buffer(bench: Bench, name: str) -> bool:
@@ -40,22 +77,34 @@ def _is_buffer(bench: Bench, name: str) -> bool:
 
 
 def low_precision_gradients(bench: Bench) -> None:
-    """Keep the gradients of x and of every parameter within their budget in bfloat16."""
-    bench = bench.dropping()
-    for name, got in gradients_of(bench).items():
-        if name in bench.expected.want:
-            require_gradient(bench, name, got)
+    """Keep the gradients of x and of every parameter within their budget in 16 bits, in training mode too."""
+    for training in (False, True)[: 1 + bench.subject.support.training]:
+        start = held(bench.layer.train(training))
+        if training and is_noisy(bench):
+            return
+        where = " in training mode" if training else ""
+        with during("in training mode") if training else contextlib.nullcontext():
+            y = bench.call(in_sequences(bench.x)).flatten(0, 1)
+            bench.require_y(y, context=where)
+            put_back(bench.layer, start)
+            dropping = bench.dropping()
+            put_back(bench.layer, start)
+            require_gradients(dropping, gradients_of(dropping), where)
+        put_back(bench.layer, start)
 
 
 def frozen(bench: Bench) -> None:
     """Keep the gradients of x and of the other parameters what they are when any one parameter is frozen."""
     bench = bench.dropping()
-    for name, parameter in trained(bench.layer).items():
-        parameter.requires_grad_(False)
-        for other, got in gradients_of(bench).items():
-            if other in bench.expected.want:
-                require_gradient(bench, other, got, f" with {name} frozen")
-        parameter.requires_grad_()
+    parameters, weights = trained(bench.layer), bench.subject.read(bench.layer)
+    of_experts = {n for tensor in weights.experts.tensors.values() for n in reached(bench.layer, tensor)}
+    together = {"all experts": sorted(of_experts), "all parameters": [*parameters]}
+    for what, names in {**{name: [name] for name in parameters}, **together}.items():
+        for name in names:
+            parameters[name].requires_grad_(False)
+        require_gradients(bench, gradients_of(bench), f" with {what} frozen")
+        for name in names:
+            parameters[name].requires_grad_()
 
 
 def router_gradient(bench: Bench) -> None:

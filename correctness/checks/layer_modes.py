@@ -1,5 +1,5 @@
 """What a whole layer is held to in modes other than plain evaluation: autocast, compiled, exported, merged,
-with biases and placements that it may come to hold, inputs that saturate it, and very many tokens."""
+with biases and placements that it may come to hold, and inputs that saturate it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ from torch import Tensor
 
 from correctness.checks.case import Check
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import B, Bench, S, T, build, copies_of, reached, spread
+from correctness.judging.layer_bench import (
+    B,
+    Bench,
+    Expected,
+    S,
+    T,
+    build,
+    copies_of,
+    reached,
+)
 from correctness.judging.layer_steps import (
     as_it_is,
     during,
+    fresh,
     gradients_of,
     held,
+    is_noisy,
     put_back,
     require_gradients,
     same,
 )
 from correctness.judging.layer_weights import check_weights
 from correctness.problems.layers import LayerProblem
+from moe_impls.interface import dtype_name
 from moe_impls.registry import one_line
-
-MANY = 65_536  # tokens, up to which a count in 16 bits or a grid of blocks goes
-LIMIT = 2**30  # bytes of one tensor [T, E, F], which a plain layer may well make
 
 
 def _y(bench: Bench, x: Tensor | None = None) -> Tensor:
@@ -42,30 +51,47 @@ def _require_gradients(bench: Bench, where: str) -> None:
 
 
 def autocast(bench: Bench) -> None:
-    """Make logits in float32 under autocast, too, keep the dtype of x, and be right to bfloat16.
+    """Make logits in float32 under autocast, too, keep the dtype of x, and be right to the autocast dtype.
 
-    Gradients are compared, too. Parameters and x are float32 and hold numbers that bfloat16 has, so that
-    rounding them changes nothing.
+    Gradients are compared, too, and training mode. Parameters and x are float32 and hold numbers that the
+    autocast dtype has, so that rounding them changes nothing.
     """
-    gradients = bench.subject.support.gradients
-    many, right = as_it_is(bench, tokens=8 * T).expected, bench.dropping().expected
-    wide = replace(right, x=right.x.float(), dy=right.dy.float())
-    bench = replace(bench, layer=bench.layer.float(), expected=wide)
-    where = " under autocast to bfloat16"
-    with torch.autocast("cpu", dtype=torch.bfloat16), during("under autocast"):
-        with torch.no_grad():
-            y = bench.call(many.x.float().to(bench.device).unflatten(0, (-1, S))).flatten(0, 1)
-        found = gradients_of(bench) if gradients else {}
-        again = bench.call(bench.x.unflatten(0, (B, S))).flatten(0, 1)
+    support, low = bench.subject.support, bench.dtype
+    many, start, rights = as_it_is(bench, tokens=8 * T).expected, held(bench.layer), []
+    for training in (False, True)[: 1 + support.training]:
+        bench.layer.train(training)
+        if not training or not is_noisy(bench):
+            rights.append(bench.dropping().expected)
+        put_back(bench.layer, start)
+    bench.layer.float()
+    for training, right in enumerate(rights):
+        where = f" under autocast to {dtype_name(low)}{' in training mode' if training else ''}"
+        bench.layer.train(bool(training))
+        bench = replace(bench, expected=replace(right, x=right.x.float(), dy=right.dy.float()))
+        with torch.autocast("cpu", dtype=low), during(where.strip()):
+            with torch.no_grad():
+                y = _y(bench, many.x.float().to(bench.device))
+            put_back(bench.layer, start)
+            found = gradients_of(bench) if support.gradients else {}
+            put_back(bench.layer, start)
+            again = _y(bench)
+            put_back(bench.layer, start)
+        if low == torch.bfloat16:
+            where += _swayed(many, y)
+        replace(bench, expected=many).require_y(y, context=where)
+        bench.require_y(again, context=where)
+        require_gradients(bench, found, where)
+
+
+def _swayed(many: Expected, y: Tensor) -> str:
+    """Say so where the wrong tokens are those that rounded logits send to other experts."""
     is_wrong = ((y.double().cpu() - many.want["y"]).abs() > many.allowed["y"]).any(dim=1)
-    if bool(is_wrong.any()) and not bool((is_wrong & ~many.is_swayed).any()):
-        where += (
-            f"; all {int(is_wrong.sum())} wrong tokens of {len(y)} are those that logits rounded to bfloat16 "
-            "send elsewhere: autocast makes a router's product in bfloat16 even of arguments made float32"
-        )
-    replace(bench, expected=many).require_y(y, context=where)
-    bench.require_y(again, context=where)
-    require_gradients(bench, found, where)
+    if not bool(is_wrong.any()) or bool((is_wrong & ~many.is_swayed).any()):
+        return ""
+    return (
+        f"; all {int(is_wrong.sum())} wrong tokens of {len(y)} are those that logits rounded to bfloat16 "
+        "send elsewhere: autocast makes a router's product in bfloat16 even of arguments made float32"
+    )
 
 
 def fullgraph(bench: Bench) -> None:
@@ -87,8 +113,23 @@ def fullgraph(bench: Bench) -> None:
             _require_gradients(bench, " compiled")
             with torch.no_grad():
                 bench.require_y(_y(bench), context=" compiled, under no_grad")
+        if bench.subject.support.training:
+            _compiled_training(bench)
     finally:
         torch.compiler.reset()
+
+
+def _compiled_training(bench: Bench) -> None:
+    """Be right compiled in training mode, where no noise is added."""
+    twin = fresh(bench.subject, bench)
+    start = held(twin.layer)
+    if is_noisy(twin):
+        return
+    put_back(twin.layer, start)
+    twin.layer.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    x = bench.x.requires_grad_(bench.subject.support.gradients)
+    with during("compiled in training mode"):
+        twin.require_y(_y(twin, x), context=" compiled, in training mode")
 
 
 def _calls(bench: Bench) -> list[tuple[tuple[int, int], Tensor]]:
@@ -235,34 +276,15 @@ def round_trip(bench: Bench) -> None:
         bench.require_y(_y(other), context=f" {how}, with gradients")
 
 
-def many_tokens(bench: Bench) -> None:
-    """Be right for more than 65,536 tokens, gradients too, where all hidden values together fit 1 GiB."""
-    weights = bench.subject.read(bench.layer)
-    copies = MANY // T + 3
-    E, F, _ = weights.experts.w_in.shape
-    if copies * T * E * F * weights.experts.w_in.element_size() > LIMIT:
-        return
-    rows = torch.arange(copies * T) % (T - 1)  # whose period divides no power of two
-    with torch.no_grad():
-        y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
-    # What a layer reports of its routing is compared token by token: of some of them, the last ones too.
-    only = torch.cat([spread(copies), torch.arange(len(rows))[-T:]]) if bench.subject.routing else slice(None)
-    bench.require_y(y, rows, f" with {len(rows)} tokens", only=only)
-    if bench.subject.support.gradients:
-        bench = bench.dropping(copies)
-        found = gradients_of(bench, copies=copies, flipped=False)
-        require_gradients(bench, found, f" with {len(rows)} tokens")
-
-
 _FLOAT32 = (LayerProblem(),)
+_LOW = (LayerProblem(torch.bfloat16), LayerProblem(torch.float16))
 
 MODES = (
     Check(saturated, _FLOAT32),
     Check(placement, _FLOAT32),
     Check(merged, _FLOAT32),
     Check(round_trip, _FLOAT32),
-    Check(autocast, (LayerProblem(torch.bfloat16),), needs="autocast"),
+    Check(autocast, _LOW, needs="autocast", fits=False),
     Check(fullgraph, _FLOAT32, needs="fullgraph"),
     Check(exports, _FLOAT32, needs="exports"),
-    Check(many_tokens, _FLOAT32),
 )

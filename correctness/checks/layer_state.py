@@ -14,6 +14,7 @@ from correctness.judging.layer_bench import (
     B,
     Bench,
     S,
+    T,
     build,
     copies_of,
     draw,
@@ -37,12 +38,16 @@ def every_parameter_counts(bench: Bench) -> None:
     wide = dict(twin.named_parameters())
     with torch.no_grad():
         first = bench.call(bench.x.unsqueeze(0)).squeeze(0)
+    with torch.inference_mode():
+        bench.call(bench.x.unsqueeze(0))  # after which a copy of a weight would be at hand
     for name, parameter in bench.layer.named_parameters():
         old, new = parameter.detach().clone(), draw(parameter, generator).to(parameter.dtype)
         with torch.no_grad():
             parameter.copy_(new)
             wide[name].copy_(new)
             y = bench.call(bench.x.unsqueeze(0)).squeeze(0)
+            with torch.inference_mode():
+                inferred = bench.call(bench.x.unsqueeze(0)).squeeze(0)
             after = copies_of(subject, twin)
             is_read = any(not torch.equal(before[n], after[n]) for n in before)
             if name in training_only and is_read:
@@ -63,6 +68,8 @@ def every_parameter_counts(bench: Bench) -> None:
                 if torch.equal(y, first):
                     where += ", with which y stays the same: the layer never reads it, or kept a copy"
                 bench.require("y", y[clear], want["y"], allowed["y"], where)
+                where = f" under inference_mode, after new numbers in {name} since the last call"
+                bench.require("y", inferred[clear], want["y"], allowed["y"], where)
             else:
                 bench.require_y(y, context=f" after new numbers in {name}, which is for training only")
             parameter.copy_(old)
@@ -86,6 +93,9 @@ def without_gradients(bench: Bench) -> None:
             bench.require_y(y, context=f" under {mode.__name__}")
             bench.call(bench.x.flip(0).unsqueeze(0))
             bench.require_y(y, context=f" under {mode.__name__}, after another call")
+            for t in (0, 5, T - 1):
+                y = bench.call(bench.x[t].view(1, 1, -1)).flatten(0, 1)
+                bench.require_y(y, torch.tensor([t]), f" under {mode.__name__}, with one token")
 
 
 def inputs_unchanged(bench: Bench) -> None:

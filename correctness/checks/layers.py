@@ -26,9 +26,11 @@ from correctness.checks.layer_gradients import (
     gradients,
     low_precision_gradients,
     router_gradient,
+    sizes,
 )
 from correctness.checks.layer_losses import losses
 from correctness.checks.layer_modes import MODES
+from correctness.checks.layer_sizes import SIZES
 from correctness.checks.layer_state import (
     evaluation,
     every_parameter_counts,
@@ -57,17 +59,19 @@ from moe_impls.registry import one_line
 
 _FLOAT32 = (LayerProblem(),)
 _BFLOAT16 = (LayerProblem(torch.bfloat16),)
+_FLOAT16 = (LayerProblem(torch.float16),)
 
 CHECKS = (
     Check(values, _FLOAT32),
-    Check(gradients, _FLOAT32, needs="gradients"),
-    Check(low_precision, _BFLOAT16),
-    Check(half_precision, (LayerProblem(torch.float16),)),
-    Check(double_precision, (LayerProblem(torch.float64),)),
+    Check(gradients, (*_FLOAT32, LayerProblem(torch.float64)), needs="gradients"),
+    Check(low_precision, _BFLOAT16, fits=False),
+    Check(half_precision, _FLOAT16, fits=False),
+    Check(double_precision, (LayerProblem(torch.float64),), fits=False),
     Check(strides, _FLOAT32),
     Check(leading_dimensions, _FLOAT32, needs="any_leading"),
     Check(no_tokens, _FLOAT32, needs="no_tokens"),
-    Check(low_precision_gradients, _BFLOAT16, needs="gradients"),
+    Check(low_precision_gradients, _BFLOAT16 + _FLOAT16, needs="gradients", fits=False),
+    Check(sizes, _FLOAT32, needs="gradients"),
     Check(router_gradient, _FLOAT32, needs="gradients"),
     Check(frozen, _FLOAT32, needs="gradients"),
     *TRAINING,
@@ -82,11 +86,20 @@ CHECKS = (
     Check(losses, _FLOAT32, needs="losses"),
     *BALANCE,
     *MODES,
+    *SIZES,
 )
 
 
 def _bench(case: Case) -> tuple[Bench]:
     return (Bench.of(case.subject.tested, case.problem.dtype),)
+
+
+def _fit(subject: Subject, check: Check, problem: LayerProblem) -> LayerProblem:
+    """Take the widest dtype that is declared where a layer does not declare float32."""
+    dtypes = subject.support.dtypes
+    if not check.fits or problem.dtype in dtypes or problem.dtype != torch.float32:
+        return problem
+    return replace(problem, dtype=max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16)))
 
 
 def _unsupported(support: LayerSupport, problem: LayerProblem) -> str | None:
@@ -125,7 +138,7 @@ def _with_cause(case: Case, failure: CheckFailed) -> CheckFailed:
     return CheckFailed(f"as 'values' tells, y is right with {cause.text}")
 
 
-LAYER = Kind("layer", CHECKS, _bench, unsupported=_unsupported, explain=_explained)
+LAYER = Kind("layer", CHECKS, _bench, _fit, unsupported=_unsupported, explain=_explained)
 
 
 def layer(name: str, tested: Layer) -> Subject:

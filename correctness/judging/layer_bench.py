@@ -257,19 +257,25 @@ class Bench:
                 raise CheckFailed(f"{what} returns y of {fact} {got}; it must be {want}")
         return y
 
-    def dropping(self, copies: int = 1) -> Bench:
+    def dropping(self, tokens: int = 0) -> Bench:
         """Return a bench where the slots count as dropped that the layer says it drops in a call.
 
-        copies: of each token in that call; those of `spread` are the ones that are judged.
+        tokens: of that call, made by `call_of`; those that are judged.
         """
         if self.subject.routing is None:
             return self
-        tokens, twin = self.expected, self.twin()
-        judged_rows = spread(copies)
-        dropped = self.dropped(self.x.repeat(copies, 1), tokens.ids.repeat(copies, 1), judged_rows)
+        right, twin = self.expected, self.twin()
+        rows, places = call_of(len(right.x), tokens)
+        dropped = self.dropped(self.x[rows], right.ids[rows], places)
         assert dropped is not None
-        taken = dropped[judged_rows]
-        return replace(self, expected=answered(self.subject, self.dtype, tokens, twin, dropped=taken))
+        taken = dropped[places]
+        return replace(self, expected=answered(self.subject, self.dtype, right, twin, dropped=taken))
+
+    def alone(self, rows: Tensor) -> Bench:
+        """Return a bench of some of the tokens, that visit few of the experts."""
+        e = self.expected
+        few = replace(e, x=e.x[rows], ids=e.ids[rows], is_swayed=e.is_swayed[rows], dy=e.dy[rows])
+        return replace(self, expected=answered(self.subject, self.dtype, few, self.twin()))
 
     def dropped(
         self,
@@ -324,6 +330,15 @@ class Bench:
         self.require("y", y[only_of_y], want, allowed, context)
 
 
-def spread(copies: int) -> Tensor:
-    """Pick one copy of each token, from the first part of a call with so many of each to the last: [T]."""
-    return torch.arange(T) + T * (torch.arange(T) * (copies - 1) // (T - 1))
+def call_of(distinct: int, tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """Say which of the distinct tokens stands where in a call with more: [N], and the place of one of each.
+
+    These places go from the first of the call to its last.
+
+    Args:
+        tokens: of the call; each token once by default.
+    """
+    places = torch.arange(distinct) * (max(tokens, distinct) - 1) // max(1, distinct - 1)
+    rows = torch.arange(max(tokens, distinct)) % distinct
+    rows[places] = torch.arange(distinct)
+    return rows, places

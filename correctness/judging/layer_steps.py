@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import B, Bench, Layer, S, T, build, expected_of, spread, trained
+from correctness.judging.layer_bench import Bench, Layer, S, T, build, call_of, expected_of, trained
 from moe_impls.registry import one_line
 
 SEEDS = (0, 1, 2)
@@ -62,38 +62,48 @@ def step(
     try:
         for leaf in leaves.values():
             leaf.grad = None
-        y.backward(dy.to(y).reshape(y.shape))
+        dy = dy.to(y).reshape(y.shape)
+        given, before = dy.clone(), dy.clone()
+        y.backward(given)
         grads = {name: leaf.grad for name, leaf in leaves.items()}
     except Exception as error:
         raise CheckFailed(f"the backward of layer(x) raises {one_line(error)}") from error
     finally:
         for name, leaf in leaves.items():
             leaf.grad = kept[name]
+    if not torch.equal(given, before):
+        raise CheckFailed("the backward of layer(x) writes to the gradient of y that it is given")
     return Step(y.detach(), grads)
 
 
 def gradients_of(
-    bench: Bench, *, copies: int = 1, x_wanted: bool = True, flipped: bool = True
+    bench: Bench, *, tokens: int = 0, x_wanted: bool = True, flipped: bool = True, strided: bool = False
 ) -> Mapping[str, Tensor | None]:
     """Return the gradients of x and each parameter, by name.
 
-    copies: of each token; the gradient flows into one of them, from the first part of the call to the last.
+    tokens: of the call; the gradient flows into one of each token, from the first of the call to the last.
     flipped: another call comes between forward and backward.
+    strided: the gradient of y is not contiguous.
     """
-    x = bench.x.repeat(copies, 1)
-    rows = spread(copies)
-    dy = bench.expected.dy
-    dy = torch.zeros(len(x), dy.shape[1], dtype=dy.dtype).index_copy(0, rows, dy).to(bench.device)
+    right = bench.expected
+    rows, places = call_of(len(right.x), tokens)
+    x, dy = bench.x[rows], torch.zeros(len(rows), right.dy.shape[1], dtype=right.dy.dtype)
+    dy = in_sequences(dy.index_copy(0, places, right.dy).to(bench.device))
     found = step(
         bench,
-        x.unflatten(0, (B * copies, S)),
-        dy,
+        in_sequences(x),
+        dy.mT.contiguous().mT if strided else dy,
         x_wanted=x_wanted,
-        between=(lambda: bench.call(x.flip(0).unflatten(0, (B * copies, S)))) if flipped else None,
+        between=(lambda: bench.call(in_sequences(x.flip(0)))) if flipped else None,
     ).grads
     if (dx := found.get("x")) is not None:
-        found["x"] = dx.flatten(0, 1)[rows.to(dx.device)]
+        found["x"] = dx.flatten(0, 1)[places.to(dx.device)]
     return found
+
+
+def in_sequences(x: Tensor) -> Tensor:
+    """Part tokens [N, D] into sequences of S, or of one where that leaves a rest: [B, S, D]."""
+    return x.unflatten(0, (-1, S if len(x) % S == 0 else len(x)))
 
 
 def require_gradient(bench: Bench, name: str, got: Tensor | None, context: str = "") -> None:

@@ -6,12 +6,13 @@ import pytest
 
 from correctness.checks.layer_balance import BALANCE
 from correctness.checks.layer_modes import MODES
+from correctness.checks.layer_sizes import SIZES
 from correctness.checks.layer_training import TRAINING
 from tests.correctness.findings import findings
 from tests.correctness.mode_layers import RIGHT
 from tests.correctness.wrong_modes import WRONG
 
-CHECKS = (*TRAINING, *BALANCE, *MODES)
+CHECKS = (*TRAINING, *BALANCE, *MODES, *SIZES)
 
 
 @pytest.mark.parametrize("name", RIGHT)
