@@ -154,7 +154,7 @@ smallest script that shows it without this project. The families of transformers
 [families.md](families.md).
 
 The table was {tables.made_at(frame)}, by `python -m evidence layers`. All of it, with every finding:
-[{CSV.name}]({CSV.name}). The readings are in [{FOLDER}](../{FOLDER});
+[{CSV.name}]({CSV.name}). The readings are in `{FOLDER}`;
 sizes are small, and capacities so large that no token is dropped.
 
 {markdown_table(shown)}

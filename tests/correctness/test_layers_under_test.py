@@ -730,7 +730,7 @@ def test_bad_files_are_refused_in_one_line(message: str, tmp_path: Path) -> None
     ("name", "message"),
     [
         ("nowhere.py:Layer", "nowhere.py does not exist"),
-        ("nowhere.py", "must be path/file.py:Class or package.module:function"),
+        ("nowhere.py", "must be path/file.py:Class, package.module:function or transformers:FAMILY"),
     ],
 )
 def test_bad_names_are_refused(name: str, message: str) -> None:
