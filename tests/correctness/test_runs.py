@@ -377,7 +377,7 @@ def test_a_bad_file_is_one_line_and_exit_status_4(
         ("--router=not_there", "'not_there' is neither package.module:function nor path/file.py:function"),
         (
             "--layer=not_there",
-            "must be path/file.py:Class, package.module:function or transformers:FAMILY, or one of moe_defaults",
+            "module:function or transformers:FAMILY, or one of moe_defaults",
         ),
         ("--impl=not_there:forward", "importing not_there failed: ModuleNotFoundError"),
     ],
