@@ -8,6 +8,7 @@ passes the whole suite as it stands.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     check_choice("combine", combine, ("sum", "logsumexp"))
     ids, gates = routing
     weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
-    return _Grouped.apply(  # pyright: ignore[reportReturnType]
-        x, ids, gates, *weights, (experts.activation, experts.clamp), experts.output_activation, combine
-    )
+    form = experts.activation, experts.clamp
+    y: Any = _Grouped.apply(x, ids, gates, *weights, form, experts.output_activation, combine)
+    return y
 
 
 def act(h: Tensor, form: tuple[str, Clamp]) -> Tensor:
