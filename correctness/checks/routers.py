@@ -109,8 +109,11 @@ def _require_gates(
     plain = torch.stack([oracle.gates(z, ids, spec) for z, ids in zip(narrow, rows, strict=True)])
     got = routing.gates.detach()
     lost = relative_errors(plain, want, want, _smallest(plain))
-    # exp(log(gate)) is right, too.
+    # exp(log(gate)) is right, too, and exp(log(score) - log(sum)) of scores that are divided by their sum.
     budgets = allowed_error(lost, narrow.dtype, computed) + storing(got.dtype) + by_logarithm(want, computed)
+    if spec.renormalise and spec.score == "sigmoid":
+        scores = wide.gather(1, routing.expert_ids).sigmoid()
+        budgets = budgets + by_logarithm(scores, computed)
     error = relative_errors(got, want, want, _smallest(got))
     if not bool((error <= budgets).all()):
         t, k = divmod(int((error / budgets).argmax()), spec.top_k)
