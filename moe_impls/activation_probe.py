@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_impls.functional import activate
-from moe_impls.interface import ACTIVATIONS, GATED_ACTIVATIONS, Clamp
+from moe_impls.interface import ACTIVATIONS, CLAMPED, GATED_ACTIVATIONS, Clamp
 
-CLAMPED = "swiglu_clamped"
 NEAR, FAR = 0.125, 1e6  # on this and on the other side of every limit
 WIDTH = 7  # H of the probe: odd, so that gate and up rows in another order are told from one another
 EXACT, ROUNDED = 1e-12, 1e-6  # largest error, by the size of the arguments, of float64 and of float32

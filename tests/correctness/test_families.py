@@ -21,8 +21,6 @@ from moe_impls import RouterSpec
 from moe_impls.registry import ResolveError
 from reporting.provenance import ROOT
 
-pytest.importorskip("transformers", minversion=tiny.VERSION)
-
 # A softmax, a sigmoid gate of a shared expert, groups with a selection bias, biases interleaved with a clamp.
 SAMPLE = ("olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss")
 
