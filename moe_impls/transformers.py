@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import inspect
 import warnings
 from collections import Counter
@@ -77,11 +78,11 @@ class Report:
 @functools.cache
 def register() -> None:
     """Make the names ``moe_impls:<implementation>`` known to transformers, in this process."""
-    import transformers  # pyright: ignore[reportMissingImports]
     from transformers.integrations.moe import ExpertsInterface  # pyright: ignore[reportMissingImports]
 
-    if not transformers.__version__.startswith(TESTED):
-        warnings.warn(f"transformers {transformers.__version__} was not tested; {TESTED}x was", stacklevel=3)
+    version = importlib.metadata.version("transformers")
+    if not version.startswith(TESTED):
+        warnings.warn(f"transformers {version} was not tested; {TESTED}x was", stacklevel=3)
     for name in registry.IMPLEMENTATIONS:
         ExpertsInterface.register(PREFIX + name, functools.partial(_forward, _resolve(name)))
 

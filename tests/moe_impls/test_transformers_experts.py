@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from moe_impls.sorted_dispatch import forward
 from moe_impls.transformers import Refused, experts_of, form_of
 
 T, D, H, E, K = 10, 24, 40, 8, 3
-MODELS = Path(transformers.__file__).parent / "models"
+MODELS = Path(inspect.getfile(transformers)).parent / "models"
 CLASS = re.compile(r"^@use_experts_implementation[^\n]*\nclass (\w+)", re.MULTILINE)
 # Classes whose experts the contract cannot say, with a word of the reason.
 NOT_EXPRESSIBLE = {"Inkling2Experts": "activation", "MuseSparkExperts": "post_expert_norm"}
