@@ -34,10 +34,11 @@ from moe_impls.interface import (
     Support,
     dtype_name,
 )
+from moe_impls.operators import operator
 from moe_impls.processor import multiplies, processor
 from moe_impls.registry import resolve
 
-SUPPORT = Support(autocast=True)
+SUPPORT = Support(autocast=True, fullgraph=True, exports=True)
 VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
 UNMEASURED = {"cuda": "triton_fused"}  # where no table knows the device: two products, not two an expert
@@ -221,7 +222,7 @@ def _experts_in_use(expert_ids: Tensor, E: int) -> int:
 
 @torch.compiler.assume_constant_result
 def _in_one_graph(device: str, dtype: torch.dtype, autocast: bool) -> str:
-    """Choose what a compiled layer takes: it reads nothing on the host."""
+    """Choose what a graph takes on a GPU: it reads nothing on the host."""
     fused, _ = _resolved(UNMEASURED["cuda"]), _resolved(ALL_EXPERTS)  # so that neither is looked up in it
     takes = device == "cuda" and dtype in fused.support.dtypes and fused.is_available()
     return fused.name if takes and not autocast else ALL_EXPERTS
@@ -229,9 +230,6 @@ def _in_one_graph(device: str, dtype: torch.dtype, autocast: bool) -> str:
 
 def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") -> Implementation:
     """Choose the implementation for these arguments; of their values only ``expert_ids`` may count."""
-    if torch.compiler.is_compiling():
-        device = x.device.type
-        return _resolved(_in_one_graph(device, x.dtype, torch.is_autocast_enabled(device)))
     w_in, b_in, w_out, b_out = experts.w_in, experts.b_in, experts.w_out, experts.b_out
     device, expert_ids = x.device.type, routing.expert_ids
     gradients = needs_gradients(x, routing.gates, w_in, b_in, w_out, b_out)
@@ -263,4 +261,12 @@ def _on_an_even_load(*key: Any) -> tuple[Implementation, _Needs | None]:
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    if torch.compiler.is_compiling() and (device := x.device.type) != "cpu":
+        taken = _resolved(_in_one_graph(device, x.dtype, torch.is_autocast_enabled(device)))
+        return taken.forward(x, routing, experts, combine=combine)
+    return _chosen(x, routing, experts, combine=combine)
+
+
+@operator(SUPPORT)
+def _chosen(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     return choose(x, routing, experts, combine).forward(x, routing, experts, combine=combine)

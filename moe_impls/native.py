@@ -27,8 +27,15 @@ from torch import Tensor
 
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Routing, Support, dtype_name
+from moe_impls.operators import operator
 
-SUPPORT = Support(devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), gradients=False)
+SUPPORT = Support(
+    devices=("cpu",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    gradients=False,
+    fullgraph=True,
+    exports=True,
+)
 SOURCE = Path(__file__).with_suffix(".cpp")
 # Numbers in hidden features at a time: memory of this size is taken again, more would be new pages.
 GROUP = 2**22
@@ -199,6 +206,7 @@ def _add_slots(
     library().add_slots(*pointers, len(out), *y.shape, start == 0, positive, torch.get_num_threads())
 
 
+@operator(SUPPORT)
 @torch.no_grad()
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""

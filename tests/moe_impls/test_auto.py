@@ -201,10 +201,9 @@ def test_a_gpu_has_a_table_of_its_own_whatever_the_threads(monkeypatch: pytest.M
         ("cuda", torch.bfloat16, False, False, "dense_mask"),
         ("cuda", torch.bfloat16, True, True, "dense_mask"),
         ("cuda", torch.float64, False, True, "dense_mask"),
-        ("cpu", torch.bfloat16, False, True, "dense_mask"),
     ],
 )
-def test_a_compiled_layer_takes_one_that_is_one_graph(
+def test_a_graph_on_a_gpu_takes_one_that_reads_nothing_on_the_host(
     monkeypatch: pytest.MonkeyPatch,
     device: str,
     dtype: torch.dtype,

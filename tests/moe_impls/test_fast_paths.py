@@ -57,8 +57,11 @@ def test_recompute_keeps_one_activation_beside_its_inputs() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"combine": "logsumexp"}, "combine of recompute is 'logsumexp'; valid are sum"),
-        ({"output_activation": "relu"}, "output_activation of recompute is 'relu'; valid are none"),
+        ({"combine": "logsumexp"}, "combine of implementation recompute is 'logsumexp'; valid are sum"),
+        (
+            {"output_activation": "relu"},
+            "output_activation of implementation recompute is 'relu'; valid are none",
+        ),
     ],
 )
 def test_recompute_refuses_what_it_does_not_declare(changes: dict[str, str], message: str) -> None:
