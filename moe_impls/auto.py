@@ -53,6 +53,7 @@ LEFT_OUT = 1.5  # times the fastest: who takes longer is not in a cell, and coun
 
 
 _implementations: dict[str, Implementation] = {}
+_told: set[str] = set()  # of which it was said that they are not available
 
 
 def _resolved(name: str) -> Implementation:
@@ -178,9 +179,11 @@ def _nearest(
     def distance(cell: Cell) -> float:
         return math.dist(place, _place(cell.T, cell.D, cell.H, cell.E, cell.K)) ** 2
 
+    def declares(name: str) -> bool:
+        return name not in without and needs.are_declared_by(_resolved(name).support)
+
     def takes(name: str) -> bool:
-        found = _resolved(name)
-        return name not in without and needs.are_declared_by(found.support) and found.is_available()
+        return declares(name) and _resolved(name).is_available()
 
     if K == E and (T >= LEAST_TOKENS or needs.gradients) and not without and takes(ALL_EXPERTS):
         return _resolved(ALL_EXPERTS)
@@ -189,15 +192,34 @@ def _nearest(
     ]
     slowness: dict[str, float] = {}
     near = sorted(alike, key=distance)[:NEIGHBOURS]
-    names = {name for cell in near for name in cell.times_ms if takes(name)}
+    declared = sorted({name for cell in near for name in cell.times_ms if declares(name)})
     for cell in near:
         fastest = min(cell.times_ms.values())
-        for name in names:
+        for name in declared:
             slower = math.log(cell.times_ms.get(name, LEFT_OUT * fastest) / fastest)
             slowness[name] = slowness.get(name, 0.0) + slower / (distance(cell) + 0.05) ** 2
+    names = [name for name in declared if takes(name)]
     if not names and takes(unmeasured := UNMEASURED.get(needs.device, ALWAYS)):
         return _resolved(unmeasured)
-    return _resolved(min(sorted(names), key=slowness.__getitem__, default=ALWAYS))
+    taken = min(names, key=slowness.__getitem__, default=ALWAYS)
+    wanted = min(declared, key=slowness.__getitem__, default=taken)
+    if not takes(wanted):
+        weight = sum((distance(cell) + 0.05) ** -2 for cell in near)
+        longest = weight * math.log(LEFT_OUT)
+        _tell(wanted, taken, math.exp((slowness.get(taken, longest) - slowness[wanted]) / weight))
+    return _resolved(taken)
+
+
+def _tell(wanted: str, taken: str, slower: float) -> None:
+    """Warn, once in a process, that an implementation is not available, and what that costs."""
+    if wanted in _told:
+        return
+    _told.add(wanted)
+    warnings.warn(
+        f"'auto' takes {taken!r} in place of {wanted!r}: {_resolved(wanted).missing()}. By the table of "
+        f"measurements such a call takes {slower:.1f} times as long or more",
+        stacklevel=2,
+    )
 
 
 def _place(T: int, D: int, H: int, E: int, K: int) -> tuple[float, float, float]:

@@ -224,6 +224,7 @@ class Implementation:
         prepares anew in each call.
     choose: of one that leaves the work to others: the one that it takes for the arguments of ``forward``.
     is_available: whether what it needs beyond torch is installed, such as a compiler.
+    missing: says what is not there where it is not available.
     tuning_seconds: of one that tries several forms of its kernels in a first call: the seconds that all such
         trials of this process took.
     """
@@ -234,6 +235,7 @@ class Implementation:
     prepare: Callable[[Experts], Prepared] | None = None
     choose: Callable[..., Implementation] | None = None
     is_available: Callable[[], bool] = _needs_nothing_more
+    missing: Callable[[], str] = lambda: "it needs what is not installed"
     tuning_seconds: Callable[[], float] | None = None
 
     def ready(self, experts: Experts) -> Forward:

@@ -106,7 +106,7 @@ def resolve(name: str) -> Implementation:
         support = replace(support, gradients=False, second_order=False)
         anew = functools.partial(_prepared_anew, function) if ":" in name else module.forward
         return Implementation(name, anew, support, function)
-    names = ("choose", "is_available", "tuning_seconds")
+    names = ("choose", "is_available", "missing", "tuning_seconds")
     optional = {n: getattr(module, n) for n in names if hasattr(module, n)}
     return Implementation(name, function, support, **optional)
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs
-from moe_impls import Experts, MoE, Routing, auto, processor
+from moe_impls import Experts, MoE, Routing, auto, native, processor
 from moe_impls.auto import Cell
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 
@@ -118,6 +118,36 @@ def test_a_call_with_a_hot_expert_is_one_with_fewer_experts(tuned: Path) -> None
     assert chosen(small(T=1000, E=16)) == "native"
     assert chosen(small(T=1000, E=16, load="one_hot_expert")) == "index_add"
     assert chosen(small(T=auto.FEW_ROWS, E=16, load="one_hot_expert")) == "native"
+
+
+def test_what_is_missing_and_what_that_costs_is_told_once(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(auto, "_told", set())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(native, "PACKAGED", tmp_path)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(native, "missing", native.missing.__wrapped__)
+    monkeypatch.setattr(auto, "_implementations", {"native": resolve("native")})
+    put(tuned, replace(CELL, times_ms={"native": 1.0, "padded": 1.3}))
+    told = (
+        r"'auto' takes 'padded' in place of 'native': implementation 'native' needs a C\+\+ compiler: "
+        r"install g\+\+ or set CXX. By the table of measurements such a call takes 1.3 times as long or more"
+    )
+    with pytest.warns(UserWarning, match=told):
+        assert chosen(small()) == "padded"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(small(T=20)) == "padded"
+
+
+def test_nothing_is_told_of_what_would_not_be_taken(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = replace(resolve("native"), is_available=lambda: False)
+    monkeypatch.setattr(auto, "_implementations", {"native": absent})
+    put(tuned, replace(CELL, times_ms={"native": 1.3, "padded": 1.0}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(small()) == "padded"
 
 
 def test_between_two_cells_the_one_that_is_near_the_fastest_in_both_is_taken(tuned: Path) -> None:
