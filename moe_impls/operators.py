@@ -86,18 +86,23 @@ class _Call(NamedTuple):
             return forward(x, routing, experts, combine=combine).contiguous()
 
 
+def _restored(
+    device: str, autocast: torch.dtype | None, gradients: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Let autograd and autocast work inside an operator; mostly there is nothing to do."""
+    if gradients or autocast or torch.is_autocast_enabled(device):
+        return _restoring(device, autocast)
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def _restored(device: str, autocast: torch.dtype | None, gradients: bool) -> Iterator[None]:
-    """Let autograd and autocast work inside an operator."""
-    with contextlib.ExitStack() as stack:
-        if gradients or autocast:
-            excluded = torch._C._dispatch_tls_local_exclude_set()
-            for key in UNDONE:
-                excluded = excluded.remove(key)
-            included = torch._C._dispatch_tls_local_include_set()
-            stack.enter_context(torch._C._ForceDispatchKeyGuard(included, excluded))
-        if autocast or torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, autocast, enabled=autocast is not None))
+def _restoring(device: str, autocast: torch.dtype | None) -> Iterator[None]:
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in UNDONE:
+        excluded = excluded.remove(key)
+    under = torch.autocast(device, autocast, enabled=autocast is not None)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), under:
         yield
 
 
