@@ -206,9 +206,10 @@ def named(name: str) -> Problem:
 GRADCHECK = tuple(
     Problem("gradcheck", T=4, D=3, H=3, O=2, E=4, K=2, activation=a, output_activation=o, combine=c,
             dtype=torch.float64, gates="unnormalised", load="half_empty", clamp=NEAR)
-    for a in ACTIVATIONS
+    for i, a in enumerate(ACTIVATIONS)
     for n, (o, c) in enumerate(itertools.product(OUTPUT_ACTIVATIONS, COMBINES))
-    if a not in IN_TURN or n % len(IN_TURN) == IN_TURN.index(a)
+    # Two of the four with each, in turn: what is before the output does not know what is after it.
+    if (n // 2 + n + i) % 2 == 0
 )  # fmt: skip
 
 # What an implementation that compiles anew for each case is tested on: every dtype, activation, combine,
