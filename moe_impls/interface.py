@@ -163,6 +163,17 @@ class Support:
         CUDA graph of it go wrong with a new routing; but for a first call of its sizes, which may compile and
         try kernels. On a CPU it is called with fake tensors, for which
         operators of its own need fake implementations (torch.library.register_fake).
+    distributed: it is a collective call on the ranks of a mesh, of which each holds some of the experts::
+
+            forward(x, routing, experts, *, combine="sum", mesh, num_experts) -> y
+
+        All ranks of ``mesh``, a one-dimensional DeviceMesh, call it in the same order, and the same of their
+        inputs require gradients; T may differ, and be 0. ``experts`` is the rank's chunk of num_experts as
+        DTensor's Shard(0) cuts them (5 on 4 ranks: 2, 2, 1 and 0), and expert_ids are those of all. y and the
+        gradients of x and the gates are those of the rank's own tokens; the gradients of its weights are the
+        sums over the tokens of all ranks, not divided by anything.
+    even_experts: of one that is distributed: num_experts must be a multiple of the ranks.
+    equal_tokens: likewise: T must be the same on every rank.
     clamps: of the activation swiglu_clamped; None: any numbers.
     multiple_of: D, H and O must be multiples of it.
     same_width: O must equal D.
@@ -183,6 +194,9 @@ class Support:
     fullgraph: bool = False
     exports: bool = False
     no_host_sync: bool = False
+    distributed: bool = False
+    even_experts: bool = False
+    equal_tokens: bool = False
     compiles_per_case: bool = False
     multiple_of: int = 1
     same_width: bool = False
@@ -195,6 +209,9 @@ class Support:
             )
         for clamp in self.clamps or ():
             check_clamp("clamps of Support", clamp)
+        for name in ("even_experts", "equal_tokens"):
+            if getattr(self, name) and not self.distributed:
+                raise ValueError(f"{name} of Support is True; that needs distributed=True")
         check_positive("multiple_of of Support", self.multiple_of)
         for name, valid in (
             ("devices", DEVICES),
@@ -272,6 +289,28 @@ def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "
         ValueError: a shape, device, id, activation or combine is not valid; the message names the
             argument, its value and what is valid.
     """
+    check_forms(x, routing, experts, combine)
+    (expert_ids, gates), E = routing, len(experts.w_in)
+    if len(expert_ids):
+        low, high = (int(v) for v in expert_ids.aminmax())
+        check_ids(low, high, E)
+        ordered = expert_ids.sort(dim=1).values
+        repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+        if repeated.any():
+            row = int(repeated.nonzero()[0])
+            raise ValueError(
+                f"expert_ids[{row}] is {expert_ids[row].tolist()}; the ids of a row must be distinct"
+            )
+    if combine == "logsumexp" and bool((gates < 0).any()):
+        raise ValueError(f"gates holds {float(gates.min())}; combine 'logsumexp' needs gates >= 0")
+
+
+def check_forms(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") -> None:
+    """Check what `check_inputs` does but for the values of tensors, of which none is read.
+
+    Raises:
+        TypeError, ValueError: as `check_inputs`.
+    """
     check_choice("activation", experts.activation, ACTIVATIONS)
     check_choice("output_activation", experts.output_activation, OUTPUT_ACTIVATIONS)
     check_choice("combine", combine, COMBINES)
@@ -311,21 +350,13 @@ def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "
         raise TypeError(
             f"gates has dtype {gates.dtype}; it must be torch.float32 or the dtype of x, {x.dtype}"
         )
-    if T:
-        low, high = (int(v) for v in expert_ids.aminmax())
-        if low < 0 or high >= E:
-            dropped = (
-                "; moe_impls.router.without_sentinels takes out slots of id E"
-                if low >= 0 and high == E
-                else ""
-            )
-            raise ValueError(f"expert_ids holds {low if low < 0 else high}; ids must be in [0, {E}){dropped}")
-        ordered = expert_ids.sort(dim=1).values
-        repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
-        if repeated.any():
-            row = int(repeated.nonzero()[0])
-            raise ValueError(
-                f"expert_ids[{row}] is {expert_ids[row].tolist()}; the ids of a row must be distinct"
-            )
-    if combine == "logsumexp" and bool((gates < 0).any()):
-        raise ValueError(f"gates holds {float(gates.min())}; combine 'logsumexp' needs gates >= 0")
+
+
+def check_ids(low: int, high: int, num_experts: int) -> None:
+    """Raise ValueError unless the least and the largest expert id are in [0, num_experts)."""
+    E = num_experts
+    if low < 0 or high >= E:
+        dropped = (
+            "; moe_impls.router.without_sentinels takes out slots of id E" if low >= 0 and high == E else ""
+        )
+        raise ValueError(f"expert_ids holds {low if low < 0 else high}; ids must be in [0, {E}){dropped}")
