@@ -80,9 +80,9 @@ class Child:
             theirs.close()
 
     @classmethod
-    def of_functions(cls) -> Child:
+    def of_functions(cls, **options: Any) -> Child:
         """A Python process that finds the modules that this one finds, for ``call``."""
-        child = cls([sys.executable, "-P", __file__, "serve"], asked=True)
+        child = cls([sys.executable, "-P", __file__, "serve"], asked=True, **options)
         child.connection.send(sys.path)
         return child
 
