@@ -9,6 +9,7 @@ from torch import Tensor
 
 from correctness.judging.blame import REPRODUCE
 from correctness.judging.compare import WEIGHTS, reference
+from correctness.judging.finding import what
 from correctness.oracle.experts import evaluate
 from correctness.problems.problem import Inputs
 from correctness.ranks.problems import Spread
@@ -18,7 +19,7 @@ NEAR = 0.02  # of a tensor's scale: so near are results of the same mistake, in 
 
 def told(finding: str, results: dict[str, Tensor], spread: Spread) -> str:
     """Add the likely cause to a finding, if one of the mistakes below gives the same numbers."""
-    name = next((n for n in results if f"{'y' if n == 'y' else f'gradient of {n}'} " in finding), None)
+    name = next((n for n in results if finding.startswith(f"{what(n)} ")), None)
     cause = "" if name is None else _cause(name, results[name], spread)
     before, mark, after = finding.partition(REPRODUCE)
     return f"{before}{cause and f'{chr(10)}  likely cause: {cause}'}{mark}{after}"
@@ -29,6 +30,8 @@ def _cause(name: str, got: Tensor, spread: Spread) -> str:
     if got.shape != want.shape:
         return ""
     for cause, other in _mistakes(name, want, spread):
+        if not bool(other.isfinite().all()):  # log space without any slot
+            continue
         distance = (got.double() - other).abs().max() if got.numel() else torch.tensor(0.0)
         if distance <= NEAR * other.abs().max() and not torch.equal(other, want):
             return cause

@@ -14,10 +14,12 @@ import os
 import pickle
 import re
 import shutil
+import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Client, wait
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,13 @@ from correctness.judging.finding import CheckFailed
 from correctness.ranks import rank as in_rank
 from correctness.ranks.rank import STACKS, Raised
 from correctness.session import child
-from correctness.session.child import DYING_S, Child, ending
+from correctness.session.child import DYING_S, Child, Ended, ending
 
 SIZE = 4
 LIMIT_S = 60.0
-STARTING_S = 240.0  # torch is loaded as often as there are ranks
+STARTING_S = 120.0
 STILL_S = 5.0  # without any work of those who have not answered, which then wait for one another
-WORK_S = 0.05  # of processor time in STILL_S are no work yet: gloo looks for messages a hundred times a second
+WORK_S = 0.05  # of processor time in STILL_S are none: gloo looks for messages a hundred times a second
 GRACE_S = 3.0  # for the others, once one has failed
 POLL_S = 0.1
 SHOWN_FRAMES = 8  # of a stack
@@ -51,10 +53,12 @@ class RanksFailed(CheckFailed):
 
 
 class Pool:
-    """SIZE processes, started when they are first needed. Use `shared` but in a test of this class."""
+    """SIZE processes, forked when they are first needed from one that has loaded torch."""
 
     def __init__(self) -> None:
-        self.children: list[Child] = []
+        self.leader: Child | None = None
+        self.connections: dict[int, Connection] = {}
+        self.pids: list[int] = []
         self.world = self.worlds = 0
 
     def call(
@@ -87,14 +91,36 @@ class Pool:
 
     def end(self) -> None:
         """End all processes; the next call starts others."""
-        for process in self.children:
-            process.end()
-        if self.children:
+        self._end_ranks()
+        if self.leader:
+            self.leader.end()
+        self.leader = None
+
+    def _end_ranks(self) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in (*psutil.Process(pid).children(recursive=True), psutil.Process(pid)):
+                    process.kill()
+            with contextlib.suppress(Ended, ChildProcessError):
+                self._lead(in_rank.exit_status, pid, DYING_S)
+        for connection in self.connections.values():
+            connection.close()
+        if self.pids:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self.children, self.world = [], 0
+        self.connections, self.pids, self.world = {}, [], 0
+
+    def _lead(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in the process that the ranks are forked from."""
+        if self.leader is None:
+            environment = os.environ | ENVIRONMENT
+            if os.path.exists("/sys/class/net/lo"):
+                environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            self.leader = Child.of_functions(env=environment)
+            self.leader.call(in_rank.load_torch)
+        return self.leader.call(function, *arguments)
 
     def _join(self, world: int) -> None:
-        if not self.children:
+        if not self.pids:
             self._start()
         if self.world != world:
             self.worlds += 1
@@ -108,14 +134,16 @@ class Pool:
 
     def _start(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="moe-ranks-"))
-        environment = os.environ | ENVIRONMENT
-        if os.path.exists("/sys/class/net/lo"):
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        for rank in range(SIZE):
-            with (self.folder / f"output{rank}").open("w") as file:
-                self.children.append(Child.of_functions(stdout=file, stderr=file, env=environment))
-        starting = {rank: (in_rank.start, str(self.folder), rank) for rank in range(SIZE)}
-        self._ask(starting, STARTING_S, STARTING_S)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(self.folder / "answers"))
+            listening.listen(SIZE)
+            listening.settimeout(STARTING_S)
+            self.pids = self._lead(in_rank.fork, str(self.folder), SIZE)
+            for _ in self.pids:
+                connection = Connection(listening.accept()[0].detach())
+                self.connections[connection.recv()] = connection
+        for connection in self.connections.values():
+            connection.send(sys.path)
 
     def _ask(self, calls: dict[int, tuple[Any, ...]], limit_s: float, still_s: float) -> dict[int, Any]:
         """Send each rank its call and gather the answers; what is `Raised` is one, too.
@@ -126,18 +154,18 @@ class Pool:
         ended: dict[int, str] = {}
         for rank, call in calls.items():
             try:
-                self.children[rank].connection.send((in_rank.answer, call))
+                self.connections[rank].send((in_rank.answer, call))
             except OSError:
                 ended[rank] = self._ending(rank)
         found: dict[int, Any] = {}
         begun = moved = time.monotonic()
         worked, failed = dict.fromkeys(calls, 0.0), False
         while waiting := [rank for rank in calls if rank not in found and rank not in ended]:
-            by_connection = {self.children[rank].connection: rank for rank in waiting}
+            by_connection = {self.connections[rank]: rank for rank in waiting}
             for connection in wait(list(by_connection), POLL_S):
                 rank = by_connection[connection]  # pyright: ignore[reportArgumentType]
                 try:
-                    is_answer, value = self.children[rank].connection.recv()
+                    is_answer, value = self.connections[rank].recv()
                     found[rank] = pickle.loads(value) if is_answer else _not_called(value)
                 except (EOFError, ConnectionError):
                     ended[rank] = self._ending(rank)
@@ -151,20 +179,20 @@ class Pool:
         if not waiting and not ended:
             return found
         text = self._trouble(found, ended, waiting, time.monotonic() - begun)
-        self.end()
+        self._end_ranks()
         raise RanksFailed(text, {r: v for r, v in found.items() if isinstance(v, Raised)})
 
     def _used(self, rank: int) -> float:
         """Return the seconds that a rank and what it has started have computed."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.children[rank].process.pid)
+            process = psutil.Process(self.pids[rank])
             times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
             return sum(t.user + t.system for t in times)
         return 0.0
 
     def _ending(self, rank: int) -> str:
         """Say how a rank ended, and what it wrote last."""
-        how = ending(self.children[rank].wait(DYING_S))
+        how = ending(self._lead(in_rank.exit_status, self.pids[rank], DYING_S))
         output = (self.folder / f"output{rank}").read_text(errors="replace").strip()[-SHOWN_OUTPUT:]
         return f"{how}: {' '.join(output.split())}" if output else how
 
@@ -195,8 +223,8 @@ class Pool:
 
     def _stack(self, rank: int) -> str:
         """Let a rank write its stacks, and return its main thread's, innermost first."""
-        file, process = self.folder / f"stacks{rank}", self.children[rank].process
-        os.kill(process.pid, STACKS)
+        file = self.folder / f"stacks{rank}"
+        os.kill(self.pids[rank], STACKS)
         end, text = time.monotonic() + GRACE_S, ""
         while time.monotonic() < end and "Current thread" not in text:
             time.sleep(POLL_S)

@@ -6,14 +6,16 @@ Nothing of what it answers goes through the collectives that are under test.
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
+import os
 import pickle
 import signal
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from correctness.judging import blame
 from correctness.judging.finding import CheckFailed
+from correctness.session.child import die_with, serve
 from moe_impls.registry import one_line
 
 STACKS = signal.SIGUSR1  # asks for the stacks of all threads, which come even while one is blocked in C
@@ -46,13 +49,50 @@ class Raised(NamedTuple):
     finding: bool
 
 
-def start(folder: str, number: int) -> None:
-    """Get ready to be asked for stacks and collectives."""
+def load_torch() -> None:
+    """Load what ranks use, once for all that are forked: torch.utils.checkpoint loads the compiler, too."""
+    importlib.import_module("torch._dynamo")
     torch.set_num_threads(1)
+
+
+def fork(folder: str, ranks: int) -> list[int]:
+    """Fork processes that serve over connections to folder/answers; return their numbers."""
+    parent, pids = os.getpid(), []
+    for number in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _be(folder, number, parent)
+            finally:
+                os._exit(1)
+        pids.append(pid)
+    return pids
+
+
+def exit_status(pid: int, seconds: float) -> int | None:
+    """Return how a forked process ended, a signal if negative; None if it has not after ``seconds``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return None
+
+
+def _be(folder: str, number: int, parent: int) -> None:
+    """Serve as a rank, ready to be asked for stacks and collectives."""
+    die_with(parent)
+    output = os.open(Path(folder, f"output{number}"), os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(output, stream)
     file = Path(folder, f"stacks{number}").open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends
     faulthandler.register(STACKS, file=file, all_threads=True)
     listener = Listener(str(Path(folder, f"asked{number}")), "AF_UNIX")
     threading.Thread(target=_tell, args=(listener, file), daemon=True).start()
+    connection = Client(str(Path(folder, "answers")), "AF_UNIX")
+    connection.send(number)
+    serve(connection)  # pyright: ignore[reportArgumentType]
 
 
 def _tell(listener: Listener, _: object) -> None:
