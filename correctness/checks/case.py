@@ -63,6 +63,7 @@ class Kind:
     unsupported: why a declaration takes a problem out; None if it does not.
     where: what a finding says of its problem before anything else.
     explain: makes of a case's finding one that tells the cause.
+    variant: what those of a name are, of which other subjects of that name are not.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Kind:
     unsupported: Callable[[Any, Any], str | None] = _everything
     where: Callable[[Any], str] = lambda problem: ""
     explain: Callable[[Case, CheckFailed], CheckFailed] = lambda case, failure: failure
+    variant: str = ""
 
 
 @dataclass(frozen=True)
