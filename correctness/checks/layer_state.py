@@ -129,7 +129,7 @@ def state(bench: Bench) -> None:
         replace(bench, layer=other).call(x)  # what it keeps of this call has to be forgotten
     try:
         other.load_state_dict(bench.layer.state_dict())
-        twin = copy.deepcopy(bench.layer)
+        twin, apart = copy.deepcopy(bench.layer), copy.deepcopy(bench.layer)
     except Exception as error:
         raise CheckFailed(f"load_state_dict or copy.deepcopy raises {one_line(error)}") from error
     for layer, how in ((other, "after load_state_dict"), (twin, "in a deepcopy")):
@@ -141,3 +141,8 @@ def state(bench: Bench) -> None:
         for tensor in _state(twin).values():
             tensor.zero_()
     bench.require_y(bench.call(x).squeeze(0), context=" after its deepcopy was written to")
+    with torch.no_grad():
+        for tensor in _state(bench.layer).values():
+            tensor.zero_()
+    copied = replace(bench, layer=apart)
+    copied.require_y(copied.call(x).squeeze(0), context=" in a deepcopy after the original was written to")

@@ -21,6 +21,7 @@ import torch
 from correctness.checks.case import Case, Check, Kind, Subject
 from correctness.checks.layer_balance import BALANCE
 from correctness.checks.layer_bias import selection_bias
+from correctness.checks.layer_compiled import COMPILED
 from correctness.checks.layer_gradients import (
     frozen,
     gradients,
@@ -28,8 +29,10 @@ from correctness.checks.layer_gradients import (
     router_gradient,
     sizes,
 )
+from correctness.checks.layer_loaded import LOADED
 from correctness.checks.layer_losses import losses
 from correctness.checks.layer_modes import MODES
+from correctness.checks.layer_reuse import REUSE
 from correctness.checks.layer_sizes import SIZES
 from correctness.checks.layer_state import (
     evaluation,
@@ -85,8 +88,11 @@ CHECKS = (
     Check(state, _FLOAT32),
     Check(losses, _FLOAT32, needs="losses"),
     *BALANCE,
+    *LOADED,
+    *REUSE,
     *MODES,
     *SIZES,
+    *COMPILED,
 )
 
 

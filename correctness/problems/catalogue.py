@@ -148,6 +148,10 @@ _CANCELLING = tuple(p for p in _EXACT if p.gates == "cancelling")
 _BEYOND = tuple(
     replace(_INTEGERS, name=f"integers_{name}", **sizes)
     for name, sizes in {
+        "512_tokens": {"T": 512, "D": 6, "H": 5, "O": 7, "E": 9},
+        "1024_tokens": {"T": 1_024, "D": 5, "H": 4, "O": 6, "E": 7, "K": 3},
+        "4096_tokens": {"T": 4_096, "D": 4, "H": 3, "O": 5, "E": 5},
+        "8192_tokens": {"T": 8_192, "D": 4, "H": 3, "O": 5, "E": 8, "K": 1},
         "20000_tokens": {"T": 20_011, "D": 5, "H": 4, "O": 6, "E": 5},
         "33000_tokens": {"T": 33_001, "D": 3, "H": 3, "O": 4, "E": 16, "K": 1},  # beyond 15 bits
         "66000_slots": {"T": 16_501, "D": 3, "H": 3, "O": 4, "E": 16, "K": 4},  # beyond 16 bits
