@@ -232,6 +232,10 @@ def _needs_nothing_more() -> bool:
     return True
 
 
+def _needs_what_is_not_installed() -> str:
+    return "it needs what is not installed"
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A named ``forward`` and what it declares; ``moe_impls.registry.resolve`` makes them.
@@ -252,7 +256,7 @@ class Implementation:
     prepare: Callable[[Experts], Prepared] | None = None
     choose: Callable[..., Implementation] | None = None
     is_available: Callable[[], bool] = _needs_nothing_more
-    missing: Callable[[], str] = lambda: "it needs what is not installed"
+    missing: Callable[[], str] = _needs_what_is_not_installed
     tuning_seconds: Callable[[], float] | None = None
 
     def ready(self, experts: Experts) -> Forward:
