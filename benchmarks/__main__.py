@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "two implementations, or two versions of one, in rounds",
     "gate": "exit status 1 if an implementation is slower than at a commit",
     "peers": "ours beside other libraries': an hour, or --quick 8 minutes",
+    "ep": "bytes, collectives and waits of experts spread over ranks",
     "model": "transformers models with our experts, end to end",
     "cuda": "verify, measure and profile on a GPU, in the time given",
     "limits": "what the machine can do at best: matrix products and bandwidths",
