@@ -57,6 +57,13 @@ def autocast(bench: Bench) -> None:
         replace(bench, expected=many).require_y(y, context=where)
         bench.require_y(again, context=where)
         require_gradients(bench, found, where)
+    if low == torch.bfloat16:
+        bench.layer.eval()
+        large = saturated_layer(bench)
+        with torch.autocast("cpu", dtype=low), torch.no_grad():
+            y = y_of(large, large.x.float())
+        where = " under autocast to bfloat16, with hidden values sixteen times as large"
+        large.require_y(y, context=where)
 
 
 def _swayed(many: Expected, y: Tensor) -> str:

@@ -38,6 +38,7 @@ from correctness.checks.layer_state import (
     evaluation,
     every_parameter_counts,
     inputs_unchanged,
+    mode_switched,
     state,
     without_gradients,
 )
@@ -80,6 +81,7 @@ CHECKS = (
     *TRAINING,
     Check(every_parameter_counts, _FLOAT32),
     Check(selection_bias, _FLOAT32, needs="selection_bias"),
+    Check(mode_switched, _FLOAT32, needs="training"),
     Check(evaluation, _FLOAT32, needs="deterministic"),
     Check(without_gradients, _FLOAT32),
     Check(inputs_unchanged, _FLOAT32),

@@ -114,6 +114,9 @@ def onto_parameters(
     parameters = trained(twin)
     if not named or not parameters:
         return {}
+    for parameter in parameters.values():
+        if parameter._backward_hooks:  # of the layer's making, which would change what is right
+            parameter._backward_hooks.clear()
 
     def push(terms: dict[str, Tensor]) -> dict[str, Tensor]:
         along = [terms[name].to(tensor) for name, tensor in named.items()]

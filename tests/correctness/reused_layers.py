@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from correctness.checks.case import Subject
 from moe_impls import LayerSupport
-from tests.correctness.mode_layers import COMPILED, Biased, LowRank, Plain, edit, read_no_rule, subject
+from tests.correctness.mode_layers import (
+    AUTOCAST,
+    COMPILED,
+    Biased,
+    LowRank,
+    Plain,
+    edit,
+    read_no_rule,
+    subject,
+)
 
 EVERY = {"support": LayerSupport(every_gradient=True)}
 
@@ -214,6 +223,36 @@ class _Closure(Plain):
         return self.own_weights()
 
 
+class _OneToken(Plain):
+    """Without gradients one token's result lies where the last one's did."""
+
+    last: Tensor | None = None
+
+    def tokens(self, x: Tensor) -> Tensor:
+        y = super().tokens(x)
+        if len(x) != 1 or torch.is_grad_enabled():
+            return y
+        self.last = y.clone() if self.last is None or self.last.dtype != y.dtype else self.last
+        return self.last.copy_(y)
+
+
+class _Decays(Biased):
+    """Evaluation takes from the bias each time that it begins."""
+
+    def train(self, mode: bool = True) -> Any:
+        if not mode:
+            self.bias.mul_(0.999)
+        return super().train(mode)
+
+
+class _Hooked(Plain):
+    """A hook halves the gradient of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in.register_hook(lambda grad: grad / 2)
+
+
 class _OneBuffer(Plain):
     """In training a call writes its result where the last one lies."""
 
@@ -302,6 +341,13 @@ WRONG: dict[str, tuple[Subject, str]] = {
     ),
     "a deepcopy computes with the original's weights": (subject(_Closure), "state"),
     "in training a call writes over the last result": (subject(_OneBuffer), "training"),
+    "one token's result is written over": (subject(_OneToken), "without_gradients"),
+    "eval() moves the bias": (subject(_Decays), "mode_switched"),
+    "a hook changes a gradient": (subject(_Hooked), "gradients"),
+    "under autocast hidden values are limited": (
+        edit(Plain, "outputs", _limited_where(lambda: torch.is_autocast_enabled("cpu")), **AUTOCAST),
+        "autocast",
+    ),
     "a capacity in training alone": (edit(Plain, "combine", _beyond(2.0, 8, training=True)), "training"),
     "a capacity of 4096 or more": (edit(Plain, "combine", _beyond(2.0, 4096)), "many_tokens"),
     "up to four tokens visit the first one's experts": (edit(Plain, "combine", _first_of_four), "lengths"),
