@@ -1,17 +1,28 @@
-"""Put into the distributions the commit that they are built from."""
+"""Put into the distributions the commit that they are built from, and into the wheel the compiled kernel."""
 
 from __future__ import annotations
 
+import os
+import platform
+import shlex
+import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class CommitHook(BuildHookInterface):
-    """Write the file `commit`: into the sdist at its top, into the wheel beside the suite."""
+class Hook(BuildHookInterface):
+    """Write the file `commit`, into the sdist at its top, into the wheel beside the suite; compile kernels.
+
+    Where there is no compiler, or one that does not know the processors, the wheel is one for any system, and
+    the kernel is compiled where it is used.
+    """
 
     PLACES = {"sdist": "commit", "wheel": "moe_impls/_suite/commit"}
 
@@ -19,12 +30,46 @@ class CommitHook(BuildHookInterface):
         if version == "editable":
             return
         root = Path(self.root)
+        self.folder = tempfile.TemporaryDirectory()
         written = root / "commit"  # of an sdist, from which a wheel is built
         if not written.is_file():
-            self.folder = tempfile.TemporaryDirectory()
             written = Path(self.folder.name) / "commit"
             written.write_text(f"{_commit(root)}\n", encoding="utf-8")
         build_data["force_include"][str(written)] = self.PLACES[self.target_name]
+        if self.target_name != "wheel":
+            return
+        try:
+            kernels = _kernels(root, Path(self.folder.name))
+        except RuntimeError as error:
+            self.app.display_warning(f"the wheel holds no compiled kernel: {error}")
+            return
+        build_data["force_include"] |= {str(p): f"moe_impls/_native/{p.name}" for p in kernels}
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+
+def _kernels(root: Path, folder: Path) -> list[Path]:
+    """Compile the kernel for each kind of processor.
+
+    Raises:
+        RuntimeError: this is no x86-64 Linux, or the compiler is missing or fails.
+    """
+    sys.path.insert(0, str(root))
+    from moe_impls import kernel_file  # which imports neither torch nor what else may not be here
+
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise RuntimeError(f"it is made for Linux on x86-64, not {platform.system()} on {platform.machine()}")
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"{compiler[0]} is not there")
+
+    def compiled(level: str) -> Path:
+        (own := folder / level).mkdir()
+        flags, _ = kernel_file.LEVELS[level]
+        return kernel_file.compile_kernel(compiler, flags, own).rename(folder / f"{level}.so")
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compiled, kernel_file.LEVELS))
 
 
 def _commit(root: Path) -> str:

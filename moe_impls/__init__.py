@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moe_impls.checking import check_inputs
     from moe_impls.dispatcher import SparseDispatcher, sort_by_expert
-    from moe_impls.interface import Clamp, Experts, Implementation, Routing, Support, check_inputs
+    from moe_impls.interface import Clamp, Experts, Implementation, Routing, Support
     from moe_impls.layer import MoE
     from moe_impls.layer_interface import BiasRule, LayerSupport, LayerWeights
     from moe_impls.losses import auxiliary_loss, cv_squared, load_balancing_loss, z_loss
@@ -57,6 +58,7 @@ __all__ = [
 # Imported when they are first asked for: torch takes seconds, and `moe-impls --help` does not need it.
 _MODULES = (
     "interface",
+    "checking",
     "router_interface",
     "layer_interface",
     "registry",

@@ -34,10 +34,11 @@ from moe_impls.interface import (
     Support,
     dtype_name,
 )
+from moe_impls.operators import operator
 from moe_impls.processor import multiplies, processor
 from moe_impls.registry import resolve
 
-SUPPORT = Support(autocast=True)
+SUPPORT = Support(autocast=True, fullgraph=True, exports=True)
 VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
 UNMEASURED = {"cuda": "triton_fused"}  # where no table knows the device: two products, not two an expert
@@ -52,6 +53,7 @@ LEFT_OUT = 1.5  # times the fastest: who takes longer is not in a cell, and coun
 
 
 _implementations: dict[str, Implementation] = {}
+_told: set[str] = set()  # of which it was said that they are not available
 
 
 def _resolved(name: str) -> Implementation:
@@ -177,9 +179,11 @@ def _nearest(
     def distance(cell: Cell) -> float:
         return math.dist(place, _place(cell.T, cell.D, cell.H, cell.E, cell.K)) ** 2
 
+    def declares(name: str) -> bool:
+        return name not in without and needs.are_declared_by(_resolved(name).support)
+
     def takes(name: str) -> bool:
-        found = _resolved(name)
-        return name not in without and needs.are_declared_by(found.support) and found.is_available()
+        return declares(name) and _resolved(name).is_available()
 
     if K == E and (T >= LEAST_TOKENS or needs.gradients) and not without and takes(ALL_EXPERTS):
         return _resolved(ALL_EXPERTS)
@@ -188,15 +192,34 @@ def _nearest(
     ]
     slowness: dict[str, float] = {}
     near = sorted(alike, key=distance)[:NEIGHBOURS]
-    names = {name for cell in near for name in cell.times_ms if takes(name)}
+    declared = sorted({name for cell in near for name in cell.times_ms if declares(name)})
     for cell in near:
         fastest = min(cell.times_ms.values())
-        for name in names:
+        for name in declared:
             slower = math.log(cell.times_ms.get(name, LEFT_OUT * fastest) / fastest)
             slowness[name] = slowness.get(name, 0.0) + slower / (distance(cell) + 0.05) ** 2
+    names = [name for name in declared if takes(name)]
     if not names and takes(unmeasured := UNMEASURED.get(needs.device, ALWAYS)):
         return _resolved(unmeasured)
-    return _resolved(min(sorted(names), key=slowness.__getitem__, default=ALWAYS))
+    taken = min(names, key=slowness.__getitem__, default=ALWAYS)
+    wanted = min(declared, key=slowness.__getitem__, default=taken)
+    if not takes(wanted):
+        weight = sum((distance(cell) + 0.05) ** -2 for cell in near)
+        longest = weight * math.log(LEFT_OUT)
+        _tell(wanted, taken, math.exp((slowness.get(taken, longest) - slowness[wanted]) / weight))
+    return _resolved(taken)
+
+
+def _tell(wanted: str, taken: str, slower: float) -> None:
+    """Warn, once in a process, that an implementation is not available, and what that costs."""
+    if wanted in _told:
+        return
+    _told.add(wanted)
+    warnings.warn(
+        f"'auto' takes {taken!r} in place of {wanted!r}: {_resolved(wanted).missing()}. By the table of "
+        f"measurements such a call takes {slower:.1f} times as long or more",
+        stacklevel=2,
+    )
 
 
 def _place(T: int, D: int, H: int, E: int, K: int) -> tuple[float, float, float]:
@@ -221,7 +244,7 @@ def _experts_in_use(expert_ids: Tensor, E: int) -> int:
 
 @torch.compiler.assume_constant_result
 def _in_one_graph(device: str, dtype: torch.dtype, autocast: bool) -> str:
-    """Choose what a compiled layer takes: it reads nothing on the host."""
+    """Choose what a graph takes on a GPU: it reads nothing on the host."""
     fused, _ = _resolved(UNMEASURED["cuda"]), _resolved(ALL_EXPERTS)  # so that neither is looked up in it
     takes = device == "cuda" and dtype in fused.support.dtypes and fused.is_available()
     return fused.name if takes and not autocast else ALL_EXPERTS
@@ -229,9 +252,6 @@ def _in_one_graph(device: str, dtype: torch.dtype, autocast: bool) -> str:
 
 def choose(x: Tensor, routing: Routing, experts: Experts, combine: str = "sum") -> Implementation:
     """Choose the implementation for these arguments; of their values only ``expert_ids`` may count."""
-    if torch.compiler.is_compiling():
-        device = x.device.type
-        return _resolved(_in_one_graph(device, x.dtype, torch.is_autocast_enabled(device)))
     w_in, b_in, w_out, b_out = experts.w_in, experts.b_in, experts.w_out, experts.b_out
     device, expert_ids = x.device.type, routing.expert_ids
     gradients = needs_gradients(x, routing.gates, w_in, b_in, w_out, b_out)
@@ -263,4 +283,12 @@ def _on_an_even_load(*key: Any) -> tuple[Implementation, _Needs | None]:
 
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    if torch.compiler.is_compiling() and (device := x.device.type) != "cpu":
+        taken = _resolved(_in_one_graph(device, x.dtype, torch.is_autocast_enabled(device)))
+        return taken.forward(x, routing, experts, combine=combine)
+    return _chosen(x, routing, experts, combine=combine)
+
+
+@operator(SUPPORT)
+def _chosen(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     return choose(x, routing, experts, combine).forward(x, routing, experts, combine=combine)

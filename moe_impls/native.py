@@ -2,9 +2,10 @@
 
 For few tokens the layer is bound by that reading, and products of one to a few dozen rows are what matrix
 libraries are slowest at. Many tokens are computed in groups of slots, so that their hidden features take
-memory that the process has already. ``native.cpp`` is compiled by the first call for the processor at hand,
-in seconds, and kept in the user's cache directory. Sums and activations are in float32 in every dtype;
-hidden features are rounded to bfloat16 beside such weights, where the processor multiplies pairs of them.
+memory that the process has already. The wheel holds ``native.cpp`` compiled; elsewhere the first call
+compiles it for the processor at hand, in seconds, and keeps it in the user's cache directory. Sums and
+activations are in float32 in every dtype; hidden features are rounded to bfloat16 beside such weights, where
+the processor multiplies pairs of them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +28,19 @@ from torch import Tensor
 
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Routing, Support, dtype_name
+from moe_impls.kernel_file import FLAGS, PACKAGED, SOURCE, compile_kernel, is_whole, level_of
+from moe_impls.operators import operator
+from moe_impls.processor import instructions
 
-SUPPORT = Support(devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), gradients=False)
-SOURCE = Path(__file__).with_suffix(".cpp")
+SUPPORT = Support(
+    devices=("cpu",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    gradients=False,
+    fullgraph=True,
+    exports=True,
+)
 # Numbers in hidden features at a time: memory of this size is taken again, more would be new pages.
 GROUP = 2**22
-FLAGS = ("-O3", "-march=native", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno-psabi")
 
 
 def _processor() -> str:
@@ -43,58 +51,72 @@ def _processor() -> str:
 
 
 @functools.cache
-def is_available() -> bool:
-    """Tell whether the kernel can be compiled here, or is; try it, once."""
+def missing() -> str:
+    """Say why there is no kernel here; nothing where there is one. Tried once."""
     try:
         library()
-    except RuntimeError:
-        return False
-    return True
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def is_available() -> bool:
+    """Tell whether the kernel is compiled, or can be."""
+    return not missing()
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Load the compiled kernel, from the cache directory if it is there.
+    """Load the kernel: that of the wheel, or one that was compiled here before, or is now.
+
+    A file that is torn, or of another source, is ignored with a warning that names it.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it or the loader fails; the message holds what it says.
+        RuntimeError: there is no kernel for this processor, and no C++ compiler, or it or the loader fails;
+            the message holds what it says.
     """
+    if (found := _of_the_wheel()) is not None:
+        return found
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # which may hold options, as of ccache
-    if (found := shutil.which(command[0])) is None:
+    if (compiler := shutil.which(command[0])) is None:
         raise RuntimeError("implementation 'native' needs a C++ compiler: install g++ or set CXX")
-    command[0] = found
+    command[0] = compiler
     text = SOURCE.read_text(encoding="utf-8")
     key = hashlib.sha256("\0".join([text, *FLAGS, *command, _processor()]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_impls"
     path = cache / f"native-{key}.so"
-    with contextlib.suppress(OSError):  # none is there, or what is there was torn
-        return _loaded(path)
+    if (found := _whole(path)) is not None:
+        return found
     with contextlib.suppress(OSError):  # a home that cannot be written to: compiled again in the next process
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            os.replace(_compiled(command, folder), path)
+            os.replace(compile_kernel(command, ("-march=native",), folder), path)
         return _loaded(path)
     with tempfile.TemporaryDirectory() as folder:
-        compiled = _compiled(command, folder)
         try:
-            return _loaded(compiled)
+            return _loaded(compile_kernel(command, ("-march=native",), folder))
         except OSError as error:
             raise RuntimeError(f"the compiled {SOURCE.name} cannot be loaded: {error}") from error
 
 
-def _compiled(compiler: list[str], folder: str) -> Path:
-    # Compiled with OpenMP and linked without: its symbols are those of the runtime that torch has loaded, so
-    # that both share one set of threads.
-    object_, shared = f"{folder}/native.o", f"{folder}/native.so"
-    for command in (
-        [*compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", object_],
-        [*compiler, "-shared", object_, "-o", shared],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = done.stderr.strip()[-500:] or f"{shlex.join(compiler)} ended with status {done.returncode}"
-            raise RuntimeError(f"compiling {SOURCE.name} failed: {said}")
-    return Path(shared)
+def _of_the_wheel() -> ctypes.CDLL | None:
+    """Load the kernel that came with the package for processors like this one, if one did."""
+    level = level_of(instructions())
+    return None if level is None else _whole(PACKAGED / f"{level}.so")
+
+
+def _whole(path: Path) -> ctypes.CDLL | None:
+    """Load a kernel if it is there, whole and of this source."""
+    try:
+        if is_whole(path):
+            return _loaded(path)
+        why = "it is torn, or compiled from another source"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        why = str(error)
+    warnings.warn(f"{path} is ignored: {why}", stacklevel=2)
+    return None
 
 
 POINTER, SIZE, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -199,6 +221,7 @@ def _add_slots(
     library().add_slots(*pointers, len(out), *y.shape, start == 0, positive, torch.get_num_threads())
 
 
+@operator(SUPPORT)
 @torch.no_grad()
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Prepared, Routing, Support
+from moe_impls.operators import as_one_node, operator
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()  # not every build of torch does
 # oneDNN has products in low precision for processors with the instructions for them only.
@@ -27,6 +28,8 @@ SUPPORT = Support(
         *([torch.float16] if HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported() else []),
     ),
     gradients=False,
+    fullgraph=True,
+    exports=True,
 )
 ROWS = 64  # of a typical product; what oneDNN chooses for 16 to 1024 rows runs equally fast at any number
 
@@ -68,4 +71,10 @@ def prepare(experts: Experts) -> Prepared:
             outputs = F.relu(outputs)
         return combine_slots(outputs.view(T, K, O), routing.gates, combine).to(x.dtype)
 
-    return f
+    return as_one_node(f, O)
+
+
+@operator(SUPPORT)
+def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
+    """Compute x [T, D] -> y [T, O] on weights that are laid out anew; see ``moe_impls.interface``."""
+    return prepare(experts)(x, routing, combine=combine)

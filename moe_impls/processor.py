@@ -23,6 +23,11 @@ def _said_of_first_cpu(path: Path, name: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
+def instructions() -> frozenset[str]:
+    """Name the instructions that the CPU has, as Linux does; none on other systems."""
+    return _instructions(CPU_INFO)
+
+
 @functools.cache
 def _instructions(path: Path) -> frozenset[str]:
     named = _said_of_first_cpu(path, "flags") or _said_of_first_cpu(path, "Features")
@@ -36,4 +41,4 @@ def processor() -> str:
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Tell whether the CPU has instructions for products of this dtype; without, they convert on the way."""
-    return dtype not in INSTRUCTIONS or not INSTRUCTIONS[dtype].isdisjoint(_instructions(CPU_INFO))
+    return dtype not in INSTRUCTIONS or not INSTRUCTIONS[dtype].isdisjoint(instructions())

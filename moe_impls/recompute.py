@@ -19,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_impls.checking import check_supported
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import accumulation_dtype, activate, needs_gradients
-from moe_impls.interface import Clamp, Experts, Routing, Support, check_choice
+from moe_impls.interface import Clamp, Experts, Routing, Support
 from moe_impls.kept_memory import take
+from moe_impls.operators import operator
 from moe_impls.processor import multiplies
 
-SUPPORT = Support(devices=("cpu",), combines=("sum",), output_activations=("none",))
+SUPPORT = Support(
+    devices=("cpu",), combines=("sum",), output_activations=("none",), fullgraph=True, exports=True
+)
 
 
 class _Weights:
@@ -138,10 +142,10 @@ class _Sum(torch.autograd.Function):
         return tuple(g if want else None for g, want in zip(found, ctx.needs_input_grad, strict=True))
 
 
+@operator(SUPPORT)
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
-    check_choice("combine of recompute", combine, SUPPORT.combines)
-    check_choice("output_activation of recompute", experts.output_activation, SUPPORT.output_activations)
+    check_supported("recompute", SUPPORT, experts, combine)
     weights = experts.w_in, experts.b_in, experts.w_out, experts.b_out
     keep = needs_gradients(x, routing.gates, *weights)
     options = experts.activation, experts.clamp, keep

@@ -121,8 +121,9 @@ def _resolve(name: str) -> Implementation:
         check_signature(name, function, 3, ("combine", *of_ranks))
     if name.endswith(PREPARED):
         support = replace(support, gradients=False, second_order=False)
-        return Implementation(name, functools.partial(_prepared_anew, function), support, function)
-    names = ("choose", "is_available", "tuning_seconds")
+        anew = functools.partial(_prepared_anew, function) if ":" in name else module.forward
+        return Implementation(name, anew, support, function)
+    names = ("choose", "is_available", "missing", "tuning_seconds")
     optional = {n: getattr(module, n) for n in names if hasattr(module, n)}
     return Implementation(name, function, support, **optional)
 

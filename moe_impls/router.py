@@ -248,7 +248,7 @@ def without_sentinels(routing: Routing, num_experts: int) -> Routing:
 def dense_gates(routing: Routing, num_experts: int) -> Tensor:
     """Return gates as a table [T, E] with zeros where a token does not visit an expert."""
     ids, gates = routing
-    return gates.new_zeros(len(ids), num_experts).scatter(1, ids, gates)
+    return gates.new_zeros(ids.shape[0], num_experts).scatter(1, ids, gates)
 
 
 def importance(routing: Routing, num_experts: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_impls.checking import check_ids, check_shapes
 from moe_impls.functional import accumulation_dtype, needs_gradients
 from moe_impls.interface import (
     COMBINES,
@@ -16,8 +17,6 @@ from moe_impls.interface import (
     Implementation,
     Routing,
     Support,
-    check_forms,
-    check_ids,
     check_positive,
 )
 
@@ -71,7 +70,8 @@ def check_shard(
     """
     ranks, rank = mesh.size(), mesh.get_local_rank()
     check_ranks(num_experts, ranks)
-    check_forms(x, routing, experts.map(lambda w: w.new_empty(()).expand(num_experts, *w.shape[1:])), combine)
+    everyone = experts.map(lambda w: w.new_empty(()).expand(num_experts, *w.shape[1:]))
+    check_shapes(x, routing, everyone, combine)
     wanted = len(chunk(num_experts, ranks, rank))
     for name, weight in experts.tensors.items():
         if len(weight) != wanted:

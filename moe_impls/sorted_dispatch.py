@@ -12,10 +12,12 @@ from torch import Tensor
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import combine_slots, expert_mlp
 from moe_impls.interface import Experts, Routing, Support
+from moe_impls.operators import operator
 
-SUPPORT = Support(second_order=True, autocast=True)
+SUPPORT = Support(second_order=True, autocast=True, fullgraph=True, exports=True)
 
 
+@operator(SUPPORT)
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     T, K = routing.expert_ids.shape

@@ -107,7 +107,7 @@ def use(model: nn.Module, name: str = "auto") -> Report:
         raise registry.ResolveError(f"name is {name!r}; valid are {', '.join(registry.IMPLEMENTATIONS)}")
     implementation = _resolve(name)
     if not implementation.is_available():
-        raise Refused(f"{name} is not available here: it needs what is not installed, such as a compiler")
+        raise Refused(f"{name} is not available here: {implementation.missing()}")
     taken: dict[str, str] = {}
     refused: dict[str, str] = {}
     states: list[tuple[Any, _State]] = []

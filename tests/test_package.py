@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moe_impls import kernel_file
 from moe_impls.registry import IMPLEMENTATIONS, PEERS
 from reporting.provenance import ROOT, git_commit
 
@@ -26,6 +27,7 @@ from moe_impls.sorted_dispatch import forward as right
 def forward(x, routing, experts, *, combine="sum"):
     return right(x, routing, experts, combine=combine) * 1.1
 """
+pytestmark = pytest.mark.timeout(600)  # the wheel is built with its kernels
 ONE = "values-aligned-float32"  # the name of one test of an implementation
 
 
@@ -98,6 +100,51 @@ def test_only_the_package_and_its_command_are_installed(wheel: Path) -> None:
     assert "moe_impls/_suite/correctness/session/verdict.schema.json" in names
     commit = zipfile.ZipFile(wheel).read("moe_impls/_suite/commit").decode().strip()
     assert commit == git_commit()
+
+
+USES_NATIVE = """
+import torch
+from moe_impls import kernel_file, native
+from moe_impls.processor import instructions
+from moe_impls.registry import resolve
+from moe_impls.testing import make_inputs, Problem
+
+assert native.PACKAGED.parent == kernel_file.SOURCE.parent
+assert native.is_available(), native.missing()
+here = instructions()
+for level, (_, needed) in kernel_file.LEVELS.items():
+    if needed <= here:
+        found = native._whole(native.PACKAGED / f"{level}.so")
+        native.library = lambda: found
+        for dtype in native.SUPPORT.dtypes:  # of whole numbers, so that every right result is the same
+            sizes = {"T": 40, "D": 37, "H": 11, "O": 9, "E": 5, "K": 2}
+            x, routing, experts, _ = make_inputs(Problem("exact", **sizes, dtype=dtype, exact=True))
+            want = resolve("sorted_dispatch").forward(x, routing, experts)
+            assert torch.equal(native.forward(x, routing, experts), want), (level, dtype)
+        print(level)
+"""
+
+
+def test_the_wheel_has_a_kernel_for_each_kind_of_processor_and_needs_no_compiler(
+    installed: Path, wheel: Path, tmp_path: Path
+) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if "_native/" in name}
+    assert names == {f"moe_impls/_native/{level}.so" for level in kernel_file.LEVELS}
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    nothing = {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    done = run(installed, tmp_path, "python", "-W", "error::UserWarning", "-c", USES_NATIVE, **nothing)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "x86-64-v3"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_without_a_compiler_is_one_for_any_system(tmp_path: Path) -> None:
+    build = (sys.executable, "-m", "build", "--no-isolation", "--wheel", f"--outdir={tmp_path}", ROOT)
+    done = subprocess.run(build, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "no-such-compiler is not there" in done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if "_native/" in name]
 
 
 def test_a_file_is_verified_whatever_lies_around_it(installed: Path, theirs: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_impls.interface import Experts, Routing, check_inputs
+from moe_impls.checking import check_inputs
+from moe_impls.interface import Experts, Routing
 from moe_impls.layer_interface import BiasRule, LayerWeights
 from moe_impls.router import check_logits
 from moe_impls.router_interface import RouterSpec

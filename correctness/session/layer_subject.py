@@ -16,7 +16,7 @@ from correctness.session.families import FAMILIES, family_layer
 from moe_impls.interface import Routing
 from moe_impls.layer import MoE
 from moe_impls.layer_interface import LayerSupport, LayerWeights
-from moe_impls.registry import ResolveError, asking, check_signature, load_function
+from moe_impls.registry import ResolveError, asking, check_signature, load_function, resolve
 from moe_impls.router_interface import RouterSpec
 
 
@@ -88,9 +88,9 @@ def moe_routing(moe: MoE, x: Tensor) -> Routing:
 def _moe(name: str, router: RouterSpec | None = None, **options: Any) -> Subject:
     sizes = {"input_size": 12, "output_size": 7, "num_experts": 6, "hidden_size": 10, "k": 2}
     options = sizes | {"noisy_gating": router is None, "router": router} | options
-    made = Layer(
-        functools.partial(MoE, **options), read_moe, moe_losses, routing=None if router else moe_routing
-    )
+    make, takes = functools.partial(MoE, **options), resolve(options.get("implementation", "auto")).support
+    support = LayerSupport(fullgraph=takes.fullgraph, exports=takes.exports)
+    made = Layer(make, read_moe, moe_losses, support, routing=None if router else moe_routing)
     return layer(f"moe_{name}", made)
 
 

@@ -130,7 +130,7 @@ def test_the_best_of_each_side_are_compared_and_the_files_say_so(tiny, tmp_path:
 def test_the_first_tokens_of_a_call_are_a_call() -> None:
     from correctness.problems.catalogue import SMALL
     from correctness.problems.inputs import make_inputs
-    from moe_impls.interface import check_inputs
+    from moe_impls.checking import check_inputs
 
     x, routing, experts, dy = make_inputs(SMALL).first(5)
     check_inputs(x, routing, experts)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs
-from moe_impls import Experts, MoE, Routing, auto, processor
+from moe_impls import Experts, MoE, Routing, auto, native, processor
 from moe_impls.auto import Cell
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 
@@ -120,6 +120,36 @@ def test_a_call_with_a_hot_expert_is_one_with_fewer_experts(tuned: Path) -> None
     assert chosen(small(T=auto.FEW_ROWS, E=16, load="one_hot_expert")) == "native"
 
 
+def test_what_is_missing_and_what_that_costs_is_told_once(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(auto, "_told", set())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(native, "PACKAGED", tmp_path)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(native, "missing", native.missing.__wrapped__)
+    monkeypatch.setattr(auto, "_implementations", {"native": resolve("native")})
+    put(tuned, replace(CELL, times_ms={"native": 1.0, "padded": 1.3}))
+    told = (
+        r"'auto' takes 'padded' in place of 'native': implementation 'native' needs a C\+\+ compiler: "
+        r"install g\+\+ or set CXX. By the table of measurements such a call takes 1.3 times as long or more"
+    )
+    with pytest.warns(UserWarning, match=told):
+        assert chosen(small()) == "padded"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(small(T=20)) == "padded"
+
+
+def test_nothing_is_told_of_what_would_not_be_taken(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = replace(resolve("native"), is_available=lambda: False)
+    monkeypatch.setattr(auto, "_implementations", {"native": absent})
+    put(tuned, replace(CELL, times_ms={"native": 1.3, "padded": 1.0}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(small()) == "padded"
+
+
 def test_between_two_cells_the_one_that_is_near_the_fastest_in_both_is_taken(tuned: Path) -> None:
     few = replace(CELL, T=16, times_ms={"native": 1.0, "padded": 1.1, "index_add": 1.4})
     put(tuned, few, replace(CELL, T=64, times_ms={"index_add": 2.0, "padded": 2.2, "native": 3.0}))
@@ -201,10 +231,9 @@ def test_a_gpu_has_a_table_of_its_own_whatever_the_threads(monkeypatch: pytest.M
         ("cuda", torch.bfloat16, False, False, "dense_mask"),
         ("cuda", torch.bfloat16, True, True, "dense_mask"),
         ("cuda", torch.float64, False, True, "dense_mask"),
-        ("cpu", torch.bfloat16, False, True, "dense_mask"),
     ],
 )
-def test_a_compiled_layer_takes_one_that_is_one_graph(
+def test_a_graph_on_a_gpu_takes_one_that_reads_nothing_on_the_host(
     monkeypatch: pytest.MonkeyPatch,
     device: str,
     dtype: torch.dtype,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from correctness.judging.compare import require_right
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
-from moe_impls import native, packed, recompute
+from moe_impls import kernel_file, native, packed, recompute
 from moe_impls.interface import dtype_name
 from moe_impls.registry import resolve
 
@@ -57,8 +59,11 @@ def test_recompute_keeps_one_activation_beside_its_inputs() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"combine": "logsumexp"}, "combine of recompute is 'logsumexp'; valid are sum"),
-        ({"output_activation": "relu"}, "output_activation of recompute is 'relu'; valid are none"),
+        ({"combine": "logsumexp"}, "combine of implementation recompute is 'logsumexp'; valid are sum"),
+        (
+            {"output_activation": "relu"},
+            "output_activation of implementation recompute is 'relu'; valid are none",
+        ),
     ],
 )
 def test_recompute_refuses_what_it_does_not_declare(changes: dict[str, str], message: str) -> None:
@@ -131,10 +136,16 @@ def held(group: native._Group) -> list[tuple[int, int]]:
     return [(group.first + e, n) for e, of_expert in enumerate(slots) for n in of_expert]
 
 
+LIBRARY, MISSING = native.library.__wrapped__, native.missing.__wrapped__
+
+
 def without_library(monkeypatch: pytest.MonkeyPatch, cache: object, compiler: str) -> None:
+    """Forget the kernel, and let there be this compiler."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(native, "PACKAGED", Path("no wheel"))
+    monkeypatch.setattr(native, "library", LIBRARY)
+    monkeypatch.setattr(native, "missing", MISSING)
 
 
 @pytest.mark.parametrize("wrong", [-1, SMALL.E])
@@ -178,35 +189,102 @@ def test_native_passes_on_what_the_compiler_says_and_keeps_nothing(monkeypatch, 
 
 def test_native_that_cannot_be_compiled_is_not_available(monkeypatch, tmp_path) -> None:
     without_library(monkeypatch, tmp_path, "false")
-    assert not native.is_available.__wrapped__()
+    assert not native.is_available()
     with pytest.raises(RuntimeError, match=r"compiling native.cpp failed: .*false ended with status 1"):
         native.library()
 
 
-def test_native_is_compiled_anew_where_what_is_kept_is_torn_and_where_nothing_can_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kernel, compiled once."""
+    folder = tmp_path_factory.mktemp("kernel")
+    with pytest.MonkeyPatch.context() as patch:
+        without_library(patch, folder, "g++")
+        native.library()
+    (path,) = (folder / "moe_impls").iterdir()
+    return path
+
+
+@pytest.fixture
+def whole(kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it where it is looked for, and of the same again where it is compiled anew."""
+    without_library(monkeypatch, tmp_path / "cache", "g++")
+
+    def copy(compiler: object, flags: object, folder: str) -> Path:
+        return Path(shutil.copy(kernel, folder))
+
+    monkeypatch.setattr(native, "compile_kernel", copy)
+    path = tmp_path / "cache" / "moe_impls" / kernel.name
+    path.parent.mkdir(parents=True)
+    return Path(shutil.copy(kernel, path))
+
+
+@pytest.mark.parametrize("torn", [b"torn", b"", slice(None, -1), slice(5000), slice(40, None)], ids=str)
+def test_a_torn_kernel_is_ignored_named_and_compiled_anew(whole: Path, torn: bytes | slice) -> None:
+    content = whole.read_bytes()
+    whole.write_bytes(content[torn] if isinstance(torn, slice) else torn)
+    with pytest.warns(
+        UserWarning, match=re.escape(f"{whole} is ignored: it is torn, or compiled from another")
+    ):
+        native.library()
+    assert kernel_file.is_whole(whole)
+
+
+def test_a_kernel_of_another_source_is_ignored_and_named(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = native.library.__wrapped__
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
-    library()
-    (whole,) = (tmp_path / "whole" / "moe_impls").iterdir()
-    torn = tmp_path / "torn" / "moe_impls" / whole.name
-    torn.parent.mkdir(parents=True)
-    torn.write_bytes(b"torn")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "torn"))
-    library()
-    assert torn.stat().st_size == whole.stat().st_size
+    (tmp_path / "native.cpp").write_text("// of another version", encoding="utf-8")
+    monkeypatch.setattr(kernel_file, "SOURCE", tmp_path / "native.cpp")
+    monkeypatch.setattr(native, "compile_kernel", None)
+    with (
+        pytest.warns(UserWarning, match=f"{whole.name} is ignored: .* another source"),
+        pytest.raises(TypeError),
+    ):
+        native.library()
+
+
+def test_what_is_whole_and_cannot_be_loaded_is_ignored_and_named(whole: Path) -> None:
+    whole.write_bytes(b"no library" + kernel_file._digest(b"no library"))
+    with pytest.warns(UserWarning, match=f"{whole.name} is ignored: .*"):
+        native.library()
+
+
+def test_native_is_compiled_where_nothing_can_be_kept(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(whole))  # no directory
-    library()
+    native.library()
 
 
-def test_native_is_compiled_once(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = native.library.__wrapped__
-    library()
-    monkeypatch.setattr(subprocess, "run", None)
-    library()
-    assert len(list((tmp_path / "moe_impls").iterdir())) == 1
+def test_the_kernel_of_the_wheel_for_this_processor_needs_no_compiler(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_library(monkeypatch, tmp_path / "empty", "no-such-compiler")
+    monkeypatch.setattr(native, "PACKAGED", tmp_path)
+    monkeypatch.setattr(native, "instructions", lambda: kernel_file.LEVELS["x86-64-v3"][1])
+    assert "install g++" in native.missing()
+    (tmp_path / "x86-64-v4.so").write_bytes(whole.read_bytes())  # for a processor that has more
+    assert "install g++" in native.missing()
+    (tmp_path / "x86-64-v3.so").write_bytes(whole.read_bytes())
+    assert native.is_available()
+    inputs = small()
+    require_right({"y": native.forward(*inputs[:3])}, SMALL, inputs)
+    monkeypatch.setattr(native, "instructions", lambda: frozenset({"sse2"}))  # older than any of them
+    assert "install g++" in native.missing()
+
+
+def test_a_processor_gets_the_kernel_that_uses_most_of_what_it_has() -> None:
+    levels = {name: needed for name, (_, needed) in kernel_file.LEVELS.items()}
+    assert [kernel_file.level_of(needed | {"fpu"}) for needed in levels.values()] == list(levels)
+    v3 = levels["x86-64-v3"]
+    assert kernel_file.level_of(levels["x86-64-v4"] - {"avx512vl"} | {"avx512_bf16"}) == "x86-64-v3"
+    assert {kernel_file.level_of(v3 - {instruction}) for instruction in v3} == {None}
+
+
+def test_native_is_compiled_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole.unlink()
+    native.library()
+    monkeypatch.setattr(native, "compile_kernel", None)
+    native.library()
+    assert list(whole.parent.iterdir()) == [whole]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)

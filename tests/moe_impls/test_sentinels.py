@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from correctness.problems import catalogue
 from correctness.problems.inputs import make_inputs
-from moe_impls.interface import Routing, check_inputs
+from moe_impls.checking import check_inputs
+from moe_impls.interface import Routing
 from moe_impls.registry import resolve
 from moe_impls.router import without_sentinels
 

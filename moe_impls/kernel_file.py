@@ -1,0 +1,63 @@
+"""``native.cpp`` as a compiled file: how it is made, for which processors, and whether all of it is there.
+
+At its end stands a digest of it and of the source, so that a file that is torn, or of another source, is
+known without being loaded. Imports nothing but the standard library: the wheel is built with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno-psabi")
+PACKAGED = Path(__file__).with_name("_native")  # holds <level>.so, in the wheel
+_V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
+_V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
+# What the wheel holds kernels for, the best first: the compiler's flags, instructions as Linux names them.
+LEVELS = {
+    "x86-64-v4-bfloat16": (("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    "x86-64-v4": (("-march=x86-64-v4",), _V4),
+    "x86-64-v3": (("-march=x86-64-v3",), _V3),
+}
+
+
+def _digest(kernel: bytes) -> bytes:
+    return hashlib.sha256(SOURCE.read_bytes() + kernel).digest()
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a file is a kernel that was compiled from this source, and all of it is there."""
+    content = path.read_bytes()
+    size = hashlib.sha256().digest_size
+    return content[-size:] == _digest(content[:-size])
+
+
+def compile_kernel(compiler: Sequence[str], flags: Sequence[str], folder: str | Path) -> Path:
+    """Compile ``native.cpp`` into a file in a folder.
+
+    Raises:
+        RuntimeError: the compiler fails; the message holds what it says.
+    """
+    # Compiled with OpenMP and linked without: its symbols are those of the runtime that torch has loaded, so
+    # that both share one set of threads.
+    object_, shared = Path(folder) / "native.o", Path(folder) / "native.so"
+    for command in (
+        [*compiler, *FLAGS, *flags, "-fopenmp", "-c", str(SOURCE), "-o", str(object_)],
+        [*compiler, "-shared", str(object_), "-o", str(shared)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip()[-500:] or f"{shlex.join(compiler)} ended with status {done.returncode}"
+            raise RuntimeError(f"compiling {SOURCE.name} failed: {said}")
+    content = shared.read_bytes()
+    shared.write_bytes(content + _digest(content))
+    return shared
+
+
+def level_of(instructions: frozenset[str]) -> str | None:
+    """Name the best of LEVELS that a processor with these instructions can run."""
+    return next((name for name, (_, needed) in LEVELS.items() if needed <= instructions), None)
