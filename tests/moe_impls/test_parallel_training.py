@@ -23,6 +23,7 @@ from correctness.judging.budget import eps, require_close
 from correctness.ranks import rank
 from correctness.ranks.pool import RanksFailed, shared
 from moe_impls import MoE
+from moe_impls.interface import DTYPES
 
 T, D, O, E = 6, 5, 3, 7  # tokens of each rank, of which there are four
 EPS = 64 * eps(torch.float64)  # of what several steps are sums of
@@ -138,6 +139,22 @@ def test_fsdp_by_default_averages_over_data_and_not_over_experts() -> None:
     want = gradients(model)
     for got in shared().call(by_fsdp, {n: (n, 2, True) for n in range(4)}).values():
         require_equal({name: 2 * tensor for name, tensor in got.items()}, want)
+
+
+def divided_by_two(number: int, dtype: torch.dtype, data: int) -> float:
+    """A gradient of 1, summed over the ranks of data and divided by a factor of two."""
+    mesh = init_device_mesh("cpu", (data, 4 // data), mesh_dim_names=("data", "expert"))
+    model: Any = fully_shard(nn.Linear(2, 2, bias=False, dtype=dtype), mesh=mesh["data"])
+    model.set_gradient_divide_factor(2.0)
+    model(torch.ones(1, 2, dtype=dtype)).sum().backward()
+    return float(whole(model.weight.grad)[0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fsdp_divides_once_by_a_factor_where_several_ranks_are_sharded_over(dtype: torch.dtype) -> None:
+    """Over one rank torch 2.13 divides twice in float64 and float16: the factor 1 is the same in any case."""
+    calls = {number: (number, dtype, 2) for number in range(4)}
+    assert set(shared().call(divided_by_two, calls).values()) == {1.0}
 
 
 def recomputed(number: int, recompute: bool) -> dict[str, Tensor]:
