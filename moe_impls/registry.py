@@ -46,6 +46,7 @@ PEERS = (
     "transformers.eager",
     "transformers.batched_mm",
     "transformers.grouped_mm",
+    "onnxruntime.moe",
     "torchtitan.grouped_mm",
     "liger.fused_moe",
     "scattermoe.parallel_experts",
@@ -55,6 +56,7 @@ PEERS = (
 # The package of each library; what is written here alone needs none.
 PACKAGES = {
     "transformers": "transformers",
+    "onnxruntime": "onnxruntime",
     "torchtitan": "torchtitan",
     "liger": "liger_kernel",
     "scattermoe": "scattermoe",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import multiprocessing
 import os
 import statistics
 import time
@@ -24,7 +23,7 @@ from rich.progress import track
 from benchmarks.commands.compare import SECONDS, calls
 from benchmarks.options import RESULTS
 from benchmarks.sweep import record
-from benchmarks.timing import measure, ratio
+from benchmarks.timing import load, measure, ratio
 from benchmarks.timing.measure import Call, Timing
 from correctness.problems.problem import Problem
 from moe_impls.registry import resolve
@@ -45,7 +44,6 @@ REPEATED = ("dense_mask", "sorted_dispatch", "index_add", "padded")
 REPEATED_S = 10.0  # of samples for each of them: enough for measure.MAX_ROUNDS
 AGREEMENT = 0.05
 Pair = Callable[[], dict[str, Call]]  # two calls, made anew
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -144,11 +142,6 @@ def planted_slowdown(size: float, least: float, trials: int) -> Outcome:
     )
 
 
-def _spin(parent: int) -> None:
-    while os.getppid() == parent:  # killed or not, it leaves nothing behind that computes
-        sum(range(1000))
-
-
 def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Outcome]:
     """Measure the ratios of all pairs of implementations twice while another process keeps one CPU busy.
 
@@ -168,15 +161,13 @@ def repeated_sweep(sizes: list[tuple[int, ...]]) -> list[Outcome]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    load = SPAWN.Process(target=_spin, args=(os.getpid(),), daemon=True)
-    load.start()
     try:
-        measured = {
-            how: [sweep() for _ in track(range(2), f"the same sweep, {how}, under load")]
-            for how, sweep in (("in turns", in_turns), ("in one go", in_one_go))
-        }
+        with load.busy(1):
+            measured = {
+                how: [sweep() for _ in track(range(2), f"the same sweep, {how}, under load")]
+                for how, sweep in (("in turns", in_turns), ("in one go", in_one_go))
+            }
     finally:
-        load.kill()
         torch.set_num_threads(threads)
     found = []
     for how, ratios in measured.items():

@@ -10,7 +10,10 @@ by its median.
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +27,7 @@ from benchmarks.report import peers as report
 from benchmarks.report.styles import png
 from benchmarks.sweep import journal, record
 from benchmarks.sweep.workload import taken, undeclared
-from benchmarks.timing import measure, memory, ratio, roofline
+from benchmarks.timing import load, measure, memory, ratio, roofline
 from benchmarks.timing.measure import Call
 from benchmarks.workloads import MODELS
 from correctness.problems.inputs import make_inputs
@@ -54,18 +57,27 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Regime:
-    """Numbers of tokens in one mode, and of them those of a quick run."""
+    """Numbers of tokens in one mode, and of them those of a quick run.
+
+    pause_s: what passes before each call, as a decode loop does other things. busy: processes that compute
+    beside, for each CPU.
+    """
 
     name: str
     mode: str
     tokens: tuple[int, ...]
     quick: tuple[int, ...]
+    pause_s: float = 0.0
+    busy: int = 0
 
 
 REGIMES = (
     Regime("few tokens", "forward", (1, 4, 16, 64, 256), (1, 64)),
     Regime("many tokens", "forward", (1024, 4096), (1024,)),
     Regime("training", "forward_backward", (256, 2048), (256,)),
+    Regime("few tokens, after a pause", "forward", (1, 4, 16, 64, 256), (1,), pause_s=0.05),
+    Regime("few tokens, CPUs busy", "forward", (1, 4, 16, 64, 256), (1,), busy=1),
+    Regime("few tokens, CPUs twice as busy", "forward", (1, 4, 16, 64, 256), (1,), busy=2),
 )
 QUICK_LAYERS = (LAYERS[2], LAYERS[4])
 # Growth with the number of experts at a fixed number of slots, and with K.
@@ -74,6 +86,7 @@ GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
 QUICK_GROWN = {"E": (8, 32, 128, 256), "K": (1, 4, 8, 16)}
 SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
 HOPELESS = 1.2  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
+HOPELESS_BESIDE = 2.0  # the same beside other work, where a try tells less
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 CANDIDATES = 3  # of a side, at most
 PART = "peers.part.csv"  # what is measured so far
@@ -85,6 +98,7 @@ class Cell:
 
     ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
     auto_ratio: auto over the best of ours that takes the weights as they are.
+    pause_ms: before each call. busy: processes that compute beside, for each CPU.
     of_products: the time of dense products of the same FLOPs over that of ours.
     of_reading: the time of the traffic, at the bandwidth measured beside it, over that of ours.
     """
@@ -112,6 +126,8 @@ class Cell:
     of_products: float
     of_reading: float
     times_ms: str
+    pause_ms: float = 0.0
+    busy: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,13 +149,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def compared() -> tuple[str, ...]:
-    """Name the peers that run on a CPU and combine by sums; torchtitan's, if it is there."""
-    asked_for = ("transformers", "einsum")
+    """Name the peers that run on a CPU and combine by sums; those of some libraries if they are there."""
+    asked_for, if_there = ("transformers", "einsum"), ("onnxruntime", "torchtitan")
     return tuple(
         name
         for name in PEERS
-        if (library := name.partition(".")[0]) in asked_for
-        or (library == "torchtitan" and is_installed(name))
+        if (library := name.partition(".")[0]) in asked_for or (library in if_there and is_installed(name))
     )
 
 
@@ -155,11 +170,17 @@ def subjects() -> tuple[list[Implementation], list[Implementation]]:
 
 
 def samples(
-    problem: Problem, mode: str, inputs: Inputs, groups: Sequence[Sequence[Implementation]]
+    problem: Problem,
+    mode: str,
+    inputs: Inputs,
+    groups: Sequence[Sequence[Implementation]],
+    pause_s: float = 0.0,
+    hopeless: float = HOPELESS,
 ) -> dict[str, tuple[float, ...]]:
     """Time, in common rounds, each that takes the call and comes near the fastest of its group.
 
-    One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out.
+    One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out. ``pause_s``
+    passes before each call.
     """
     near: dict[str, Call] = {}
     # Tried first: what others take is limited by what it took, and it is one of the fastest.
@@ -172,8 +193,10 @@ def samples(
                 if undeclared(i, problem, mode) is None
             }
             auto = {name: calls.pop(name) for name in ("auto",) if name in calls}  # timed however slow it is
-            near |= measure.near_the_fastest(calls, first, hopeless=HOPELESS, most=CANDIDATES) | auto
-    timings = measure.all_timed(measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS))
+            near |= measure.near_the_fastest(calls, first, hopeless=hopeless, most=CANDIDATES) | auto
+    before = dict.fromkeys(near, functools.partial(time.sleep, pause_s)) if pause_s else None
+    timed = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS, before=before)
+    timings = measure.all_timed(timed)
     return {name: timing.samples_s for name, timing in timings.items()}
 
 
@@ -188,7 +211,9 @@ def measure_cell(
     p, mode = problem, regime.mode
     prepared = [i for i in ours if i.prepare is not None]
     as_they_are = [i for i in ours if i.prepare is None]
-    found = samples(p, mode, inputs, [as_they_are, prepared, peers])
+    hopeless = HOPELESS_BESIDE if regime.busy else HOPELESS
+    with load.busy(regime.busy * (os.cpu_count() or 1)):
+        found = samples(p, mode, inputs, [as_they_are, prepared, peers], regime.pause_s, hopeless)
     median_s = {name: statistics.median(s) for name, s in found.items()}
 
     def fastest(of: Sequence[Implementation]) -> str:
@@ -216,6 +241,8 @@ def measure_cell(
         of_products=_rounded(limits.compute_limit_ms / ours_ms),
         of_reading=_rounded(limits.traffic_limit_ms / ours_ms),
         times_ms="; ".join(f"{n} {s * 1e3:.4g}" for n, s in sorted(median_s.items(), key=lambda i: i[1])),
+        pause_ms=_rounded(regime.pause_s * 1e3),
+        busy=regime.busy,
     )
 
 
@@ -291,7 +318,7 @@ def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -
     made = _made(quick)
     growth = pd.DataFrame([made | asdict(point) for point in grown])
     share = report.quadratic_share(growth)
-    shown = ["layer", "dtype", "mode", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "auto_took",
+    shown = ["regime", "layer", "dtype", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "auto_took",
              "auto_ratio", "of_products", "of_reading"]  # fmt: skip
     commit = str(made["git_commit"])[:12]
     page = f"""# Beside other libraries
@@ -303,7 +330,9 @@ Both were timed in the same rounds; a ratio above 1 says that the peer takes lon
 first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
 or comes after the {CANDIDATES} fastest, was not timed further. *auto_ratio*: `auto` over the fastest of ours
 that needs no `prepare`. *of_products*: the time of dense products of the same FLOPs over ours. *of_reading*:
-the time of the least traffic at the bandwidth measured beside it, over ours.
+the time of the least traffic at the bandwidth measured beside it, over ours. *After a pause*: 50 ms before
+each call. *Busy*: a process for each CPU computed beside the calls, *twice as busy*: two. The limits are
+those of a machine that is idle.
 
 {markdown_table(report.by_regime(cells))}
 

@@ -39,11 +39,15 @@ def by_regime(cells: pd.DataFrame) -> pd.DataFrame:
 def ratios_figure(cells: pd.DataFrame) -> Figure:
     """Plot the best peer's time over ours, a dot for each cell: one panel for each regime."""
     regimes = list(dict.fromkeys(cells["regime"]))
+    columns = min(len(regimes), 3)
+    lines = -(-len(regimes) // columns)
     drawn, axes = plt.subplots(
-        1, len(regimes), figsize=(4.2 * len(regimes), 4), sharey=True, squeeze=False, layout="constrained"
+        lines, columns, figsize=(4.2 * columns, 4 * lines), sharey=True, squeeze=False, layout="constrained"
     )
+    for panel in axes.flat[len(regimes) :]:
+        panel.remove()
     styles = {"float32": (COLOURS[0], "o"), "bfloat16": (COLOURS[3], "s")}
-    for panel, regime in zip(axes[0], regimes, strict=True):
+    for panel, regime in zip(axes.flat, regimes, strict=False):
         rows = cells[cells["regime"] == regime]
         tokens = sorted(rows["T"].unique())
         for side, (dtype, (colour, marker)) in zip((-0.12, 0.12), styles.items(), strict=True):
@@ -57,7 +61,8 @@ def ratios_figure(cells: pd.DataFrame) -> Figure:
         panel.set_xlabel("tokens T")
         panel.set_title(regime)
         panel.grid(True, axis="y", **GRID)
-    axes[0, 0].set_ylabel("time of the best peer / time of ours")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("time of the best peer / time of ours")
     axes[0, 0].legend(frameon=False)
     return drawn
 

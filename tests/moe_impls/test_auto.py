@@ -300,6 +300,7 @@ def test_a_layer_that_was_given_a_name_takes_no_other(tuned: Path, name: str) ->
     "name, package, by",
     [
         ("transformers.eager", "transformers", "'moe-impls[peers]'"),
+        ("onnxruntime.moe", "onnxruntime", "'moe-impls[peers]'"),
         ("liger.fused_moe", "liger_kernel", "'moe-impls[peers-cuda]'"),
         ("torchtitan.grouped_mm", "torchtitan", "'moe-impls[peers-torchtitan]'"),
         ("scattermoe.parallel_experts", "scattermoe", "git+https://github.com/shawntan/scattermoe"),
