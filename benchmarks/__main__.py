@@ -16,6 +16,8 @@ COMMANDS = {
     "compare": "two implementations, or two versions of one, in rounds",
     "gate": "exit status 1 if an implementation is slower than at a commit",
     "peers": "ours beside other libraries': an hour, or --quick 8 minutes",
+    "ep": "bytes, collectives and waits of experts spread over ranks",
+    "ep-model": "experts over many ranks on paper, for released models",
     "model": "transformers models with our experts, end to end",
     "cuda": "verify, measure and profile on a GPU, in the time given",
     "limits": "what the machine can do at best: matrix products and bandwidths",
@@ -71,7 +73,7 @@ def parser(command: str, prog: str = PROG) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         own = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == command:
-            module = importlib.import_module(f"benchmarks.commands.{name}")
+            module = importlib.import_module(f"benchmarks.commands.{name.replace('-', '_')}")
             module.add_arguments(own)
             own.set_defaults(run=module.run)
     return made

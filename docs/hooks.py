@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from correctness.checks import balance, layers, routers, table
 from correctness.checks.case import Check
+from correctness.ranks import checks as ranks
 from evidence.mutants import MUTANTS, Mutant
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ KINDS = (
     (routers.ROUTER, "Routers", "router"),
     (layers.LAYER, "Whole layers", "layer"),
     (balance.LOSSES, "Loads and balance losses", "loss"),
+    (ranks.RANKS, "Distributed implementations", "ranks"),
 )
 
 

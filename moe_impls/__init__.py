@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from moe_impls.checking import check_inputs
     from moe_impls.dispatcher import SparseDispatcher, sort_by_expert
     from moe_impls.interface import Clamp, Experts, Implementation, Routing, Support
-    from moe_impls.layer import MoE, from_notebook_state_dict, to_notebook_state_dict
+    from moe_impls.layer import MoE
     from moe_impls.layer_interface import BiasRule, LayerSupport, LayerWeights
     from moe_impls.losses import auxiliary_loss, cv_squared, load_balancing_loss, z_loss
+    from moe_impls.notebook_state import from_notebook_state_dict, to_notebook_state_dict
     from moe_impls.registry import IMPLEMENTATIONS, resolve
     from moe_impls.router import (
         count_load,
@@ -65,6 +66,7 @@ _MODULES = (
     "losses",
     "dispatcher",
     "layer",
+    "notebook_state",
 )
 
 

@@ -167,6 +167,7 @@ def _list(arguments: Sequence[str]) -> int:
         return 2
     from benchmarks.workloads import MODELS
     from correctness.checks.table import KINDS
+    from correctness.ranks.checks import RANKS
     from moe_impls import registry
 
     def show(title: str, lines: dict[str, str]) -> None:
@@ -175,11 +176,12 @@ def _list(arguments: Sequence[str]) -> int:
         print(*(f"  {name:<{width}}  {meaning}".rstrip() for name, meaning in lines.items()), sep="\n")
 
     show("implementations", {name: _docstring(name) for name in registry.IMPLEMENTATIONS})
+    show("distributed implementations", {name: _docstring(name) for name in registry.DISTRIBUTED})
     show("peers: experts of other libraries", {name: _peer(name) for name in registry.PEERS})
     show("models, for --model", {name: _sizes(model) for name, model in MODELS.items()})
-    for kind in KINDS:
+    for kind in (*KINDS, RANKS):
         meanings = {check.name: _first_line(check.function.__doc__) for check in kind.checks}
-        show(f"checks of kind {kind.name}", meanings)
+        show(f"checks of kind {kind.name}{kind.variant and f', {kind.variant}'}", meanings)
     return 0
 
 

@@ -97,13 +97,7 @@ def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "
     (expert_ids, gates), E = routing, len(experts.w_in)
     if len(x):
         low, high = (int(v) for v in expert_ids.aminmax())
-        if low < 0 or high >= E:
-            dropped = (
-                "; moe_impls.router.without_sentinels takes out slots of id E"
-                if low >= 0 and high == E
-                else ""
-            )
-            raise ValueError(f"expert_ids holds {low if low < 0 else high}; ids must be in [0, {E}){dropped}")
+        check_ids(low, high, E)
         ordered = expert_ids.sort(dim=1).values
         repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
         if repeated.any():
@@ -113,6 +107,16 @@ def check_inputs(x: Tensor, routing: Routing, experts: Experts, combine: str = "
             )
     if combine == "logsumexp" and bool((gates < 0).any()):
         raise ValueError(f"gates holds {float(gates.min())}; combine 'logsumexp' needs gates >= 0")
+
+
+def check_ids(low: int, high: int, num_experts: int) -> None:
+    """Raise ValueError unless the least and the largest expert id are in [0, num_experts)."""
+    E = num_experts
+    if low < 0 or high >= E:
+        dropped = (
+            "; moe_impls.router.without_sentinels takes out slots of id E" if low >= 0 and high == E else ""
+        )
+        raise ValueError(f"expert_ids holds {low if low < 0 else high}; ids must be in [0, {E}){dropped}")
 
 
 def check_supported(name: str, support: Support, experts: Experts, combine: str) -> None:

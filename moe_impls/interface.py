@@ -163,6 +163,17 @@ class Support:
         CUDA graph of it go wrong with a new routing; but for a first call of its sizes, which may compile and
         try kernels. On a CPU it is called with fake tensors, for which
         operators of its own need fake implementations (torch.library.register_fake).
+    distributed: it is a collective call on the ranks of a mesh, of which each holds some of the experts::
+
+            forward(x, routing, experts, *, combine="sum", mesh, num_experts) -> y
+
+        All ranks of ``mesh``, a one-dimensional DeviceMesh, call it in the same order, and the same of their
+        inputs require gradients; T may differ, and be 0. ``experts`` is the rank's chunk of num_experts as
+        DTensor's Shard(0) cuts them (5 on 4 ranks: 2, 2, 1 and 0), and expert_ids are those of all. y and the
+        gradients of x and the gates are those of the rank's own tokens; the gradients of its weights are the
+        sums over the tokens of all ranks, not divided by anything.
+    even_experts: of one that is distributed: num_experts must be a multiple of the ranks.
+    equal_tokens: likewise: T must be the same on every rank.
     clamps: of the activation swiglu_clamped; None: any numbers.
     multiple_of: D, H and O must be multiples of it.
     same_width: O must equal D.
@@ -183,6 +194,9 @@ class Support:
     fullgraph: bool = False
     exports: bool = False
     no_host_sync: bool = False
+    distributed: bool = False
+    even_experts: bool = False
+    equal_tokens: bool = False
     compiles_per_case: bool = False
     multiple_of: int = 1
     same_width: bool = False
@@ -195,6 +209,9 @@ class Support:
             )
         for clamp in self.clamps or ():
             check_clamp("clamps of Support", clamp)
+        for name in ("even_experts", "equal_tokens"):
+            if getattr(self, name) and not self.distributed:
+                raise ValueError(f"{name} of Support is True; that needs distributed=True")
         check_positive("multiple_of of Support", self.multiple_of)
         for name, valid in (
             ("devices", DEVICES),
@@ -213,6 +230,10 @@ class Support:
 
 def _needs_nothing_more() -> bool:
     return True
+
+
+def _needs_what_is_not_installed() -> str:
+    return "it needs what is not installed"
 
 
 @dataclass(frozen=True)
@@ -235,7 +256,7 @@ class Implementation:
     prepare: Callable[[Experts], Prepared] | None = None
     choose: Callable[..., Implementation] | None = None
     is_available: Callable[[], bool] = _needs_nothing_more
-    missing: Callable[[], str] = lambda: "it needs what is not installed"
+    missing: Callable[[], str] = _needs_what_is_not_installed
     tuning_seconds: Callable[[], float] | None = None
 
     def ready(self, experts: Experts) -> Forward:

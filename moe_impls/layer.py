@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_impls import expert_parallel, sharding
 from moe_impls.checking import check_inputs, check_supported
 from moe_impls.functional import accumulation_dtype, needs_gradients
 from moe_impls.interface import (
@@ -25,8 +24,12 @@ from moe_impls.interface import (
 )
 from moe_impls.losses import auxiliary_loss
 from moe_impls.registry import resolve
-from moe_impls.router import count_load, importance, noisy_top_k, route
+from moe_impls.router import check_noise, count_load, importance, noisy_top_k, route
 from moe_impls.router_interface import RouterSpec
+from moe_impls.shards import check_mesh, check_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class MoE(nn.Module):
@@ -49,6 +52,8 @@ class MoE(nn.Module):
         router: how logits become gates, in place of ``RouterSpec(k, score="topk_softmax")``; its ``top_k`` is
             then K, and ``k`` is not read. Routers with groups need ``noisy_gating=False``.
         generator: draws the gate's noise, so that a run can be repeated; None is torch's global generator.
+        mesh: a one-dimensional DeviceMesh over whose ranks the experts are spread, in DTensors. Each rank
+            gives its own tokens and makes the same calls; see `moe_impls.sharding`.
         device, dtype: of the parameters.
 
     Attributes:
@@ -83,6 +88,7 @@ class MoE(nn.Module):
         bias: bool = True,
         router: RouterSpec | None = None,
         generator: torch.Generator | None = None,
+        mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -113,6 +119,10 @@ class MoE(nn.Module):
         self.combine = combine
         self.activation, self.output_activation, self.clamp = activation, output_activation, clamp
         self.generator = generator
+        if mesh is not None:
+            check_mesh(mesh)
+            check_ranks(num_experts, mesh.size())
+        self.mesh = mesh
         self.implementation = implementation
         self._resolved = self._resolve()
         self.last_implementation: str | None = None
@@ -120,17 +130,27 @@ class MoE(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
+        def of_experts(*shape: int) -> nn.Parameter:
+            if mesh is None:
+                return parameter(*shape)
+            return nn.Parameter(sharding.empty(mesh, *shape, device=device, dtype=dtype))
+
         D, O, E, H = input_size, output_size, num_experts, hidden_size
         F = 2 * H if activation in GATED_ACTIVATIONS else H
         self.w_gate, self.w_noise = parameter(D, E), parameter(D, E)
-        self.w_in, self.w_out = parameter(E, F, D), parameter(E, O, H)
-        self.register_parameter("b_in", parameter(E, F) if bias else None)
-        self.register_parameter("b_out", parameter(E, O) if bias else None)
+        self.w_in, self.w_out = of_experts(E, F, D), of_experts(E, O, H)
+        self.register_parameter("b_in", of_experts(E, F) if bias else None)
+        self.register_parameter("b_out", of_experts(E, O) if bias else None)
         self._check_configuration()
         self.reset_parameters()
 
     def _resolve(self) -> Implementation:
-        return resolve(self.implementation) if isinstance(self.implementation, str) else self.implementation
+        given = self.implementation
+        if isinstance(given, str):
+            given = resolve(given, distributed=True)
+        if self.mesh is None and given.support.distributed:
+            raise ValueError(f"mesh is None; implementation {given.name!r} needs a DeviceMesh")
+        return given if self.mesh is None or given.support.distributed else expert_parallel.around(given)
 
     def _check_configuration(self) -> None:
         """Check all that does not depend on the input: here, once.
@@ -139,11 +159,19 @@ class MoE(nn.Module):
         tokens and K = 8 on two CPU cores, and a wait for the device on CUDA, to find what `route` guarantees.
         """
         name, support = self._resolved.name, self._resolved.support
+        if self.mesh is not None and support.even_experts and self.num_experts % self.mesh.size():
+            raise ValueError(
+                f"num_experts of implementation {name} is {self.num_experts}; "
+                f"it must be a multiple of {self.mesh.size()} ranks"
+            )
         check_choice(f"dtype of implementation {name}", self.w_in.dtype, support.dtypes)
-        x = self.w_in.new_empty(0, self.input_size)  # no tokens, so there are no values to read
-        routing, _ = self.gate(x)
-        check_inputs(x, routing, self.experts, self.combine)
-        check_supported(name, support, self.experts, self.combine)
+        x = self.w_gate.new_empty(0, self.input_size)  # no tokens, so there are no values to read
+        routing = route(x @ self.w_gate, self.router)
+        if self.noisy_gating:
+            check_noise(self.router)
+        everyone = self.experts.map(lambda w: w.new_empty(()).expand(self.num_experts, *w.shape[1:]))
+        check_inputs(x, routing, everyone, self.combine)
+        check_supported(name, support, everyone, self.combine)
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters, from torch's global generator."""
@@ -151,20 +179,25 @@ class MoE(nn.Module):
             (self.w_in, self.b_in, self.input_size),
             (self.w_out, self.b_out, self.hidden_size),
         ):
-            nn.init.uniform_(weight, -(inputs**-0.5), inputs**-0.5)
-            if bias is not None:
-                nn.init.uniform_(bias, -(inputs**-0.5), inputs**-0.5)
+            for drawn in (weight, bias):
+                if drawn is not None and self.mesh is None:
+                    nn.init.uniform_(drawn, -(inputs**-0.5), inputs**-0.5)
+                elif drawn is not None:
+                    sharding.uniform_(drawn, inputs**-0.5)
         nn.init.zeros_(self.w_noise)
         if self.noisy_gating:
             nn.init.zeros_(self.w_gate)
         else:
             nn.init.uniform_(self.w_gate, -(self.input_size**-0.5), self.input_size**-0.5)
+        if self.mesh is not None:
+            sharding.replicate_(self.mesh, self.w_gate)
 
     @property
     def experts(self) -> Experts:
-        """Return the experts' parameters in the form that implementations take."""
+        """Return the experts' parameters in the form that implementations take: on a mesh this rank's."""
         options = self.activation, self.output_activation, self.clamp
-        return Experts(self.w_in, self.b_in, self.w_out, self.b_out, *options)
+        whole = Experts(self.w_in, self.b_in, self.w_out, self.b_out, *options)
+        return whole if self.mesh is None else whole.map(sharding.local)
 
     def gate(self, x: Tensor) -> tuple[Routing, Tensor]:
         """Route tokens x [T, D], and estimate the load of each expert [E].
@@ -180,7 +213,8 @@ class MoE(nn.Module):
             clean = wide @ self.w_gate.to(dtype)  # [T, E]
             if self.noisy_gating and self.training:
                 raw_scale = wide @ self.w_noise.to(dtype)
-                return noisy_top_k(clean, raw_scale, self.router, generator=self.generator)
+                noise = None if self.mesh is None else sharding.own_noise(self.mesh, clean, self.generator)
+                return noisy_top_k(clean, raw_scale, self.router, generator=self.generator, noise=noise)
             routing = route(clean, self.router)
             return routing, count_load(routing, self.num_experts)
 
@@ -192,7 +226,8 @@ class MoE(nn.Module):
 
         Returns:
             y [..., O] in the dtype of x, and the scalar loss
-            loss_coef * (cv²(importance) + cv²(load)) over all tokens, in at least float32.
+            loss_coef * (cv²(importance) + cv²(load)) over all tokens, on a mesh those of all ranks, in at
+            least float32.
 
         Raises:
             TypeError, ValueError: x is no tensor, or its width, dtype or device does not fit. These checks
@@ -212,8 +247,12 @@ class MoE(nn.Module):
                 "make it with implementation='auto'"
             )
         self.last_implementation = taken.name
-        y = taken.forward(tokens, routing, experts, combine=self.combine)  # [T, O]
-        loss = auxiliary_loss(importance(routing, self.num_experts), load, loss_coef)
+        spread = {} if self.mesh is None else {"mesh": self.mesh, "num_experts": self.num_experts}
+        y = taken.forward(tokens, routing, experts, combine=self.combine, **spread)  # [T, O]
+        weight = importance(routing, self.num_experts)
+        if self.mesh is not None:
+            weight, load = sharding.total(self.mesh, weight, load)
+        loss = auxiliary_loss(weight, load, loss_coef)
         return y.reshape(*x.shape[:-1], self.output_size), loss
 
     def _check_input(self, x: Tensor) -> None:
@@ -230,6 +269,16 @@ class MoE(nn.Module):
         support, name = self._resolved.support, self._resolved.name
         check_choice(f"device of implementation {name}", x.device.type, support.devices)
         check_choice(f"dtype of implementation {name}", x.dtype, support.dtypes)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        if self.mesh is not None:
+            names = {f"{prefix}{name}": self.get_parameter(name) for name in self.experts.tensors}
+            state_dict = state_dict | {
+                name: sharding.own_part(name, state_dict[name], parameter)
+                for name, parameter in names.items()
+                if name in state_dict
+            }
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         # An implementation given by name is pickled by name: a function from a file has no importable module.
@@ -248,57 +297,3 @@ class MoE(nn.Module):
             f"{f'clamp={self.clamp}, ' if self.activation == CLAMPED else ''}bias={self.b_in is not None}, "
             f"dtype={dtype_name(self.w_in.dtype)}"
         )
-
-
-# Names of the notebook's layer: one module for each expert, and two buffers of its Normal distribution.
-_NOTEBOOK_EXPERT = re.compile(r"experts\.(\d+)\.(fc1|fc2)\.(weight|bias)")
-_NOTEBOOK_BUFFERS = {"mean": 0.0, "std": 1.0}
-_STACKED = {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_out": "fc2.bias"}
-
-
-def from_notebook_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make the state dict of `MoE` from that of a layer with one module for each expert.
-
-    Args:
-        state: w_gate, w_noise, experts.{i}.fc1.weight [H, D] and .bias [H], experts.{i}.fc2.weight [O, H]
-            and .bias [O]; the buffers mean and std are left out.
-
-    Raises:
-        ValueError: a key is unknown or missing; the message names it.
-    """
-    known = {"w_gate", "w_noise", *_NOTEBOOK_BUFFERS}
-    found = {name: int(match[1]) for name in state if (match := _NOTEBOOK_EXPERT.fullmatch(name))}
-    if unknown := state.keys() - known - found.keys():
-        raise ValueError(f"state has unknown keys {', '.join(sorted(unknown))}")
-    num_experts = 1 + max(found.values(), default=0)
-    wanted = {f"experts.{i}.{layer}" for i in range(num_experts) for layer in _STACKED.values()}
-    if missing := (wanted | {"w_gate", "w_noise"}) - state.keys():
-        raise ValueError(f"state lacks the keys {', '.join(sorted(missing))}")
-    stacked = {
-        name: torch.stack([state[f"experts.{i}.{layer}"] for i in range(num_experts)])
-        for name, layer in _STACKED.items()
-    }
-    return {"w_gate": state["w_gate"], "w_noise": state["w_noise"], **stacked}
-
-
-def to_notebook_state_dict(state: Mapping[str, Tensor], *, buffers: bool = True) -> dict[str, Tensor]:
-    """Invert `from_notebook_state_dict`, for an `MoE` with biases.
-
-    Args:
-        buffers: add mean [1] and std [1], the parameters of the standard Normal that the notebook's layer
-            keeps as buffers.
-
-    Raises:
-        ValueError: a key is unknown or missing; the message names it.
-    """
-    wanted = {"w_gate", "w_noise", *_STACKED}
-    if wrong := wanted ^ state.keys():
-        raise ValueError(
-            f"state lacks or should not have {', '.join(sorted(wrong))}; it must have {sorted(wanted)}"
-        )
-    plain = {"w_gate": state["w_gate"], "w_noise": state["w_noise"]}
-    if buffers:
-        plain |= {name: state["w_gate"].new_tensor([value]) for name, value in _NOTEBOOK_BUFFERS.items()}
-    for name, layer in _STACKED.items():
-        plain |= {f"experts.{i}.{layer}": weight.clone() for i, weight in enumerate(state[name])}
-    return plain

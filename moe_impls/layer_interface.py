@@ -98,6 +98,8 @@ class LayerSupport:
         made and rounded in the dtype of x; tokens whose choice of experts that rounding may change are then
         judged in float32 and float64 alone.
     no_tokens: x may hold none.
+    every_gradient: every parameter that is trained gets a gradient, of zeros where no token reaches it or
+        there is none, as torch.nn.parallel.DistributedDataParallel waits for.
     training: it can be called in training mode, and y then has the gradients of what was computed, noise
         included.
     recompute: under torch.utils.checkpoint around the layer a training step moves every buffer as it does
@@ -114,6 +116,7 @@ class LayerSupport:
     leading: str = "any"
     router_dtype: str = "float32"
     no_tokens: bool = True
+    every_gradient: bool = False
     training: bool = True
     recompute: bool = False
     autocast: bool = False

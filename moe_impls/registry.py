@@ -38,6 +38,9 @@ IMPLEMENTATIONS = (
     "packed+prepared",
 )
 
+# Those of them that a mesh of processes computes together: ``Support.distributed``.
+DISTRIBUTED = ("expert_parallel", "expert_parallel_merged")
+
 # Other libraries' experts, by library and backend; not measured or checked unless asked for.
 PEERS = (
     "transformers.eager",
@@ -70,26 +73,38 @@ class ResolveError(ValueError):
     """A name on the command line that leads to no usable function; the message says why in one line."""
 
 
-def resolve(name: str) -> Implementation:
+def resolve(name: str, *, distributed: bool = False) -> Implementation:
     """Find the implementation that ``name`` means.
 
     Args:
-        name: one of IMPLEMENTATIONS or PEERS, ``package.module:function`` or ``path/file.py:function``. The
-            module may hold ``SUPPORT``, a ``Support`` that says what the function can do. With ``+prepared``
-            at the end the function is a ``prepare(experts)``, not a ``forward``.
+        name: one of IMPLEMENTATIONS, DISTRIBUTED or PEERS, ``package.module:function`` or
+            ``path/file.py:function``. The module may hold ``SUPPORT``, a ``Support`` that says what the
+            function can do. With ``+prepared`` at the end the function is a ``prepare(experts)``, not a
+            ``forward``.
+        distributed: whether it may be one that the ranks of a mesh compute together.
 
     Raises:
-        ResolveError: unknown name, missing file, failing import, no such function or a signature that
-            cannot be called as ``forward(x, routing, experts, combine=...)``.
+        ResolveError: unknown name, missing file, failing import, no such function, a signature that cannot be
+            called as ``forward(x, routing, experts, combine=...)``, or one that is distributed.
     """
+    found = _resolve(name)
+    if found.support.distributed and not distributed:
+        raise ResolveError(
+            f"{name} is distributed: the ranks of a mesh compute it together. It is verified by --impl, "
+            "measured by `python -m benchmarks ep`, and used in MoE(..., mesh=mesh)"
+        )
+    return found
+
+
+def _resolve(name: str) -> Implementation:
     if name in PEERS:
         return _peer(name)
     if ":" not in name:
         if name.removesuffix(PREPARED).endswith(".py"):
             raise ResolveError(f"{name} is a file; it must be path/file.py:function, such as {name}:forward")
-        if name not in IMPLEMENTATIONS:
+        if name not in (valid := (*IMPLEMENTATIONS, *DISTRIBUTED)):
             raise ResolveError(
-                f"unknown implementation {name!r}; valid are {', '.join((*IMPLEMENTATIONS, *PEERS))}, "
+                f"unknown implementation {name!r}; valid are {', '.join((*valid, *PEERS))}, "
                 "package.module:function and path/file.py:function"
             )
         module = importlib.import_module(f"moe_impls.{name.removesuffix(PREPARED)}")
@@ -100,10 +115,12 @@ def resolve(name: str) -> Implementation:
             check_signature(name, function, 1, ())
         else:
             _refuse_a_class(name, function)
-            check_signature(name, function, 3, ("combine",))
     support = getattr(module, "SUPPORT", Support())
     if not isinstance(support, Support):
         raise ResolveError(f"{name}: SUPPORT is a {type(support).__name__}; it must be a moe_impls.Support")
+    if ":" in name and not name.endswith(PREPARED):
+        of_ranks = ("mesh", "num_experts") if support.distributed else ()
+        check_signature(name, function, 3, ("combine", *of_ranks))
     if name.endswith(PREPARED):
         support = replace(support, gradients=False, second_order=False)
         anew = functools.partial(_prepared_anew, function) if ":" in name else module.forward

@@ -137,6 +137,7 @@ def noisy_top_k(
     *,
     noise_epsilon: float = NOISE_EPSILON,
     generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Routing, Tensor]:
     """Route on ``clean + eps * scale`` with eps drawn from the standard Normal: noisy top-k gating.
 
@@ -147,6 +148,7 @@ def noisy_top_k(
         clean, raw_scale: [T, E], x @ w_gate and x @ w_noise.
         spec: without groups, since the load is estimated for a choice among all experts.
         generator: draws the noise; None is torch's global generator.
+        noise: [T, E] of the standard Normal, if it has been drawn.
 
     Returns:
         the routing, and the load [E]: `smooth_load`, or with K = E, where every expert is certain to be
@@ -164,7 +166,8 @@ def noisy_top_k(
     dtype = accumulation_dtype(clean.dtype)
     clean = clean.to(dtype)
     scale = F.softplus(raw_scale.to(dtype)) + noise_epsilon
-    noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=dtype)
+    if noise is None:
+        noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=dtype)
     noisy = clean + noise * scale
     routing = route(noisy, spec)
     E = clean.shape[1]

@@ -21,7 +21,8 @@ PARTS: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
     # Without the search for problems: the interpreter takes minutes for the larger ones.
     (("correctness", "--impl=triton_fused", "-k", "not generated", WORKERS), INTERPRETED),
     (("tests/moe_impls/test_triton.py", WORKERS), INTERPRETED),
-    (("tests", WORKERS), {"OMP_NUM_THREADS": "1"}),
+    # The limit is the clock's, and the machine may be busy.
+    (("tests", WORKERS, "--timeout=600"), {"OMP_NUM_THREADS": "1"}),
 )
 CLOSING = re.compile(r"=+ (.* in [\d.]+s.*?) =+")
 

@@ -29,7 +29,7 @@ from benchmarks.workloads import GRIDS, MODELS, MODES
 from correctness.problems.loads import load_named
 from docs import hooks
 from moe_impls.interface import DEVICES, DTYPES, dtype_name
-from moe_impls.registry import IMPLEMENTATIONS, PEERS
+from moe_impls.registry import DISTRIBUTED, IMPLEMENTATIONS, PEERS
 from reporting.provenance import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -142,6 +142,11 @@ def verified(page: str, subject: str, folder: Path, *options: str) -> subprocess
             "--impl=kernel.py:prepare+prepared",
             "values-small or prepared- or without_gradients",
         ),
+        (
+            "docs/verify-your-dispatcher.md",
+            "--impl=dispatcher.py:forward",
+            "values_of_ranks-spread or values_of_ranks-uneven or exact_of_ranks-integers_cancelling",
+        ),
         ("docs/layers-and-routers.md", "--layer=layer.py:Layer", ""),
         ("docs/verify-your-layer.md", "--layer=layer.py:Layer", ""),
         ("docs/routers.md", "--router=router.py:route", "not values and not gradients or T_12_"),
@@ -179,7 +184,7 @@ PROJECT = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]
 TOX = configparser.ConfigParser()
 TOX.read(ROOT / "tox.ini", encoding="utf-8")
 # Files that a reader has, not this repository.
-READERS = {"kernel.py", "router.py", "layer.py", "gate.md", "FILE", "DIR", "/tmp/try"}
+READERS = {"kernel.py", "dispatcher.py", "router.py", "layer.py", "gate.md", "FILE", "DIR", "/tmp/try"}
 
 
 @functools.cache
@@ -210,7 +215,7 @@ def check_options(words: list[str], told: str) -> None:
 
 def check_value(option: str, value: str) -> None:
     valid = {
-        "--impl": (*IMPLEMENTATIONS, *PEERS),
+        "--impl": (*IMPLEMENTATIONS, *DISTRIBUTED, *PEERS),
         "--model": MODELS,
         "--grid": GRIDS,
         "--mode": MODES,
@@ -252,6 +257,8 @@ def check(words: list[str]) -> None:
         if len(rest) > 2:
             (takes,) = (c for c in TOX[f"testenv:{rest[1]}"]["commands"].splitlines() if "{posargs}" in c)
             check([*shlex.split(takes.replace("{posargs}", "")), *rest[3:]])
+    elif program == "torchrun":
+        check(["python", *words[words.index("-m") :]])
     elif program == "compute-sanitizer":
         check(words[words.index("pytest") :])
     elif words[:2] == ["pip", "install"]:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_impls.registry import IMPLEMENTATIONS, INSTALLED_BY, PREPARED
+from moe_impls.registry import DISTRIBUTED, IMPLEMENTATIONS, INSTALLED_BY, PREPARED
 from reporting.provenance import ROOT
 
 # The floors of the two houses that have them, from the ground up: each may import those below it.
 JUDGES = tuple(
-    f"correctness/{room}" for room in ("oracle", "problems", "judging", "checks", "families", "session")
+    f"correctness/{room}"
+    for room in ("oracle", "problems", "judging", "checks", "families", "ranks", "session")
 )
 COSTS = ("benchmarks/workloads", "benchmarks/timing", "benchmarks/sweep", "benchmarks/report")
 # What each folder may import of the project, with what is below that, beside itself.
@@ -31,6 +32,8 @@ ROOMS = {
     # Shares no code with what it judges.
     "correctness/oracle": ("moe_impls/interface", "moe_impls/layer_interface", "moe_impls/router_interface"),
     "correctness/session": ("moe_impls", "reporting", *JUDGES[:-1]),
+    "correctness/session/child": (),  # which knows nothing of what it runs
+    "correctness/ranks": ("moe_impls", *JUDGES[:4], "correctness/session/child"),
     "correctness/models": ("moe_impls", "correctness/judging"),
     "correctness": ("moe_impls", "reporting", *JUDGES),
     "evidence": ("moe_impls", "reporting", "correctness"),
@@ -91,7 +94,9 @@ def breaches(root: Path) -> list[str]:
     wheel, suite = declared_modules()
     # What a peer needs may be on no package index, so that no extra can declare it.
     suite = suite | {library for library, package in INSTALLED_BY.items() if package.startswith("git+")}
-    implementations = {f"moe_impls/{name.removesuffix(PREPARED)}" for name in IMPLEMENTATIONS}
+    implementations = {
+        f"moe_impls/{name.removesuffix(PREPARED)}" for name in (*IMPLEMENTATIONS, *DISTRIBUTED)
+    }
     found = []
     for path in sorted(p for top in TOPS for p in (root / top).rglob("*.py")):
         if path.parent.name == "reproductions":  # scripts for other packages, which know nothing of this one

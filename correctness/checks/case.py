@@ -28,7 +28,7 @@ class Check:
     function: the check; the first line of its docstring says what a subject must do.
     problems: those that it runs on; None stands for a check that makes its own.
     needs: a declaration without which it does not apply: a field of Support that must be true, or what the
-        subject must have, such as "prepare" or "losses".
+        subject must have, such as "prepare" or "losses"; several are joined by " and ".
     fits: options of the problems that a subject does not declare may be replaced by others that it does.
     drawn: in place of listed problems, Hypothesis' way to make some up for what is declared.
     """
@@ -63,6 +63,7 @@ class Kind:
     unsupported: why a declaration takes a problem out; None if it does not.
     where: what a finding says of its problem before anything else.
     explain: makes of a case's finding one that tells the cause.
+    variant: what those of a name are, of which other subjects of that name are not.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Kind:
     unsupported: Callable[[Any, Any], str | None] = _everything
     where: Callable[[Any], str] = lambda problem: ""
     explain: Callable[[Case, CheckFailed], CheckFailed] = lambda case, failure: failure
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,10 @@ class Case:
     @property
     def skip(self) -> str | None:
         """Why the subject's declaration takes this case out; None if it is to be run."""
-        needs, (tested, support) = self.check.needs, (self.subject.tested, self.subject.support)
-        if needs and not (getattr(support, needs, False) or getattr(tested, needs, None)):
-            return f"{needs} not declared"
+        tested, support = self.subject.tested, self.subject.support
+        for needs in self.check.needs.split(" and ") if self.check.needs else ():
+            if not (getattr(support, needs, False) or getattr(tested, needs, None)):
+                return f"{needs} not declared"
         if self.check.drawn and "cpu" not in getattr(support, "devices", ("cpu",)):
             return "device cpu not declared"
         return None if self.problem is None else self.subject.kind.unsupported(support, self.problem)

@@ -9,36 +9,47 @@ import torch
 from torch import Tensor
 
 from correctness.checks.case import Check
+from correctness.checks.layer_bias import made_of
 from correctness.judging.budget import eps, roundings
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Bench, S, T, weights_of
-from correctness.judging.layer_steps import as_it_is, during, is_noisy, seeded, step
+from correctness.judging.layer_steps import as_it_is, during, held, is_noisy, seeded, step
 from correctness.oracle import layer as oracle
 from correctness.problems.layers import LayerProblem
+from correctness.problems.problem import LOW_PRECISION
+from moe_impls.interface import dtype_name
 from moe_impls.layer_interface import BiasRule
 
 MOST = 1024  # tokens of a step
+BEYOND = 600  # visits of an expert; bfloat16 counts to 256
 
 
 def bias_update(bench: Bench) -> None:
     """Move the selection bias in training by its rule, and without one so that the balance improves.
 
     The bias moves in the call, or by `update_bias(layer)` in the layer's file, for all calls since the last.
-    Without `bias_rule`, a bias that moves raises the least loaded expert over the most loaded.
+    Without `bias_rule`, a bias that moves raises the least loaded expert over the most loaded. In 16 bits,
+    too, where each expert has more visits than bfloat16 counts, but for experts near the average load.
     """
     layer, subject = bench.layer, bench.subject
-    if not subject.support.training or is_noisy(replace(bench, layer=layer.train())):
+    if is_noisy(replace(bench, layer=layer.train())):
         return
+    is_low = bench.dtype in LOW_PRECISION
+    if is_low:  # a bias that is large next to its step would lose it
+        with torch.no_grad():
+            for name in made_of(bench):
+                dict((*layer.named_parameters(), *layer.named_buffers()))[name].zero_()
     K, E = subject.read(layer).router.top_k, len(subject.read(layer).router_weight)
-    bench = as_it_is(bench, tokens=min(MOST, max(2 * T, 16 * E // K // S * S)))
+    most = 2 * T if is_low else MOST
+    bench = as_it_is(bench, tokens=min(most, max(2 * T, 16 * E // K // S * S)))
     turns: list[tuple[Callable[[Tensor, Tensor], Tensor], ...]] = [(_all,), (_uneven,), (_one,)]
     for turn in [*turns, (_all, _of_the_least)] if subject.update_bias else turns:
         before = _bias(bench)
-        load = torch.stack([_train(bench, pick) for pick in turn]).sum(0)
+        load = torch.stack([_train(bench, pick, least=is_low * BEYOND * E // K) for pick in turn]).sum(0)
         if subject.update_bias:
             with during("update_bias(layer)"), torch.no_grad():
                 subject.update_bias(layer)
-        _require_moved(_bias(bench) - before, load, subject.read(layer).bias_rule, before)
+        _require_moved(_bias(bench) - before, load, subject.read(layer).bias_rule, before, bench.dtype)
 
 
 def _bias(bench: Bench) -> Tensor:
@@ -73,15 +84,19 @@ def _of_the_least(visits: Tensor, mass: Tensor) -> Tensor:
     return of & (of.cumsum(0) <= 2)
 
 
-def _train(bench: Bench, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Do a training step on tokens whose choice is clear, as picked, and count their visits: [E]."""
+def _train(bench: Bench, pick: Callable[[Tensor, Tensor], Tensor], least: int = 0) -> Tensor:
+    """Do a training step on tokens whose choice is clear, as picked, and count their visits: [E].
+
+    least: tokens of the step; those that are picked are repeated.
+    """
     weights, rows = weights_of(bench.subject, bench.layer), bench.expected.x
     ids, clear = oracle.choose(rows, weights)
     rows, ids, dy = rows[clear], ids[clear], bench.expected.dy[clear]
     gates = oracle.gates(oracle.logits(rows.double(), weights), ids, weights.router)
     empty = torch.zeros(len(rows), len(weights.router_weight), dtype=torch.float64)
     visits = empty.scatter(1, ids, 1.0)
-    picked = pick(visits, empty.scatter(1, ids, gates))
+    picked = pick(visits, empty.scatter(1, ids, gates)).nonzero().squeeze(1)
+    picked = picked.repeat(max(1, -(-least // len(picked))))
     x = rows[picked].unsqueeze(0).to(bench.device)
     with during("a step in training mode"), seeded(bench.layer, 0):
         if bench.subject.support.gradients:
@@ -91,8 +106,13 @@ def _train(bench: Bench, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     return visits[picked].sum(dim=0)
 
 
-def _require_moved(moved: Tensor, load: Tensor, rule: BiasRule | None, before: Tensor) -> None:
-    """Raise CheckFailed unless the biases [E] moved as they must for the load [E] of a step."""
+def _require_moved(
+    moved: Tensor, load: Tensor, rule: BiasRule | None, before: Tensor, dtype: torch.dtype
+) -> None:
+    """Raise CheckFailed unless the biases [E] moved as they must for the load [E] of a step.
+
+    dtype: of the layer. What rounding to it may do to a load decides nothing.
+    """
     moved, low, high = moved.double(), int(load.argmin()), int(load.argmax())
     told = f"of {int(load.sum())} visits, {float(load.mean()):.4g} for each expert on average"
     if rule is None:
@@ -104,7 +124,9 @@ def _require_moved(moved: Tensor, load: Tensor, rule: BiasRule | None, before: T
         return
     want = rule.rate * (load.mean() - load).sign()
     want = want - want.mean() if rule.centred else want
-    allowed = roundings(eps(torch.float32)) * (before.double().abs() + rule.rate)
+    allowed = roundings(max(eps(before.dtype), eps(torch.float32))) * (before.double().abs() + rule.rate)
+    if dtype in LOW_PRECISION:
+        allowed[(load - load.mean()).abs() <= roundings(eps(dtype)) * load.max()] = torch.inf
     if bool(((moved - want).abs() <= allowed).all()):
         return
     e = int(((moved - want).abs() / allowed).argmax())
@@ -121,6 +143,32 @@ def _require_moved(moved: Tensor, load: Tensor, rule: BiasRule | None, before: T
     raise CheckFailed(finding)
 
 
-_FLOAT32 = (LayerProblem(),)
+def counts(bench: Bench) -> None:
+    """Count beyond 256 visits of an expert in 16 bits, too, in each buffer that counts visits in float32."""
+    subject = bench.subject
+    wide = torch.float32 if torch.float32 in subject.support.dtypes else bench.dtype
+    E, K = len(bench.expected.weights.router_weight), bench.expected.weights.router.top_k
+    found: dict[str, Tensor] = {}
+    for dtype, least in ((wide, 0), (bench.dtype, BEYOND * E // K)):
+        counting = Bench.of(subject, dtype)
+        before = held(counting.layer.train())
+        load = _train(counting, _all, least)
+        moved = {n: (t - before[n]).double().cpu() for n, t in held(counting.layer).items()}
+        if not least:
+            found = {n: t for n, t in moved.items() if t.shape == load.shape and torch.equal(t, load)}
+        for name in found:
+            short = (moved[name] - load).abs() > roundings(eps(dtype)) * load
+            if bool(short.any()):
+                e = int((moved[name] - load).abs().argmax())
+                raise CheckFailed(
+                    f"{name}[{e}] counts {moved[name][e]:g} of {int(load[e])} visits in {dtype_name(dtype)}"
+                )
 
-BALANCE = (Check(bias_update, _FLOAT32, needs="selection_bias"),)
+
+_FLOAT32 = (LayerProblem(),)
+_BFLOAT16 = (LayerProblem(torch.bfloat16),)
+
+BALANCE = (
+    Check(bias_update, _FLOAT32 + _BFLOAT16, needs="training and moves_bias"),
+    Check(counts, _BFLOAT16, needs="training and counters", fits=False),
+)

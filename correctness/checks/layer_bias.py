@@ -20,7 +20,7 @@ def selection_bias(bench: Bench) -> None:
     subject, dtype = bench.subject, bench.dtype
     if not subject.selection_bias:
         return  # as a finding's cause may say of a layer
-    names = _made_of(bench)
+    names = made_of(bench)
     if not names:
         raise CheckFailed("selection_bias, as read(layer) returns it, is made of no parameter and no buffer")
     for what, (center, spread) in DRAWN.items():
@@ -42,7 +42,7 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in named if t.is_floating_point()}
 
 
-def _made_of(bench: Bench) -> list[str]:
+def made_of(bench: Bench) -> list[str]:
     """Name the parameters and buffers that the selection bias is made of."""
     found = []
     for name in _tensors(bench.layer):

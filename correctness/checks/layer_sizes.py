@@ -12,6 +12,8 @@ from correctness.judging.layer_steps import gradients_of, require_gradients, ste
 from correctness.problems.layers import LayerProblem
 
 MANY = 65_536  # tokens, up to which a count in 16 bits or a grid of blocks goes
+FEW = range(2, 10)  # tokens, for which a decoding layer may have a path of its own
+POWERS = [2**n for n in range(6, 13)]  # tokens, of which tiles and chunks leave no rest
 LARGE = 64  # times a logit, of which the exponential then is infinite
 LIMIT = 2**30  # bytes of one tensor [T, E, F], which a plain layer may well make
 
@@ -58,14 +60,16 @@ def _finite(bench: Bench, x: Tensor, where: str, gradients: bool) -> Tensor:
 
 
 def lengths(bench: Bench) -> None:
-    """Be right without gradients for each token alone, for one token many times, and for 2,560 tokens.
+    """Be right without gradients for any few tokens, for powers of two, and for one token many times.
 
-    More than 2,048 of those visit one expert, which is as far as float16 counts.
+    Of 2,560 tokens more than 2,048 visit one expert, which is as far as float16 counts.
     """
     order = torch.arange(T)
     skewed = torch.cat([order.repeat(8), torch.zeros(72 * T, dtype=torch.int64)])
     with torch.no_grad():
-        for rows in (*order.split(1), order[:1].repeat(64), order.repeat(32), skewed):
+        few = [order[:n] for n in FEW]
+        whole = [torch.arange(n) % (T - 1) for n in POWERS]
+        for rows in (*order.split(1), *few, order[:1].repeat(64), *whole, skewed):
             y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
             some = torch.arange(0, len(rows), max(1, len(rows) // T))  # comparing a report takes long
             only = some if bench.subject.routing else slice(None)
@@ -73,7 +77,10 @@ def lengths(bench: Bench) -> None:
 
 
 def many_tokens(bench: Bench) -> None:
-    """Be right for more than 65,536 tokens, gradients too, or as many as keep all hidden values in 1 GiB."""
+    """Be right for more than 65,536 tokens, gradients too, or as many as keep all hidden values in 1 GiB.
+
+    Also where all of them are one token, which fills whatever holds a fixed number of an expert's tokens.
+    """
     weights = bench.subject.read(bench.layer)
     E, F, _ = weights.experts.w_in.shape
     fitting = LIMIT // (E * F * weights.experts.w_in.element_size())
@@ -83,7 +90,12 @@ def many_tokens(bench: Bench) -> None:
         y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
     # What a layer reports of its routing is compared token by token: of some of them, the last ones too.
     some = torch.cat([call_of(T, tokens)[1], torch.arange(tokens)[-T:]])
-    bench.require_y(y, rows, f" with {tokens} tokens", only=some if bench.subject.routing else slice(None))
+    only = some if bench.subject.routing else slice(None)
+    bench.require_y(y, rows, f" with {tokens} tokens", only=only)
+    same = torch.zeros_like(rows)
+    with torch.no_grad():
+        y = bench.call(bench.x[same].unsqueeze(0)).squeeze(0)
+    bench.require_y(y, same, f" with {tokens} times the same token", only=only)
     if bench.subject.support.gradients:
         bench = bench.dropping(tokens)
         found = gradients_of(bench, tokens=tokens, flipped=False)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from correctness.judging.budget import eps, roundings
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import (
     B,
@@ -76,6 +77,18 @@ def every_parameter_counts(bench: Bench) -> None:
             wide[name].copy_(old.double())
 
 
+def mode_switched(bench: Bench) -> None:
+    """Hold the same when train() and eval() are called, to rounding, as where they merge and unmerge."""
+    subject, before = bench.subject, copies_of(bench.subject, bench.layer)
+    bench.layer.train().eval()
+    for name, tensor in copies_of(subject, bench.layer).items():
+        held, now = before[name].detach().double(), tensor.detach().double()
+        if bool(((now - held).abs() > roundings(eps(bench.dtype)) * held.abs().max()).any()):
+            apart = float((now - held).abs().max())
+            raise CheckFailed(f"{name} moves by {apart:.3g} when train() and eval() are called")
+    bench.require_y(bench.call(bench.x.unsqueeze(0)).squeeze(0), context=" after train() and eval()")
+
+
 def evaluation(bench: Bench) -> None:
     """Add no noise in eval mode: equal inputs give bit-equal outputs."""
     x = bench.x.unflatten(0, (B, S))
@@ -93,9 +106,10 @@ def without_gradients(bench: Bench) -> None:
             bench.require_y(y, context=f" under {mode.__name__}")
             bench.call(bench.x.flip(0).unsqueeze(0))
             bench.require_y(y, context=f" under {mode.__name__}, after another call")
-            for t in (0, 5, T - 1):
-                y = bench.call(bench.x[t].view(1, 1, -1)).flatten(0, 1)
-                bench.require_y(y, torch.tensor([t]), f" under {mode.__name__}, with one token")
+            alone = {t: bench.call(bench.x[t].view(1, 1, -1)).flatten(0, 1) for t in (0, 5, T - 1)}
+            for t, y in alone.items():
+                where = f" under {mode.__name__}, with one token, after calls with others"
+                bench.require_y(y, torch.tensor([t]), where)
 
 
 def inputs_unchanged(bench: Bench) -> None:
@@ -129,7 +143,7 @@ def state(bench: Bench) -> None:
         replace(bench, layer=other).call(x)  # what it keeps of this call has to be forgotten
     try:
         other.load_state_dict(bench.layer.state_dict())
-        twin = copy.deepcopy(bench.layer)
+        twin, apart = copy.deepcopy(bench.layer), copy.deepcopy(bench.layer)
     except Exception as error:
         raise CheckFailed(f"load_state_dict or copy.deepcopy raises {one_line(error)}") from error
     for layer, how in ((other, "after load_state_dict"), (twin, "in a deepcopy")):
@@ -141,3 +155,8 @@ def state(bench: Bench) -> None:
         for tensor in _state(twin).values():
             tensor.zero_()
     bench.require_y(bench.call(x).squeeze(0), context=" after its deepcopy was written to")
+    with torch.no_grad():
+        for tensor in _state(bench.layer).values():
+            tensor.zero_()
+    copied = replace(bench, layer=apart)
+    copied.require_y(copied.call(x).squeeze(0), context=" in a deepcopy after the original was written to")

@@ -21,6 +21,7 @@ import torch
 from correctness.checks.case import Case, Check, Kind, Subject
 from correctness.checks.layer_balance import BALANCE
 from correctness.checks.layer_bias import selection_bias
+from correctness.checks.layer_compiled import COMPILED
 from correctness.checks.layer_gradients import (
     frozen,
     gradients,
@@ -28,13 +29,16 @@ from correctness.checks.layer_gradients import (
     router_gradient,
     sizes,
 )
+from correctness.checks.layer_loaded import LOADED
 from correctness.checks.layer_losses import losses
 from correctness.checks.layer_modes import MODES
+from correctness.checks.layer_reuse import REUSE
 from correctness.checks.layer_sizes import SIZES
 from correctness.checks.layer_state import (
     evaluation,
     every_parameter_counts,
     inputs_unchanged,
+    mode_switched,
     state,
     without_gradients,
 )
@@ -77,6 +81,7 @@ CHECKS = (
     *TRAINING,
     Check(every_parameter_counts, _FLOAT32),
     Check(selection_bias, _FLOAT32, needs="selection_bias"),
+    Check(mode_switched, _FLOAT32, needs="training"),
     Check(evaluation, _FLOAT32, needs="deterministic"),
     Check(without_gradients, _FLOAT32),
     Check(inputs_unchanged, _FLOAT32),
@@ -85,8 +90,11 @@ CHECKS = (
     Check(state, _FLOAT32),
     Check(losses, _FLOAT32, needs="losses"),
     *BALANCE,
+    *LOADED,
+    *REUSE,
     *MODES,
     *SIZES,
+    *COMPILED,
 )
 
 

@@ -6,15 +6,23 @@ import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from correctness.checks.case import Check, Kind, Subject
+from correctness.checks.case import Case, Check, Kind, Subject
 from correctness.checks.layouts import LAYOUTS
-from correctness.judging.budget import allowed_error, by_logarithm, eps, relative_errors, storing, worst
+from correctness.judging.budget import (
+    allowed_error,
+    by_logarithm,
+    eps,
+    relative_errors,
+    roundings,
+    storing,
+    worst,
+)
 from correctness.judging.finding import CheckFailed
 from correctness.judging.process_state import require_unchanged
 from correctness.judging.router_hints import HINT, Routed, choice_hint, gates_hint
@@ -43,12 +51,14 @@ class Router:
 
     function: Route
     support: RouterSupport = RouterSupport()
+    told: dict[str, str] = field(default_factory=dict, compare=False)  # causes, and where each was told
 
     def __call__(self, *arguments: Any, **bias: Any) -> Routing:
         return self.function(*arguments, **bias)
 
 
 THREADS, ROUNDS = 3, 20
+MANY = (*(2**n for n in range(5, 14)), 65_536 + 11)  # tokens
 
 
 def _computed(gates: Tensor) -> torch.dtype:
@@ -84,10 +94,18 @@ def call(route: Router, logits: Tensor, spec: RouterSpec, selection_bias: Tensor
         if len(set(row)) < K:
             raise CheckFailed(f"expert_ids[{t}] is {row}; the ids of a row must be distinct")
         if len({e // (E // spec.groups) for e in row}) > spec.keep_groups:
-            raise CheckFailed(
-                f"expert_ids[{t}] is {row}: more than {spec.keep_groups} groups of {E // spec.groups}"
-            )
+            found = f"expert_ids[{t}] is {row}: more than {spec.keep_groups} groups of {E // spec.groups}"
+            raise CheckFailed(found + _groups_hint(Routed(logits, selection_bias, spec, ids, gates)))
     return Routing(ids, gates)
+
+
+def _groups_hint(routed: Routed) -> str:
+    """Name the mistake that leads to experts of too many groups; empty if there is none."""
+    logits, bias, spec, *_ = routed
+    if not bool(logits.isfinite().all()):
+        return ""
+    right = [oracle.select(z, spec, bias, eps(torch.float32)) for z in logits.detach().double()]
+    return choice_hint(routed, right)
 
 
 def _require_gates(
@@ -446,6 +464,33 @@ def tokens_apart(route: Router, problem: RouterProblem) -> None:
         _require_gates(routing, logits[rows], problem.spec)
 
 
+def many_tokens(route: Router, problem: RouterProblem) -> None:
+    """Route each of many tokens as it routes few: of whole tiles and chunks, and of more than 65,536."""
+    logits, bias, _ = make_router_inputs(problem)
+    few = call(route, logits, problem.spec, bias)
+    _require(few, problem)
+    want_ids, order = few.expert_ids.sort(dim=1)
+    want = few.gates.detach().gather(1, order)
+    computed = _computed(few.gates)
+    allowed = roundings(eps(computed)) + storing(want.dtype) + 2 * by_logarithm(want, computed)
+    for tokens in MANY:
+        rows = torch.arange(tokens) % problem.T
+        with torch.no_grad():
+            ids, gates = call(route, logits[rows], problem.spec, bias)
+        ids, order = ids.sort(dim=1)
+        wrong = (ids != want_ids[rows]).any(dim=1)
+        if not bool(wrong.any()):
+            wrong = (relative_errors(gates.gather(1, order), want[rows], want[rows]) > allowed[rows]).any(
+                dim=1
+            )
+        if bool(wrong.any()):
+            t = int(wrong.nonzero()[0])
+            raise CheckFailed(
+                f"{int(wrong.sum())} of {tokens} tokens, the first of them {t}, have other experts or gates "
+                f"than among {problem.T} tokens"
+            )
+
+
 def every_field_counts(route: Router, problem: FieldProblem) -> None:
     """Follow every field of the spec, and the bias."""
 
@@ -481,6 +526,7 @@ CHECKS = (
     Check(empty, KINDS),
     Check(strides, KINDS),
     Check(tokens_apart, KINDS),
+    Check(many_tokens, KINDS[:3:2]),
     Check(state, KINDS),
     Check(several_threads, tuple(replace(p, T=300) for p in KINDS)),
     Check(global_state, KINDS),
@@ -489,12 +535,24 @@ CHECKS = (
     Check(generated_routing, drawn=router_problems),
 )
 
+
+def _told_once(case: Case, failure: CheckFailed) -> CheckFailed:
+    """Tell the cause of a finding in full once, and of later findings that it is theirs, too."""
+    finding, _, hint = str(failure).partition(HINT)
+    if not hint:
+        return failure
+    cause, here = hint.partition("; the spec is")[0], f"{case.check.name!r} on {case.problem.name}"
+    first = case.subject.tested.told.setdefault(cause, here)
+    return failure if first == here else CheckFailed(f"{finding}{HINT}as {first} tells, {cause[:80]}")
+
+
 ROUTER = Kind(
     "router",
     CHECKS,
     arguments=lambda case: (case.subject.tested, case.problem),
     unsupported=undeclared,
     where=lambda p: f" on {p.name}, E = {p.E}, {dtype_name(p.dtype)}",
+    explain=_told_once,
 )
 
 

@@ -49,11 +49,11 @@ def as_finding(verdict: str, code: str) -> Iterator[None]:
         raise
     except CheckFailed as failure:
         finding = str(failure).partition(REPRODUCE)[0]
-        lines = _lines(failure)
+        lines = lines_of(failure)
         message = f"{verdict}: {finding}{lines}{REPRODUCE}{code}"
         raise CheckFailed(message, failure.fractions) from failure
     except BaseException as error:
-        lines = _lines(error) or _outside(error)
+        lines = lines_of(error) or _outside(error)
         message = f"{verdict}: {one_line(error)[:SHOWN_CHARACTERS]}{lines}{REPRODUCE}{code}"
         raise (Timeout if isinstance(error, Timeout) else CheckFailed)(message) from error
 
@@ -78,7 +78,7 @@ def process_kept() -> Iterator[None]:
             setattr(module, "_exit", exit_at_once)  # noqa: B010
 
 
-def _lines(error: BaseException) -> str:
+def lines_of(error: BaseException) -> str:
     """List the subject's lines where an exception, or else what caused it, was raised, outermost first."""
     told: traceback.TracebackException | None = traceback.TracebackException.from_exception(error)
     while told:

@@ -3,81 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from correctness.judging.budget import entry_budgets, relative_errors
 from correctness.judging.finding import CheckFailed
+from correctness.judging.layer_made import Layer, build, copies_of, draw  # noqa: F401
 from correctness.judging.layer_routing import dropped_slots
 from correctness.judging.layer_tokens import B, S, T, comparable, draw_tokens, is_swayed  # noqa: F401
 from correctness.oracle import layer as oracle
 from correctness.problems.problem import LOW_PRECISION
-from moe_impls.interface import Routing, dtype_name
-from moe_impls.layer_interface import LayerSupport, LayerWeights
+from moe_impls.interface import dtype_name
+from moe_impls.layer_interface import LayerWeights
 from moe_impls.registry import one_line
 
 SIGNS = 64  # patterns of signs of errors
 COPIES = 163  # of each token in a call with many: more than 4096 tokens, and no multiple of a usual tile
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A way to make a layer, how to read it, and what it declares.
-
-    losses: returns its balance losses. routing: reports the routing of tokens [T, D] in the layer's mode,
-    where a slot that is dropped has the id E + Z. update_bias: moves selection_bias after a training step.
-    """
-
-    make: Callable[[], nn.Module]
-    read: Callable[[Any], LayerWeights]
-    losses: Callable[[Any, Tensor, Tensor | None], dict[str, Tensor]] | None = None
-    support: LayerSupport = LayerSupport()
-    routing: Callable[[Any, Tensor], Routing] | None = None
-    update_bias: Callable[[Any], object] | None = None
-
-    @functools.cached_property
-    def selection_bias(self) -> bool:
-        """Whether `read` returns one."""
-        return self.read(self.make()).selection_bias is not None
-
-    def logits_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Say in which dtype at least logits are made where x is of ``dtype``."""
-        return dtype if self.support.router_dtype == "input" and dtype in LOW_PRECISION else torch.float32
-
-
-def build(subject: Layer, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """Make a new layer in eval mode, with parameters and the buffers that are read drawn from ``seed``."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layer = subject.make()
-    layer = layer.eval().to(torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(draw(parameter, generator))
-        for buffer in layer.buffers():
-            if buffer.is_floating_point():
-                old, before = buffer.clone(), copies_of(subject, layer)
-                buffer.add_(1)
-                after = copies_of(subject, layer)
-                is_read = any(not torch.equal(before[name], after[name]) for name in before)
-                # Small next to scores between 0 and 1, so that it decides some choices but not all.
-                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator) if is_read else old)
-    return layer.to(dtype)
-
-
-def draw(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw numbers that keep results of unit scale: weights by their inputs, vectors of scale 0.5."""
-    scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5
-    return scale * torch.randn(parameter.shape, generator=generator)
-
-
-def copies_of(subject: Layer, layer: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in oracle.tensors(subject.read(layer)).items()}
 
 
 def weights_of(subject: Layer, twin: nn.Module) -> LayerWeights:
@@ -171,6 +114,9 @@ def onto_parameters(
     parameters = trained(twin)
     if not named or not parameters:
         return {}
+    for parameter in parameters.values():
+        if parameter._backward_hooks:  # of the layer's making, which would change what is right
+            parameter._backward_hooks.clear()
 
     def push(terms: dict[str, Tensor]) -> dict[str, Tensor]:
         along = [terms[name].to(tensor) for name, tensor in named.items()]

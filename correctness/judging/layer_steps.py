@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import Bench, Layer, S, T, build, call_of, expected_of, trained
+from correctness.judging.layer_bench import (
+    Bench,
+    Layer,
+    S,
+    T,
+    build,
+    call_of,
+    expected_of,
+    reached,
+    trained,
+)
 from moe_impls.registry import one_line
 
 SEEDS = (0, 1, 2)
@@ -57,8 +67,11 @@ def step(
         whose = "x and the parameters do" if x_wanted else "the parameters do, where x needs none"
         raise CheckFailed(f"y does not require a gradient though {whose}: the graph is cut")
     if between:
+        kept = y.detach().clone()
         between()
-    kept = {name: leaf.grad for name, leaf in leaves.items()}
+        if not torch.equal(y.nan_to_num(), kept.nan_to_num()):
+            raise CheckFailed("a later call overwrites the y that an earlier one has returned")
+    before_it = {name: leaf.grad for name, leaf in leaves.items()}
     try:
         for leaf in leaves.values():
             leaf.grad = None
@@ -70,7 +83,7 @@ def step(
         raise CheckFailed(f"the backward of layer(x) raises {one_line(error)}") from error
     finally:
         for name, leaf in leaves.items():
-            leaf.grad = kept[name]
+            leaf.grad = before_it[name]
     if not torch.equal(given, before):
         raise CheckFailed("the backward of layer(x) writes to the gradient of y that it is given")
     return Step(y.detach(), grads)
@@ -106,6 +119,12 @@ def in_sequences(x: Tensor) -> Tensor:
     return x.unflatten(0, (-1, S if len(x) % S == 0 else len(x)))
 
 
+def y_of(bench: Bench, x: Tensor | None = None) -> Tensor:
+    """Call the layer on tokens [T, D], in sequences; its own by default."""
+    x = bench.x if x is None else x
+    return bench.call(x.unflatten(0, (-1, S))).flatten(0, 1)
+
+
 def require_gradient(bench: Bench, name: str, got: Tensor | None, context: str = "") -> None:
     """Raise CheckFailed unless a gradient that `Expected` names is there and within its budget."""
     want, allowed = bench.expected.want[name], bench.expected.allowed[name]
@@ -120,6 +139,12 @@ def require_gradients(bench: Bench, found: Mapping[str, Tensor | None], context:
     for name, got in found.items():
         if name in bench.expected.want:
             require_gradient(bench, name, got, context)
+
+
+def require_own_gradients(bench: Bench, where: str) -> None:
+    """Raise CheckFailed unless the gradients of its own tokens are right."""
+    bench = bench.dropping()
+    require_gradients(bench, gradients_of(bench), where)
 
 
 @contextlib.contextmanager
@@ -184,6 +209,36 @@ def same(a: Tensor, b: Tensor | None) -> bool:
 def as_it_is(bench: Bench, *, gradients: bool = False, tokens: int = T) -> Bench:
     """Draw tokens anew, and make what is right for them with what the layer holds now."""
     return replace(bench, expected=expected_of(bench.subject, bench.twin(), bench.dtype, gradients, tokens))
+
+
+def saturated_layer(bench: Bench, *, gradients: bool = False) -> Bench:
+    """Make the layer's hidden values sixteen times as large, and what is right then."""
+    weights = bench.subject.read(bench.layer)
+    parts = [part for part in (weights.experts, weights.shared) if part is not None]
+    inner = [t for part in parts for t in (part.w_in, part.b_in)]
+    scale(bench, inner, [weights.router_weight, weights.router_bias], 16)
+    return as_it_is(bench, gradients=gradients)
+
+
+def scale(
+    bench: Bench,
+    wanted: Sequence[Tensor | None],
+    spared: Sequence[Tensor | None],
+    factor: float,
+    least_dims: int = 0,
+) -> None:
+    """Multiply the parameters that some tensors of `read` are made of, and others are not.
+
+    least_dims: that a parameter must have: with 2 a temperature is none of them.
+    """
+    names, others = (
+        {name for t in some if t is not None for name in reached(bench.layer, t)} for some in (wanted, spared)
+    )
+    parameters = dict(bench.layer.named_parameters())
+    with torch.no_grad():
+        for name in names - others:
+            if parameters[name].ndim >= least_dims:
+                parameters[name].mul_(factor)
 
 
 def fresh(subject: Layer, bench: Bench, *, training: bool = True) -> Bench:

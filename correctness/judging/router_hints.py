@@ -177,6 +177,11 @@ def choice_hint(routed: Routed, choices: Sequence[tuple[list[int], bool]]) -> st
         agrees = all(set(chosen) == rows[t] for t, (chosen, clear) in found.items() if clear)
         if agrees and any(found[t][1] for t in wrong):
             return f"{HINT}this is the choice {text}; the spec is {spec}"
+    if spec.groups > 1 and all(_is_masked_with_zero(routed, t) for t in (*wrong, *others)):
+        return (
+            f"{HINT}experts of other groups must be masked with -inf, not with 0, above which experts of the "
+            f"best groups may not be; the spec is {spec}"
+        )
     if bias is not None:
         ranks = [_rank(logits[t].detach().double(), spec, bias) for t in wrong]
         if all(float(rank[choices[t][0]].min()) < 0 for t, rank in zip(wrong, ranks, strict=True)):
@@ -185,6 +190,20 @@ def choice_hint(routed: Routed, choices: Sequence[tuple[list[int], bool]]) -> st
                 "be masked with -inf, not with 0, and a search for the best must not begin at 0"
             )
     return ""
+
+
+def _is_masked_with_zero(routed: Routed, t: int) -> bool:
+    """Tell whether a token visits experts that are best where those of other groups rank as 0."""
+    logits, bias, spec, ids, _ = routed
+    z = logits[t].detach().double()
+    rank = oracle.scores(z, spec) if bias is None else _rank(z, spec, bias)
+    candidates = len(z) // spec.groups * spec.keep_groups
+    kept, clear = oracle.select(z, replace(spec, top_k=candidates), bias, eps(torch.float32))
+    masked = torch.zeros_like(rank)
+    masked[kept] = rank[kept]
+    best = masked.sort(descending=True).values[: spec.top_k]
+    got = masked[ids[t]].sort(descending=True).values
+    return not clear or bool((got - best).abs().max() <= PRECISION * rank.abs().max())
 
 
 def _rank(z: Tensor, spec: RouterSpec, bias: Tensor) -> Tensor:

@@ -98,9 +98,29 @@ def _hot_experts(number: str) -> Load:
     return hot_experts
 
 
-# Loads with a number in their name, such as zipf_1.2 and hot_experts_4.
-FAMILIES: dict[str, Callable[[str], Load]] = {"zipf": _zipf_of, "hot_experts": _hot_experts}
-LOAD_NAMES = f"{', '.join(LOADS)}, zipf_<exponent below 10> and hot_experts_<number>"
+def _experts(ids: str) -> Load:
+    """Send every token to some of the experts ``first-last`` alone, as those that one rank holds."""
+    first, last = map(int, ids.split("-"))
+    if not 0 <= first <= last:
+        raise ValueError
+
+    def experts(p: Problem, g: torch.Generator) -> Tensor:
+        if last >= p.E or last - first + 1 < p.K:
+            raise ValueError(
+                f"load is {p.load!r}; there are E = {p.E} experts, and K = {p.K} must be among them"
+            )
+        return first + _uniform(replace(p, E=last - first + 1), g)
+
+    return experts
+
+
+# Loads with a number in their name, such as zipf_1.2, hot_experts_4 and experts_4-7.
+FAMILIES: dict[str, Callable[[str], Load]] = {
+    "zipf": _zipf_of,
+    "hot_experts": _hot_experts,
+    "experts": _experts,
+}
+LOAD_NAMES = f"{', '.join(LOADS)}, zipf_<exponent below 10>, hot_experts_<number> and experts_<first>-<last>"
 
 
 def load_named(name: str, argument: str = "load") -> Load:

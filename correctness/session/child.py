@@ -80,9 +80,9 @@ class Child:
             theirs.close()
 
     @classmethod
-    def of_functions(cls) -> Child:
+    def of_functions(cls, **options: Any) -> Child:
         """A Python process that finds the modules that this one finds, for ``call``."""
-        child = cls([sys.executable, "-P", __file__, "serve"], asked=True)
+        child = cls([sys.executable, "-P", __file__, "serve"], asked=True, **options)
         child.connection.send(sys.path)
         return child
 
@@ -147,8 +147,8 @@ def die_with(parent: int) -> None:
         sys.exit(1)
 
 
-def _serve(connection: Connection) -> None:
-    """Call what comes over the connection until it is closed."""
+def serve(connection: Connection) -> None:
+    """Call what comes over the connection, after a path for modules, until it is closed."""
     sys.path[:] = connection.recv()
     while True:
         try:
@@ -169,4 +169,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "run":  # in the place of this process, which keeps its number and ends with its parent
         die_with(int(sys.argv[2]))
         os.execvp(sys.argv[3], sys.argv[3:])
-    _serve(Connection(int(sys.argv[2])))
+    serve(Connection(int(sys.argv[2])))

@@ -31,13 +31,13 @@ def shrink(fails: Callable[[Problem], bool], problem: Problem, seconds: float = 
     Options take their defaults and sizes become small, one at a time, until nothing more can be changed or
     ``seconds`` are over. It is exact where failing starts at some size and goes on from there.
     """
-    end = time.monotonic() + seconds
+    end = time.thread_time() + seconds  # as tests are limited: the machine may be busy
     smallest = problem
 
     def attempt(name: str, value: object) -> bool:
         nonlocal smallest
         smaller = replace(smallest, **{name: value})
-        if not possible(smaller) or time.monotonic() > end or not fails(smaller):
+        if not possible(smaller) or time.thread_time() > end or not fails(smaller):
             return False
         smallest = smaller
         return True
@@ -88,10 +88,10 @@ def smaller_failure(config: pytest.Config, case: Case) -> str:
     key, spent = (case.subject.name, case.check.name), config.stash.setdefault(SPENT, {})
     if not isinstance(case.problem, Problem) or key in spent or sum(spent.values()) > SECONDS_OF_A_RUN:
         return ""
-    begin = time.monotonic()
+    begin = time.thread_time()
     try:
         smallest = smallest_failure(case)
     except Timeout:  # the failure itself is still to be told
         smallest = case.problem
-    spent[key] = time.monotonic() - begin
+    spent[key] = time.thread_time() - begin
     return "" if smallest == case.problem else f"\n  smallest failing case: {smallest.code()}"

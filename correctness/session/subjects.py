@@ -10,10 +10,19 @@ from correctness.checks.case import Subject, cases
 from correctness.checks.routers import router
 from correctness.checks.table import implementation
 from correctness.judging.blame import process_kept
+from correctness.ranks.checks import distributed
+from correctness.ranks.work import by_name
 from correctness.session.families import named_layers
 from correctness.session.layer_subject import own_layers, resolve_layer
 from correctness.session.limits import limited
-from moe_impls.registry import IMPLEMENTATIONS, ResolveError, check_signature, load_function, resolve
+from moe_impls.registry import (
+    DISTRIBUTED,
+    IMPLEMENTATIONS,
+    ResolveError,
+    check_signature,
+    load_function,
+    resolve,
+)
 from moe_impls.router_interface import RouterSupport
 
 OWN_ROUTER, OWN_LOSSES = "moe_impls.router:route", "moe_impls"
@@ -44,6 +53,7 @@ def find_subjects(
     ]
     if not named:
         own = [implementation(resolve(name), device) for name in IMPLEMENTATIONS]
+        own += [_implementation(name) for name in DISTRIBUTED]
         return [*own, _router(OWN_ROUTER), *own_layers(), losses(OWN_LOSSES, moe_impls)]
     found = []
     for find, name in named:
@@ -53,7 +63,14 @@ def find_subjects(
 
 
 def _implementation(name: str, device: str = "cpu") -> Subject:
-    subject = implementation(resolve(name), device)
+    found = by_name(name)
+    subject = implementation(found, device)
+    if found.support.distributed:
+        if device != "cpu":
+            raise ResolveError(
+                f"{name} is distributed; --device is {device}, it must be cpu, where ranks are"
+            )
+        subject = distributed(name, found.support, by_name, name)
     if all(case.skip for case in cases([subject])):
         raise ResolveError(f"{name}: nothing that it declares in SUPPORT can be checked here")
     return subject

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from correctness.checks import balance, layers, routers, table
 from correctness.checks.case import Subject, cases
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Layer
-from evidence.mutants.mutant import Mutant
+from correctness.ranks import checks as ranks
+from evidence.mutants.mutant import Mutant, run
 from moe_impls.interface import Implementation
 from moe_impls.layer_interface import LayerSupport
 
@@ -30,6 +32,7 @@ CHECKS = {
     "router": routers.CHECKS,
     "layer": layers.CHECKS,
     "loss": balance.CHECKS,
+    "ranks": ranks.CHECKS,
 }
 
 
@@ -42,7 +45,16 @@ def _subject(kind: str, name: str, module: types.ModuleType) -> Subject:
         support = LayerSupport.of(getattr(module, "SUPPORT", LayerSupport()))
         routing = getattr(module, "routing", None)
         return layers.layer(name, Layer(module.Layer, module.read, support=support, routing=routing))
+    if kind == "ranks":
+        text = getattr(module, "TEXT", None) or inspect.getsource(module)
+        return ranks.distributed(name, module.SUPPORT, from_text, name, text)
     return table.implementation(Implementation(name, module.forward, module.SUPPORT))
+
+
+def from_text(name: str, text: str) -> Implementation:
+    """Run the text of a module: the implementation that it holds, in another process than the module's."""
+    module = run(text, types.ModuleType(name), f"<{name}>")
+    return Implementation(name, module.forward, module.SUPPORT)
 
 
 def trials(kind: str, name: str, module: types.ModuleType) -> list[Trial]:

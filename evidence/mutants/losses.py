@@ -80,6 +80,7 @@ def noisy_top_k(
 
 def smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, k: int) -> Tensor:
     """Sum over tokens the chance that an expert is among the top k if its own noise is drawn again: [E]."""
+    clean, noisy, scale = (t.to(wide(t)) for t in (clean, noisy, scale))
     top = noisy.topk(k + 1, dim=1).values  # [T, k + 1]
     kth, one_after = top[:, k - 1 : k], top[:, k:]
     largest_of_others = torch.where(noisy >= kth, one_after, kth)  # the k-th largest, [T, E]

@@ -25,7 +25,13 @@ from pathlib import Path
 
 # What mutants are wrong forms of, and the modules of this folder that they may be edits of.
 LAYERS = ("layer_deepseek", "layer_llama4", "layer_gemma", "layer_switch", "layer_gpt_oss")
-KINDS = {"experts": ("grouped", "dense"), "router": ("router",), "layer": LAYERS, "loss": ("losses",)}
+KINDS = {
+    "experts": ("grouped", "dense"),
+    "router": ("router",),
+    "layer": LAYERS,
+    "loss": ("losses",),
+    "ranks": ("ranks",),
+}
 SIGNS = ("  ", "- ", "+ ")
 
 
@@ -66,11 +72,16 @@ class Mutant:
             lines[found[0] : found[0] + len(old)] = [indent + line for line in new]
         text = "\n".join(lines) + "\n"
         module = types.ModuleType(f"mutant_{self.name}")
-        module.__dict__["KEPT"] = {}
         filename = f"<{self.name}, a mutant of {self.base}>"
-        linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-        exec(compile(text, filename, "exec"), module.__dict__)
-        return module
+        return run(text, module, filename)
+
+
+def run(text: str, module: types.ModuleType, filename: str) -> types.ModuleType:
+    """Run the text of a module in it, which keeps the text as ``TEXT`` for other processes."""
+    module.__dict__.update(KEPT={}, TEXT=text)
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    exec(compile(text, filename, "exec"), module.__dict__)
+    return module
 
 
 def _code(line: str) -> str:

@@ -20,6 +20,7 @@ NAMES = {
     "router": "routers",
     "layer": "whole layers",
     "loss": "losses and loads",
+    "ranks": "distributed computations",
 }
 BY_NAME = {f"{mutant.kind} {mutant.name}": mutant for mutant in MUTANTS}
 

@@ -45,7 +45,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict],
     """What an uninterrupted sweep writes, and the seconds until its first row and from there to its end."""
     folder = tmp_path_factory.mktemp("whole")
     done = start(*TINY, f"--out={folder}")
-    output, _ = done.communicate(timeout=120)
+    output, _ = done.communicate(timeout=300)
     assert done.returncode == 0, output
     path = csv_in(folder)
     assert plan.progress(path) == (CELLS, CELLS)
@@ -71,7 +71,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_like_one_that_is_not(
             assert now[: len(kept)] == kept
             kept, arguments = now, [f"--resume={files[0]}"]
     last = start(*arguments)
-    output, _ = last.communicate(timeout=120)
+    output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
     path = csv_in(tmp_path)
     assert facts(path) == whole
@@ -152,7 +152,7 @@ def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:
 def test_what_cannot_be_continued_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
     path = write(tmp_path / "r.csv")
     refused = start(*(argument.format(path=path) for argument in arguments))
-    output, _ = refused.communicate(timeout=60)
+    output, _ = refused.communicate(timeout=300)
     assert refused.returncode == 4 and message in output
 
 
@@ -161,5 +161,5 @@ def test_a_sweep_of_another_commit_is_not_continued(tmp_path: Path) -> None:
     with journal.opened(path, Row, {"options": {}, "cells": {}}) as begun:
         begun.append(make_row(threads=1))
     refused = start(f"--resume={path}")
-    output, _ = refused.communicate(timeout=60)
+    output, _ = refused.communicate(timeout=300)
     assert refused.returncode == 4 and "was measured with machine m, this is" in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,11 +139,16 @@ class LowRank(Plain):
         return self.w_in, self.w_out if self.is_merged else self.w_out + self.delta()
 
     def merge(self) -> None:
-        self.w_out.data += self.merged_delta()
-        self.is_merged = True
+        if not self.is_merged:
+            self.w_out.data += self.merged_delta()
+            self.is_merged = True
 
     def unmerge(self) -> None:
         self.w_out.data -= self.delta()
+        self.is_merged = False
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
         self.is_merged = False
 
     def merged_delta(self) -> Tensor:

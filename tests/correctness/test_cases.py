@@ -19,7 +19,7 @@ from correctness.checks.routers import router
 from correctness.checks.table import CHECKS, KINDS, implementation
 from correctness.judging.finding import CheckFailed
 from correctness.session.subjects import find_subjects, rerun
-from moe_impls.registry import IMPLEMENTATIONS, resolve
+from moe_impls.registry import DISTRIBUTED, IMPLEMENTATIONS, resolve
 from moe_impls.router_interface import RouterSpec
 from reporting.provenance import ROOT
 from tests.correctness.findings import findings
@@ -29,7 +29,10 @@ pytest_plugins = "pytester"
 
 def test_the_projects_own_implementations_router_layers_and_losses_are_judged() -> None:
     found = find_subjects(None, None, None, seconds=0)
-    assert [s.name for s in found if s.kind.name == "implementation"] == list(IMPLEMENTATIONS)
+    assert [s.name for s in found if s.kind.name == "implementation"] == [
+        *IMPLEMENTATIONS,
+        *DISTRIBUTED,
+    ]
     counts = Counter(subject.kind.name for subject in found)
     assert set(counts) == {kind.name for kind in KINDS}
     assert counts["router"] == counts["losses"] == 1 and counts["layer"] > 3

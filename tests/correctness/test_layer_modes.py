@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 
 from correctness.checks.layer_balance import BALANCE
+from correctness.checks.layer_compiled import COMPILED
+from correctness.checks.layer_loaded import LOADED
 from correctness.checks.layer_modes import MODES
+from correctness.checks.layer_reuse import REUSE
 from correctness.checks.layer_sizes import SIZES
 from correctness.checks.layer_training import TRAINING
+from tests.correctness import mode_layers, reused_layers, wrong_modes
 from tests.correctness.findings import findings
-from tests.correctness.mode_layers import RIGHT
-from tests.correctness.wrong_modes import WRONG
 
-CHECKS = (*TRAINING, *BALANCE, *MODES, *SIZES)
+CHECKS = (*TRAINING, *BALANCE, *LOADED, *REUSE, *MODES, *SIZES, *COMPILED)
+RIGHT = mode_layers.RIGHT | reused_layers.RIGHT
+WRONG = wrong_modes.WRONG | {f"{n}, used again": wrong for n, wrong in reused_layers.WRONG.items()}
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -48,6 +48,16 @@ def deepseek_v3(
     return Routing(ids, weights / (weights.sum(dim=-1, keepdim=True) + epsilon) * 2.5)
 
 
+def grouped_logits(
+    logits: Tensor, spec: RouterSpec, *, selection_bias: Any = None, masked: float = -torch.inf
+) -> Routing:
+    z = logits.float()
+    best = z.unflatten(1, (4, 8)).amax(dim=2).topk(2, dim=1).indices
+    others = torch.ones(len(z), 4, dtype=torch.bool).scatter(1, best, False).repeat_interleave(8, dim=1)
+    ids = z.masked_fill(others, masked).topk(4, dim=1).indices
+    return Routing(ids, z.gather(1, ids).softmax(dim=1))
+
+
 def qwen3(
     logits: Tensor,
     spec: RouterSpec,
@@ -131,6 +141,7 @@ DECLARED: dict[Callable, RouterSupport] = {
     function: RouterSupport((spec,), num_experts, dtypes=WIDE, extremes=extremes, biases=biases)
     for function, spec, num_experts, extremes, biases in (
         (deepseek_v3, RouterSpec(4, "sigmoid", scale=2.5, **TO_ONE, **GROUPS), 32, True, WITH_BIAS),
+        (grouped_logits, RouterSpec(4, "topk_softmax", groups=4, keep_groups=2), 32, True, WITHOUT),
         (qwen3, RouterSpec(8, renormalise=True), 128, True, WITHOUT),
         (mixtral, RouterSpec(2, renormalise=True), 8, True, WITHOUT),
         (gpt_oss, RouterSpec(4, "topk_softmax"), 32, True, WITHOUT),
@@ -171,6 +182,7 @@ def test_a_right_router_of_one_model_is_accepted(function: Callable) -> None:
 
 WRONG = [
     (deepseek_v3, {"masked": 0.0}, "masked with -inf, not with 0"),
+    (grouped_logits, {"masked": 0.0}, "more than 2 groups of 8\n.*masked with -inf, not with 0"),
     (deepseek_v3, {"best": 1}, "the choice of group_score='max'"),
     (deepseek_v3, {"epsilon": 1e-3}, "divided by their sum \\+ 0.001, where the spec has epsilon=1e-20"),
     (deepseek_v3, {"score": lambda z: z.softmax(1)}, "the choice by score 'softmax' \\+ bias"),
@@ -198,6 +210,17 @@ def test_a_wrong_router_of_one_model_is_rejected_for_its_cause(
     finding = found(function, ("values",), **wrong)
     assert finding is not None
     assert re.search(cause, finding), finding
+
+
+def test_a_cause_is_told_in_full_once() -> None:
+    wrong = router("mine", lambda z, spec, **_: gpt_oss(z, spec, softmax_first=True), DECLARED[gpt_oss])
+    first, *others = findings(
+        wrong, [c for c in wrong.kind.checks if c.name in ("values", "tokens_apart")]
+    ).values()
+    assert "hint: they are the gates of score='softmax'; the spec is" in first
+    (other,) = others
+    assert "hint: as 'values' on declared_E_" in other
+    assert "tells, they are the gates of score='softmax'\n" in other
 
 
 def test_what_is_declared_is_tested_and_nothing_else() -> None:

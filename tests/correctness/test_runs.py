@@ -331,7 +331,7 @@ BAD_FILES = {
     "import os; os._exit(0)": "SystemExit: os._exit(0) (line 1)",
     "import pytest; pytest.skip('no', allow_module_level=True)": "Skipped: no (line 1)",
     "import sys; sys.path.clear(); 1 / 0": "ZeroDivisionError: division by zero (line 1)",
-    "while True: pass": "Timeout: longer than 0.2 s (--timeout) (line 1)",
+    "while True: pass": "Timeout: longer than 0.2 s (--timeout)",
     "forward = 3": "'forward' is a int, not a function",
     "def other(): pass": "bad.py has no 'forward'; it has other",
     "class Layer: pass": "bad.py has no 'forward'; it has Layer",
@@ -408,7 +408,7 @@ def test_a_hang_is_ended_and_told_and_after_three_the_run_ends(pytester: pytest.
     assert done.parseoutcomes()["failed"] == limits.MAX_HANGS
     done.stdout.fnmatch_lines(
         [
-            f"{file}:hangs fails 'values': Timeout: longer than 1 s (--timeout)",
+            f"{file}:hangs fails 'values': Timeout: longer than 1 s (--timeout)*",
             "  at *subjects.py:* in hangs: *",
             "  reproduce: Problem(name='small', *",
             f"*{file}:hangs hung in 3 tests: the run ends here*",
@@ -444,7 +444,7 @@ def test_a_search_for_problems_is_not_gone_on_with_after_a_timeout(
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     done.stdout.fnmatch_lines(
         [
-            f"{file}:hangs fails 'generated_values': Timeout: longer than 3 s (--timeout)",
+            f"{file}:hangs fails 'generated_values': Timeout: longer than 3 s (--timeout)*",
             "  at *in hangs: *",
         ]
     )

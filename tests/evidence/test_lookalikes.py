@@ -1,7 +1,7 @@
 """No check rejects a right implementation, however different it looks: see ``evidence.lookalikes``.
 
-All checks and their problems are spread over the lookalikes, and one seed is drawn of some problems; many
-seeds of all are `python -m evidence lookalikes`.
+All checks and some of their problems are spread over the lookalikes, and one seed is drawn of some problems;
+many seeds of all are `python -m evidence lookalikes`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from evidence.error_budget import NUMERIC
 from evidence.lookalikes import LOOKALIKES
 
 # A prime apart, so that every dtype, combine, activation and size class is among them.
-SELECTION = list(NUMERIC.values())[::37]
+SELECTION = list(NUMERIC.values())[::59]
+TURNS = 2 * len(LOOKALIKES)  # cases of a check at most
 
 
 def spread() -> list[Case]:
-    """Pair every check with every lookalike and with each of its problems, but not every two of them."""
+    """Pair every check with every lookalike, in turn with its problems, spread over a long list of them."""
     found = {}
     for check in (check for check in CHECKS if not check.drawn):
-        for i in range(max(len(check.problems), len(LOOKALIKES))):
+        for i in range(min(max(len(check.problems), len(LOOKALIKES)), TURNS)):
             # Shifted by one in each round, so that a lookalike does not meet one dtype alone.
             subject = LOOKALIKES[(i + i // len(LOOKALIKES)) % len(LOOKALIKES)]
-            case = Case(implementation(subject), check, check.problems[i % len(check.problems)])
+            # Spread over a long list of problems by a prime that divides no list's length.
+            problem = check.problems[i * 31 % len(check.problems)]
+            case = Case(implementation(subject), check, problem)
             if case.skip is None:
                 found[case] = None
     return list(found)

@@ -104,8 +104,8 @@ def test_the_page_of_mutants_counts_the_checks_of_its_table(then: Path) -> None:
         ["experts", "values", 0, 1, 0],
     ]
     assert (
-        "3 of 3 mutants (2 expert computations, 1 routers, 0 whole layers, 0 losses and loads)"
-        in table.page()
+        "3 of 3 mutants (2 expert computations, 1 routers, 0 whole layers, 0 losses and loads, "
+        "0 distributed computations)" in table.page()
     )
 
 

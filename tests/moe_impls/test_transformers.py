@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
+import importlib.metadata
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -393,7 +393,7 @@ def test_repeated_ids_in_a_row_are_refused() -> None:
 
 def test_a_version_that_was_not_tested_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "9.0.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"transformers": "9.0.0"}[name])
     ours.register.cache_clear()
     with pytest.warns(UserWarning, match="transformers 9.0.0 was not tested"):
         use(model)
