@@ -99,6 +99,8 @@ def _with_each_activation(
 _LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnormalised", low_gates=True)
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
 SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
+    Problem("power_of_two", T=5, D=4_096, H=16, O=4_096, E=3, K=2),  # exact ones are sparse
+    Problem("power_of_two_hidden", T=5, D=16, H=4_096, O=8, E=3, K=2),
     Problem("signed_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="signed"),
     *(replace(SMALL, name="wide_gates", gates="wide", combine=c, dtype=d) for c in COMBINES for d in DTYPES),
     *(replace(_LOW_GATES, gates="signed", dtype=d) for d in LOW_PRECISION),
@@ -161,8 +163,6 @@ _BEYOND = tuple(
         "wide_input": {"T": 70, "D": 2_111, "H": 6, "O": 7},
         "wide_hidden": {"T": 70, "D": 6, "H": 2_111, "O": 7},
         "wide_output": {"T": 70, "D": 6, "H": 7, "O": 2_111},
-        "4096_input": {"T": 9, "D": 4_096, "H": 6, "O": 4_096},
-        "4096_hidden": {"T": 9, "D": 6, "H": 4_096, "O": 7},
         "7168_input": {"T": 9, "D": 7_168, "H": 6, "O": 7},  # of DeepSeek-V3
         "7168_hidden": {"T": 9, "D": 6, "H": 7_168, "O": 7},
         "7168_output": {"T": 9, "D": 6, "H": 7, "O": 7_168},
