@@ -68,7 +68,7 @@ def lengths(bench: Bench) -> None:
     skewed = torch.cat([order.repeat(8), torch.zeros(72 * T, dtype=torch.int64)])
     with torch.no_grad():
         few = [order[:n] for n in FEW]
-        whole = [torch.arange(n) % (T - 1) for n in POWERS]
+        whole = [torch.arange(n) % T for n in POWERS]
         for rows in (*order.split(1), *few, order[:1].repeat(64), *whole, skewed):
             y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
             some = torch.arange(0, len(rows), max(1, len(rows) // T))  # comparing a report takes long

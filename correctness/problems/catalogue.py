@@ -99,6 +99,8 @@ def _with_each_activation(
 _LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnormalised", low_gates=True)
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
 SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
+    Problem("power_of_two", T=5, D=4_096, H=16, O=4_096, E=3, K=2),  # exact ones are sparse
+    Problem("power_of_two_hidden", T=5, D=16, H=4_096, O=8, E=3, K=2),
     Problem("signed_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="signed"),
     *(replace(SMALL, name="wide_gates", gates="wide", combine=c, dtype=d) for c in COMBINES for d in DTYPES),
     *(replace(_LOW_GATES, gates="signed", dtype=d) for d in LOW_PRECISION),
