@@ -56,8 +56,7 @@ def _orders(maps: dict[str, Tensor]) -> list[Callable[[int], Tensor]]:
 def merged(bench: Bench) -> None:
     """With methods merge and unmerge: be right merged, and after unmerging as before, gradients too.
 
-    A layer that is merged is right after a second merge, and with a state dict of another that is not merged;
-    or it refuses them with an error.
+    A merged layer is right with the state dict of one that is not merged, or refuses it with an error.
     """
     merge, unmerge = (_method(bench.layer, name) for name in ("merge", "unmerge"))
     for turn in ("", " for the second time"):
@@ -65,7 +64,6 @@ def merged(bench: Bench) -> None:
             merge()
         with torch.no_grad():
             bench.require_y(y_of(bench), context=f" merged{turn}")
-        _require_or_refused(bench, merge, f" merged{turn}, after merge() again")
         with during("unmerge()"), torch.no_grad():
             unmerge()
         bench.require_y(y_of(bench), context=f" after unmerge(){turn}")

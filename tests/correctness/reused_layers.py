@@ -93,6 +93,11 @@ RIGHT: dict[str, Subject] = {
     "bias and counts stay in float32": subject(StaysInFloat32),
     "a second backward through one call is refused": subject(RefusesASecondBackward),
     "a second merge and a load into a merged layer are refused": subject(RefusesToMergeTwice),
+    "a merge that nothing guards": edit(
+        LowRank,
+        "merge",
+        lambda self: self.w_out.data.add_(self.delta()) is not None and setattr(self, "is_merged", True),
+    ),
     "every parameter has a gradient": subject(Plain, **EVERY),
 }
 
@@ -331,14 +336,6 @@ WRONG: dict[str, tuple[Subject, str]] = {
     "a copy keeps its dtype when the layer is cast": (subject(_CopyOfTheFirstDtype), "cast"),
     "a constant is made in inference mode": (subject(_MadeInInference), "state"),
     "a state dict leaves the merged weight": (subject(_KeepsTheMerge), "merged"),
-    "a second merge adds the part again": (
-        edit(
-            LowRank,
-            "merge",
-            lambda self: self.w_out.data.add_(self.delta()) is not None and setattr(self, "is_merged", True),
-        ),
-        "merged",
-    ),
     "a deepcopy computes with the original's weights": (subject(_Closure), "state"),
     "in training a call writes over the last result": (subject(_OneBuffer), "training"),
     "one token's result is written over": (subject(_OneToken), "without_gradients"),
