@@ -78,8 +78,15 @@ class Pool:
         Raises:
             RanksFailed: not every rank returned; the finding says which did what.
         """
-        self._join(world)
-        found = self._ask({rank: (function, *given) for rank, given in arguments.items()}, limit_s, STILL_S)
+        calls = {rank: (function, *given) for rank, given in arguments.items()}
+        try:
+            self._join(world)
+            found = self._ask(calls, limit_s, STILL_S)
+        except RanksFailed:
+            raise
+        except BaseException:  # the time of a test is over, or Ctrl-C: answers may be under way
+            self._end_ranks()
+            raise
         if any(isinstance(value, Raised) for value in found.values()):
             self.renew()
             raise RanksFailed(_all_raised(found), {r: v for r, v in found.items() if isinstance(v, Raised)})
@@ -101,13 +108,18 @@ class Pool:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in (*psutil.Process(pid).children(recursive=True), psutil.Process(pid)):
                     process.kill()
-            with contextlib.suppress(Ended, ChildProcessError):
-                self._lead(in_rank.exit_status, pid, DYING_S)
+            self._exit_status(pid)
         for connection in self.connections.values():
             connection.close()
         if self.pids:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.connections, self.pids, self.world = {}, [], 0
+
+    def _exit_status(self, pid: int) -> int | None:
+        """Return how a rank ended, once; None if that cannot be known."""
+        with contextlib.suppress(Ended, ChildProcessError):
+            return self._lead(in_rank.exit_status, pid, DYING_S) if self.leader else None
+        return None
 
     def _lead(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the process that the ranks are forked from."""
@@ -117,7 +129,11 @@ class Pool:
                 environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
             self.leader = Child.of_functions(env=environment)
             self.leader.call(in_rank.load_torch)
-        return self.leader.call(function, *arguments)
+        try:
+            return self.leader.call(function, *arguments)
+        except Ended:
+            self.leader = None
+            raise
 
     def _join(self, world: int) -> None:
         if not self.pids:
@@ -192,7 +208,7 @@ class Pool:
 
     def _ending(self, rank: int) -> str:
         """Say how a rank ended, and what it wrote last."""
-        how = ending(self._lead(in_rank.exit_status, self.pids[rank], DYING_S))
+        how = ending(self._exit_status(self.pids[rank]))
         output = (self.folder / f"output{rank}").read_text(errors="replace").strip()[-SHOWN_OUTPUT:]
         return f"{how}: {' '.join(output.split())}" if output else how
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from correctness.judging.finding import Timeout
 from correctness.ranks import rank
 from correctness.ranks.pool import STILL_S, RanksFailed, shared
 from correctness.ranks.problems import SMALL, Spread
+from correctness.session.limits import limited
 from reporting.provenance import ROOT
 
 REPORTED_S = 10.0  # after its limit
@@ -123,6 +125,24 @@ def test_what_computes_for_ever_ends_at_its_limit() -> None:
     with pytest.raises(RanksFailed, match=r"rank 1 did not return in 8 s(.|\n)*in one_computes_for_ever"):
         shared().call(one_computes_for_ever, EVERY, limit_s=8)
     assert time.monotonic() - begin < 8 + REPORTED_S
+
+
+def test_a_call_that_is_interrupted_leaves_no_answer_for_the_next_one() -> None:
+    shared().call(summed, EVERY)
+    with pytest.raises(Timeout), limited(30.0, None, wall_s=1.0):
+        shared().call(one_computes_for_ever, EVERY)
+    assert shared().call(summed, EVERY)[1].tolist() == [6.0, 6.0]
+
+
+def test_ranks_are_forked_anew_where_what_they_were_forked_from_is_killed() -> None:
+    shared().call(summed, EVERY)
+    leader = shared().leader
+    assert leader
+    leader.process.kill()
+    leader.process.wait()
+    with pytest.raises(RanksFailed, match="rank 0 closed its connection"):
+        shared().call(summed, EVERY)
+    assert shared().call(summed, EVERY)[1].tolist() == [6.0, 6.0]
 
 
 def test_ranks_end_with_the_process_that_has_started_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from correctness.judging.budget import eps, require_close
 from correctness.ranks import rank
 from correctness.ranks.pool import RanksFailed, shared
-from moe_impls import MoE, RouterSpec
+from moe_impls import MoE, RouterSpec, expert_parallel, resolve
 
 SIZES = [7, 0, 12, 4]  # tokens of each rank
 TOKENS = torch.randn(sum(SIZES), 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -132,6 +133,17 @@ def refused(number: int, options: dict[str, Any]) -> None:
 def test_what_cannot_be_is_refused_on_all_ranks(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RanksFailed, match=f"ranks 0, 1, 2, 3 raise [A-Za-z]+: .*{message}"):
         shared().call(refused, {number: (number, options) for number in range(4)})
+
+
+def even_alone(number: int) -> None:
+    spread = expert_parallel.around(resolve("sorted_dispatch"))
+    even = replace(spread, support=replace(spread.support, even_experts=True))
+    MoE(5, 3, 6, 7, k=2, implementation=even, mesh=rank.mesh_of(4))
+
+
+def test_an_implementation_that_wants_equal_chunks_gets_no_others() -> None:
+    with pytest.raises(RanksFailed, match=r"is 6; it must be a multiple of 4 ranks"):
+        shared().call(even_alone, EVERY)
 
 
 def name_of_the_latest(number: int, implementation: str) -> str | None:
