@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_impls.interface import COMBINES, DTYPES, Experts, Routing
-from moe_impls.shards import chunk
+from moe_impls.shards import chunk, chunk_size
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -109,7 +109,7 @@ def agree(mesh: DeviceMesh, num_experts: int, describe: Callable[[], Call]) -> P
         call = describe()
     except ERRORS as error:
         fault = error
-    size = -(-num_experts // ranks) if call else 0
+    size = chunk_size(num_experts, ranks) if call else 0
     device = torch.device(mesh.device_type)
     message = torch.zeros(ranks, -(-(_HEADER + size) // BLOCK) * BLOCK, dtype=torch.int64, device=device)
     if call:

@@ -18,7 +18,15 @@ from moe_impls.exchange import Call, agree, facts, move
 from moe_impls.functional import accumulation_dtype
 from moe_impls.interface import Experts, Implementation, Routing
 from moe_impls.registry import resolve
-from moe_impls.shards import check_call, check_mesh, compute, count_slots, for_each_rank, shared
+from moe_impls.shards import (
+    check_call,
+    check_mesh,
+    chunk_size,
+    compute,
+    count_slots,
+    for_each_rank,
+    shared,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -50,7 +58,7 @@ def around(inner: Implementation) -> Implementation:
         ranks, wide = mesh.size(), accumulation_dtype(x.dtype)
 
         def visits() -> tuple[Tensor, Tensor]:
-            owners = ids // -(-num_experts // ranks)  # [T, K]
+            owners = ids // chunk_size(num_experts, ranks)  # [T, K]
             none = torch.zeros(len(ids), ranks, dtype=torch.bool, device=ids.device)
             return owners, none.scatter(1, owners, True)  # and which ranks a token visits, [T, ranks]
 

@@ -26,7 +26,7 @@ from moe_impls.losses import auxiliary_loss
 from moe_impls.registry import resolve
 from moe_impls.router import check_noise, count_load, importance, noisy_top_k, route
 from moe_impls.router_interface import RouterSpec
-from moe_impls.shards import check_mesh, check_ranks
+from moe_impls.shards import as_if_all, check_mesh, check_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -169,7 +169,7 @@ class MoE(nn.Module):
         routing = route(x @ self.w_gate, self.router)
         if self.noisy_gating:
             check_noise(self.router)
-        everyone = self.experts.map(lambda w: w.new_empty(()).expand(self.num_experts, *w.shape[1:]))
+        everyone = as_if_all(self.experts, self.num_experts)
         check_inputs(x, routing, everyone, self.combine)
         check_supported(name, support, everyone, self.combine)
 

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def chunk_size(num_experts: int, ranks: int) -> int:
+    """Return the number of experts of every rank but the last ones, which may have fewer or none."""
+    return -(-num_experts // ranks)
+
+
 def chunk(num_experts: int, ranks: int, rank: int) -> range:
     """Return the ids of a rank's experts, as DTensor's Shard(0) and torch.chunk cut E experts."""
-    size = -(-num_experts // ranks)
+    size = chunk_size(num_experts, ranks)
     return range(min(rank * size, num_experts), min((rank + 1) * size, num_experts))
 
 
@@ -55,7 +60,13 @@ def check_ranks(num_experts: int, ranks: int) -> None:
         raise ValueError(f"num_experts is {num_experts}; it must be at least the ranks of the mesh, {ranks}")
 
 
-def check_shard(
+def as_if_all(experts: Experts, num_experts: int) -> Experts:
+    """Make a rank's experts ones of the shapes of all, which hold no numbers."""
+    return experts.map(lambda w: w.new_empty(()).expand(num_experts, *w.shape[1:]))
+
+
+def check_call(
+    inner: Implementation,
     x: Tensor,
     routing: Routing,
     experts: Experts,
@@ -67,11 +78,11 @@ def check_shard(
 
     Raises:
         TypeError, ValueError: as `check_inputs`; or the experts or the device do not fit the mesh.
+        RuntimeError: gradients are needed, and ``inner`` has none.
     """
     ranks, rank = mesh.size(), mesh.get_local_rank()
     check_ranks(num_experts, ranks)
-    everyone = experts.map(lambda w: w.new_empty(()).expand(num_experts, *w.shape[1:]))
-    check_shapes(x, routing, everyone, combine)
+    check_shapes(x, routing, as_if_all(experts, num_experts), combine)
     wanted = len(chunk(num_experts, ranks, rank))
     for name, weight in experts.tensors.items():
         if len(weight) != wanted:
@@ -84,6 +95,8 @@ def check_shard(
     if len(routing.expert_ids):
         low, high = (int(v) for v in routing.expert_ids.aminmax())
         check_ids(low, high, num_experts)
+    if not inner.support.gradients and needs_gradients(x, routing.gates, *experts.tensors.values()):
+        raise RuntimeError(f"implementation {inner.name!r} has no gradients: call it under torch.no_grad()")
 
 
 def shared(inner: Implementation) -> Support:
@@ -100,21 +113,6 @@ def shared(inner: Implementation) -> Support:
         )
     nothing = dict.fromkeys(("second_order", "autocast", "fullgraph", "exports", "no_host_sync"), False)
     return replace(support, distributed=True, combines=COMBINES, **nothing)
-
-
-def check_call(
-    inner: Implementation,
-    x: Tensor,
-    routing: Routing,
-    experts: Experts,
-    combine: str,
-    mesh: DeviceMesh,
-    num_experts: int,
-) -> None:
-    """Raise TypeError, ValueError or RuntimeError unless a rank's arguments are right and can be computed."""
-    check_shard(x, routing, experts, combine, mesh, num_experts)
-    if not inner.support.gradients and needs_gradients(x, routing.gates, *experts.tensors.values()):
-        raise RuntimeError(f"implementation {inner.name!r} has no gradients: call it under torch.no_grad()")
 
 
 def count_slots(expert_ids: Tensor, num_experts: int) -> Tensor:

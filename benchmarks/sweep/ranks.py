@@ -22,6 +22,7 @@ from correctness.problems.problem import Inputs
 from correctness.ranks.problems import Spread
 from moe_impls.interface import Routing
 from moe_impls.registry import resolve
+from moe_impls.shards import chunk_size
 
 INNER = "sorted_dispatch"  # the local computation that steps are compared with
 RECORDED = 3  # steps
@@ -132,7 +133,7 @@ def _local(cell: Cell, rank: int) -> Callable[[], dict[str, Tensor]]:
     """Compute the rows that reach a rank, as if they had been there."""
     spread, whole = cell.spread, inputs_of(cell, 0)
     ids = whole.routing.expert_ids
-    held = -(-spread.problem.E // spread.ranks)
+    held = chunk_size(spread.problem.E, spread.ranks)
     token, slot = (ids // held == rank).nonzero(as_tuple=True)
     gates = whole.routing.gates.new_ones(len(token), 1)
     own = Routing(ids[token, slot].unsqueeze(1) - rank * held, gates)
@@ -166,7 +167,7 @@ def minimum_bytes(cell: Cell, rank: int) -> tuple[int, int]:
     """
     spread, p = cell.spread, cell.spread.problem
     ids = inputs_of(cell, 0).routing.expert_ids
-    owner = ids // -(-p.E // spread.ranks)  # [T, K]
+    owner = ids // chunk_size(p.E, spread.ranks)  # [T, K]
     home = torch.repeat_interleave(torch.arange(spread.ranks), torch.tensor(spread.sizes)).unsqueeze(1)
     visits = torch.zeros(p.T, spread.ranks, dtype=torch.int64).scatter_add(1, owner, torch.ones_like(owner))
 
