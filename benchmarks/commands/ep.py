@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"up to {SIZE}; of torchrun its own",
     )
     for name, default in (("T", 1024), ("D", 128), ("H", 64), ("E", 32), ("K", 4)):
-        add(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}; T of all ranks")
+        of_all = "; of all ranks together" if name in ("T", "E") else ""
+        add(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}{of_all}")
     add("--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPE_NAMES)}")
     add(
         "--load",
