@@ -93,7 +93,7 @@ def _moe(name: str, router: RouterSpec | None = None, in_graphs: bool = False, *
     return layer(f"moe_{name}", made)
 
 
-_SWIGLU = {"activation": "swiglu", "output_activation": "none"}
+_SWIGLU: dict[str, Any] = {"activation": "swiglu", "output_activation": "none"}
 _GROUPS: dict[str, Any] = {"groups": 4, "keep_groups": 2, "group_score": "top2_sum"}
 
 
