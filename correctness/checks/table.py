@@ -100,7 +100,7 @@ CHECKS: tuple[Check, ...] = (
     Check(values, catalogue.LARGE, fits=False),
     Check(values, catalogue.SIZES),
     Check(gradcheck, catalogue.GRADCHECK, needs="gradients", fits=False),
-    Check(second_order, catalogue.GRADCHECK, needs="second_order", fits=False),
+    Check(second_order, catalogue.SECOND_ORDER, needs="second_order", fits=False),
     Check(generated_values, drawn=generated.problems),
 )
 

@@ -97,8 +97,15 @@ def _with_each_activation(
 
 
 _LOW_GATES = Problem("low_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="unnormalised", low_gates=True)
+# Of the largest, that take most of the time, each dtype with one of the two ways to combine.
+_TURNS = tuple(itertools.product(COMBINES, DTYPES))
+_LARGEST = tuple((c, d) for n, (c, d) in enumerate(_TURNS) if (n + COMBINES.index(c)) % 2 == 1)
 # log Σ g exp(f) is -inf where all gates of a token are zero, so one_zero needs K > 1 there; see zero_gates.
-SIZES = tuple(replace(p, combine=c, dtype=d) for p in _SIZES for c in COMBINES for d in DTYPES) + (
+SIZES = tuple(
+    replace(p, combine=c, dtype=d)
+    for p in _SIZES
+    for c, d in (_LARGEST if max(p.T, p.E * p.K) > 1_000 else _TURNS)
+) + (
     Problem("power_of_two", T=5, D=4_096, H=16, O=4_096, E=3, K=2),  # exact ones are sparse
     Problem("power_of_two_hidden", T=5, D=16, H=4_096, O=8, E=3, K=2),
     Problem("signed_gates", T=90, D=14, H=18, O=13, E=8, K=3, gates="signed"),
@@ -271,3 +278,5 @@ def _options(p: Problem) -> tuple:
 def _is_degenerate(p: Problem) -> bool:
     """Tell whether a problem has a size that compilers specialise."""
     return min(p.T, p.D, p.H, p.O, p.E, p.K) < 2
+# One of the two with each activation, and every combination with some: a second derivative takes seconds.
+SECOND_ORDER = tuple(GRADCHECK[2 * i + i // 2 % 2] for i in range(len(ACTIVATIONS)))
