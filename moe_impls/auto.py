@@ -34,7 +34,7 @@ from moe_impls.interface import (
     Support,
     dtype_name,
 )
-from moe_impls.operators import operator
+from moe_impls.operators import constant_in_graphs, operator
 from moe_impls.processor import multiplies, processor
 from moe_impls.registry import resolve
 
@@ -242,7 +242,7 @@ def _experts_in_use(expert_ids: Tensor, E: int) -> int:
     return E if busiest * E <= 2 * N + 8 * E else 2 ** round(math.log2(N / busiest))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _in_one_graph(device: str, dtype: torch.dtype, autocast: bool) -> str:
     """Choose what a graph takes on a GPU: it reads nothing on the host."""
     fused, _ = _resolved(UNMEASURED["cuda"]), _resolved(ALL_EXPERTS)  # so that neither is looked up in it

@@ -30,6 +30,7 @@ from moe_impls.experts_module import Form, Refused, experts_of, form_of
 from moe_impls.functional import needs_gradients
 from moe_impls.interface import Experts, Forward, Implementation, Routing
 from moe_impls.kept_layout import KeptLayout
+from moe_impls.operators import constant_in_graphs
 from moe_impls.router import without_sentinels
 
 __all__ = ["Refused", "Report", "calls", "experts_of", "refresh", "register", "unuse", "use"]
@@ -234,7 +235,7 @@ def _forward(
     return _compute(implementation, state, module, hidden_states, routing).to(hidden_states.dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _first_state(module: Any, implementation: Implementation) -> _State:
     form = form_of(module)
     _check_supported(implementation, module, form)

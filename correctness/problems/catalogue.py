@@ -278,5 +278,7 @@ def _options(p: Problem) -> tuple:
 def _is_degenerate(p: Problem) -> bool:
     """Tell whether a problem has a size that compilers specialise."""
     return min(p.T, p.D, p.H, p.O, p.E, p.K) < 2
+
+
 # One of the two with each activation, and every combination with some: a second derivative takes seconds.
 SECOND_ORDER = tuple(GRADCHECK[2 * i + i // 2 % 2] for i in range(len(ACTIVATIONS)))

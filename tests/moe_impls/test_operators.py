@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,9 @@ from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
 from moe_impls import MoE, RouterSpec, auto, operators, packed, recompute
 from moe_impls.interface import CLAMPED, Experts, Routing
+from moe_impls.operators import constant_in_graphs
 from moe_impls.registry import resolve
+from reporting.provenance import ROOT
 
 INFERENCE = ("auto", "native", "recompute", "sorted_dispatch", "packed")
 TRAINING = ("auto", "recompute", "sorted_dispatch")
@@ -343,3 +347,16 @@ def test_an_eager_call_goes_through_no_operator(monkeypatch: pytest.MonkeyPatch)
     x, routing, experts, _ = make_inputs(PLAIN)
     for name in ("auto", "native", "recompute", "sorted_dispatch", "packed+prepared"):
         resolve(name).forward(x, Routing(*routing), Experts(*vars(experts).values()))
+
+
+def test_the_compiler_is_not_imported_before_something_is_compiled() -> None:
+    code = (
+        "import sys\nfrom moe_impls import MoE, resolve, transformers\nmoe = MoE(4, 4, 2, 3, k=1)\n"
+        "resolve('auto')\nassert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_constant_of_graphs_is_marked_as_torch_marks_it() -> None:
+    assert vars(torch.compiler.assume_constant_result(lambda: 0)) == vars(constant_in_graphs(lambda: 0))
