@@ -11,7 +11,9 @@ computation must, it shows how much of the result that dtype cannot keep (see ``
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -228,37 +230,46 @@ def evaluate(
         return t.to(dtype).to(wide)
 
     form = experts.activation, experts.clamp
-    T, K = expert_ids.shape
+    (T, K), N = expert_ids.shape, expert_ids.numel()
     E, O, _ = experts.w_out.shape
     keep = list(range(E)) if keep is None else keep
     x, g = x.to(wide), gates.to(wide)  # g [T, K]
-    weights = {name: (lambda e, w=w: w[e].to(wide)) for name, w in experts.tensors.items()}
+    # The slots of one expert after those of another, each expert's in the order of tokens.
+    slots = expert_ids.flatten().argsort(stable=True)  # [N]
+    t, k = slots // K, slots % K
+    part = _part_of_expert(expert_ids)
+
+    def widened(name: str, expert: int) -> Tensor:
+        return experts.tensors[name][expert].to(wide)
+
+    def squared(name: str, expert: int) -> Tensor:
+        return widened(name, expert).square()
+
+    def products(rows: Tensor, w: str, transpose: bool = True, of: Callable = widened) -> Tensor:
+        """Multiply the rows of each expert by its weight."""
+        out = rows.new_empty(N, experts.tensors[w].shape[1 if transpose else 2])
+        for e, its in part.items():
+            out[its] = rows[its] @ (of(w, e).T if transpose else of(w, e))
+        return out
+
+    def plus_bias(rows: Tensor, b: str, of: Callable = widened) -> Tensor:
+        if b in experts.tensors:
+            for e, its in part.items():
+                rows[its] += of(b, e)
+        return rows
+
+    rows = x[t]  # [N, D]
+    h = kept(plus_bias(products(rows, "w_in"), "b_in"))  # [N, F]
+    a = kept(act(h, *form))  # [N, H]
+    out = kept(plus_bias(products(a, "w_out"), "b_out"))
     f = x.new_zeros(T, K, O)
+    f[t, k] = out * (out > 0) if experts.output_activation == "relu" else out
     f_squares = x.new_zeros(T, K)  # squared scale of f, averaged over O
-    slots = _slots_by_expert(expert_ids)
-
-    def hidden(expert: int, t: Tensor) -> Tensor:
-        h = x[t] @ weights["w_in"](expert).T
-        return kept(h + weights["b_in"](expert) if "b_in" in weights else h)
-
-    def hidden_squares(expert: int, t: Tensor) -> Tensor:
-        squares = x[t].square() @ weights["w_in"](expert).square().T
-        return squares + weights["b_in"](expert).square() if "b_in" in weights else squares
-
-    for expert, (t, k) in slots.items():
-        h = hidden(expert, t)
-        a = kept(act(h, *form))
-        w_out = weights["w_out"](expert)
-        out = a @ w_out.T
-        if "b_out" in weights:
-            out = out + weights["b_out"](expert)
-        out = kept(out)
-        f[t, k] = out * (out > 0) if experts.output_activation == "relu" else out
-        if scales:
-            a2 = act_squares(h, hidden_squares(expert, t), *form)
-            squares = a2 @ w_out.square().T
-            squares = squares + weights["b_out"](expert).square() if "b_out" in weights else squares
-            f_squares[t, k] = squares.mean(dim=1)
+    h2 = a2 = x.new_zeros(0, 0)
+    if scales:
+        h2 = plus_bias(products(rows.square(), "w_in", of=squared), "b_in", squared)
+        a2 = act_squares(h, h2, *form)
+        f_squares[t, k] = plus_bias(products(a2, "w_out", of=squared), "b_out", squared).mean(dim=1)
 
     if combine == "sum":
         share = torch.ones_like(f)  # df/dy without the gate
@@ -282,46 +293,38 @@ def evaluate(
     values["gates"] = (dy.unsqueeze(1) * (f if combine == "sum" else share)).sum(dim=-1)
     scale["gates"] = (dy.square().unsqueeze(1) * dg_terms).sum(dim=-1)
     df = kept(g.unsqueeze(-1) * share * dy.unsqueeze(1))  # [T, K, O]
-    values["x"], scale["x"] = torch.zeros_like(x), x.new_zeros(T)
-    for name, w in experts.tensors.items():
-        values[name] = w.new_zeros(len(keep), *w.shape[1:], dtype=wide)
-        scale[name] = torch.zeros_like(values[name])
-
-    for expert, (t, k) in slots.items():
-        h, w_in, w_out = hidden(expert, t), weights["w_in"](expert), weights["w_out"](expert)
-        a = kept(act(h, *form))
-        d_out = df[t, k] * (f[t, k] > 0) if experts.output_activation == "relu" else df[t, k]
-        da = kept(d_out @ w_out)  # [N, H]
-        slope = act_derivative(h, *form)  # [N, F]
-        repeats = slope.shape[1] // da.shape[1]
-        dh = kept(slope * da.repeat(1, repeats))
-        values["x"].index_add_(0, t, kept(dh @ w_in))
-        row = keep.index(expert) if expert in keep else None
-        if row is not None:
-            values["w_in"][row] = running_product(dh, x[t])
-            values["w_out"][row] = running_product(d_out, a)
-            if "b_in" in weights:
-                values["b_in"][row] = _running_sum(dh)
-            if "b_out" in weights:
-                values["b_out"][row] = _running_sum(d_out)
-        if not scales:
-            continue
-
-        h2 = hidden_squares(expert, t)
+    d_out = df[t, k] * (f[t, k] > 0) if experts.output_activation == "relu" else df[t, k]  # [N, O]
+    da = kept(products(d_out, "w_out", transpose=False))  # [N, H]
+    slope = act_derivative(h, *form)  # [N, F]
+    repeats = slope.shape[1] // da.shape[1]
+    dh = kept(slope * da.repeat(1, repeats))
+    values["x"] = torch.zeros_like(x).index_add_(0, t, kept(products(dh, "w_in", transpose=False)))
+    d_out2 = dh2 = x.new_zeros(0, 0)
+    if scales:
         d_out2 = d_out.square() * sensitivity[t, k].unsqueeze(-1)
         if combine == "logsumexp":
             d_out2 = d_out2 + (UNDERFLOW * g[t, k].unsqueeze(-1) * dy[t]).square()
-        da2 = (d_out2 @ w_out.square()).repeat(1, repeats)
+        da2 = products(d_out2, "w_out", transpose=False, of=squared).repeat(1, repeats)
         dh2 = slope_squares(h, h2, *form) * da2
-        scale["x"].index_add_(0, t, (dh2 @ w_in.square().mean(dim=1)))
-        if row is not None:
-            scale["w_in"][row] = _with_mean(dh2.T @ x[t].square())
-            a2 = act_squares(h, h2, *form)
-            scale["w_out"][row] = _with_mean(d_out2.T @ a2)
-            if "b_in" in weights:
-                scale["b_in"][row] = _with_mean(dh2.sum(dim=0))
-            if "b_out" in weights:
-                scale["b_out"][row] = _with_mean(d_out2.sum(dim=0))
+        dx2 = products(dh2, "w_in", transpose=False, of=squared).mean(dim=1)
+        scale["x"] = x.new_zeros(T).index_add_(0, t, dx2)
+
+    for name, w in experts.tensors.items():
+        values[name] = w.new_zeros(len(keep), *w.shape[1:], dtype=wide)
+        if scales:
+            scale[name] = torch.zeros_like(values[name])
+    for row, its in enumerate(part.get(expert, slice(0)) for expert in keep):
+        values["w_in"][row] = running_product(dh[its], rows[its])
+        values["w_out"][row] = running_product(d_out[its], a[its])
+        for bias, sums in (("b_in", dh), ("b_out", d_out)):
+            if bias in values:
+                values[bias][row] = _running_sum(sums[its])
+        if scales:
+            scale["w_in"][row] = _with_mean(dh2[its].T @ rows[its].square())
+            scale["w_out"][row] = _with_mean(d_out2[its].T @ a2[its])
+            for bias, sums in (("b_in", dh2), ("b_out", d_out2)):
+                if bias in values:
+                    scale[bias][row] = _with_mean(sums[its].sum(dim=0))
     for name in ("x", *experts.tensors):
         values[name] = kept(values[name])
     return Evaluation(values, _roots(scale) if scales else {}, keep)
@@ -363,13 +366,11 @@ def _with_mean(squares: Tensor) -> Tensor:
     return squares + squares.mean(dim=-1, keepdim=True)
 
 
-def _slots_by_expert(expert_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return for each expert that is visited its tokens, and which of their K choices it is."""
-    flat = expert_ids.flatten()
-    visited, counts = flat.unique(return_counts=True)
-    slots = flat.argsort(stable=True).split(counts.tolist())
-    K = expert_ids.shape[1]
-    return {e: (s // K, s % K) for e, s in zip(visited.tolist(), slots, strict=True)}
+def _part_of_expert(expert_ids: Tensor) -> dict[int, slice]:
+    """Return for each expert that is visited its part of the slots, where they are sorted by expert."""
+    visited, loads = expert_ids.unique(return_counts=True)
+    ends = loads.cumsum(0).tolist()
+    return {e: slice(*its) for e, its in zip(visited.tolist(), itertools.pairwise([0, *ends]), strict=True)}
 
 
 def _log_sum(g: Tensor, f: Tensor) -> Tensor:
