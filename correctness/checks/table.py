@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from correctness.checks.routers import ROUTER
 from correctness.checks.values import exact, gradcheck, non_finite_contained, output, second_order, values
 from correctness.problems import catalogue, generated, problem
 from correctness.problems.problem import Problem, fit, resize, unsupported
-from moe_impls.interface import Implementation
+from moe_impls.interface import ACTIVATIONS, OUTPUT_ACTIVATIONS, Implementation
 
 _ZIPF = replace(catalogue.SMALL, name="behaviour", T=61, E=9, K=3, load="zipf")
 
@@ -39,9 +40,8 @@ _VARIED = (
     catalogue.named("aligned"),
 )
 _ACTIVATIONS = tuple(
-    p
-    for p in catalogue.OPTIONS
-    if p.dtype == torch.float32 and p.combine == "sum" and p.bias == (p.output_activation == "relu")
+    catalogue.clamped(replace(catalogue.SMALL, activation=a, output_activation=o, bias=o == "relu"))
+    for a, o in itertools.product(ACTIVATIONS, OUTPUT_ACTIVATIONS)
 )
 _RELATED = tuple(replace(_INTEGERS, gates="softmax", dtype=d) for d in (torch.float32, torch.bfloat16))
 # Sizes at which a low-precision product keeps NaN in its row. oneDNN's does not where the length of its sums

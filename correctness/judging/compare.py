@@ -43,7 +43,7 @@ class Reference:
     budget: dict[str, float]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=160)  # as many as a search draws, which draws the same for the next
 def reference(problem: Problem) -> Reference:
     """Return what is right for a problem; kept for the next implementation that meets it."""
     return make_reference(problem, make_inputs(problem))
