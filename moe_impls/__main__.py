@@ -177,7 +177,10 @@ def _list(arguments: Sequence[str]) -> int:
 
     show("implementations", {name: _docstring(name) for name in registry.IMPLEMENTATIONS})
     show("distributed implementations", {name: _docstring(name) for name in registry.DISTRIBUTED})
-    show("peers: experts of other libraries", {name: _peer(name) for name in registry.PEERS})
+    show(
+        "peers: experts of other libraries",
+        {name: _peer(name) for name in (*registry.PEERS, *registry.PEERS_ON_RANKS)},
+    )
     show("models, for --model", {name: _sizes(model) for name, model in MODELS.items()})
     for kind in (*KINDS, RANKS):
         meanings = {check.name: _first_line(check.function.__doc__) for check in kind.checks}

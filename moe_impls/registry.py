@@ -53,6 +53,8 @@ PEERS = (
     "einsum.capacity",
     "notebook.log_space",
 )
+# What spreads them over the ranks of a mesh; verified by name, as the peers are.
+PEERS_ON_RANKS = ("torchtitan.all_to_all",)
 # The package of each library; what is written here alone needs none.
 PACKAGES = {
     "transformers": "transformers",
@@ -77,10 +79,10 @@ def resolve(name: str, *, distributed: bool = False) -> Implementation:
     """Find the implementation that ``name`` means.
 
     Args:
-        name: one of IMPLEMENTATIONS, DISTRIBUTED or PEERS, ``package.module:function`` or
-            ``path/file.py:function``. The module may hold ``SUPPORT``, a ``Support`` that says what the
-            function can do. With ``+prepared`` at the end the function is a ``prepare(experts)``, not a
-            ``forward``.
+        name: one of IMPLEMENTATIONS, DISTRIBUTED, PEERS or PEERS_ON_RANKS,
+            ``package.module:function`` or ``path/file.py:function``. The module may hold ``SUPPORT``, a
+            ``Support`` that says what the function can do. With ``+prepared`` at the end the function is a
+            ``prepare(experts)``, not a ``forward``.
         distributed: whether it may be one that the ranks of a mesh compute together.
 
     Raises:
@@ -97,14 +99,14 @@ def resolve(name: str, *, distributed: bool = False) -> Implementation:
 
 
 def _resolve(name: str) -> Implementation:
-    if name in PEERS:
+    if name in PEERS or name in PEERS_ON_RANKS:
         return _peer(name)
     if ":" not in name:
         if name.removesuffix(PREPARED).endswith(".py"):
             raise ResolveError(f"{name} is a file; it must be path/file.py:function, such as {name}:forward")
         if name not in (valid := (*IMPLEMENTATIONS, *DISTRIBUTED)):
             raise ResolveError(
-                f"unknown implementation {name!r}; valid are {', '.join((*valid, *PEERS))}, "
+                f"unknown implementation {name!r}; valid are {', '.join((*valid, *PEERS, *PEERS_ON_RANKS))}, "
                 "package.module:function and path/file.py:function"
             )
         module = importlib.import_module(f"moe_impls.{name.removesuffix(PREPARED)}")

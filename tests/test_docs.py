@@ -29,7 +29,7 @@ from benchmarks.workloads import GRIDS, MODELS, MODES
 from correctness.problems.loads import load_named
 from docs import hooks
 from moe_impls.interface import DEVICES, DTYPES, dtype_name
-from moe_impls.registry import DISTRIBUTED, IMPLEMENTATIONS, PEERS
+from moe_impls.registry import DISTRIBUTED, IMPLEMENTATIONS, PEERS, PEERS_ON_RANKS
 from reporting.provenance import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -215,7 +215,7 @@ def check_options(words: list[str], told: str) -> None:
 
 def check_value(option: str, value: str) -> None:
     valid = {
-        "--impl": (*IMPLEMENTATIONS, *DISTRIBUTED, *PEERS),
+        "--impl": (*IMPLEMENTATIONS, *DISTRIBUTED, *PEERS, *PEERS_ON_RANKS),
         "--model": MODELS,
         "--grid": GRIDS,
         "--mode": MODES,

@@ -33,7 +33,7 @@ from correctness.session.summary import TENSORS, Result, result
 from correctness.session.verdict_page import page
 from moe_impls import suite
 from moe_impls.interface import DTYPES, dtype_name
-from moe_impls.registry import PEERS, PREPARED
+from moe_impls.registry import PEERS, PEERS_ON_RANKS, PREPARED
 from reporting import provenance
 from reporting.pages import write_atomically
 
@@ -221,7 +221,7 @@ def source(kind: str, name: str) -> dict[str, str] | None:
         path = _file_of_module(place)
     elif kind in ("layer", "losses"):
         path = package / f"{kind}.py"
-    elif name in PEERS:
+    elif name in PEERS or name in PEERS_ON_RANKS:
         path = package / "peers" / f"{name.partition('.')[0]}.py"
     else:
         path = package / f"{name.removesuffix(PREPARED)}.py"

@@ -1,23 +1,34 @@
-"""The grouped experts of torchtitan, between the dispatch and the combine of its token dispatcher.
+"""The grouped experts of torchtitan, and its dispatcher of tokens to the ranks of a mesh.
 
-They know one form of expert, SwiGLU without biases, and multiply in bfloat16 whatever dtype they are given;
-only calls in bfloat16 are declared. Its functions read their weights as attributes of a module; here a
-namespace holds views of those of an ``Experts`` in its place, so nothing is copied.
+The experts lie between the dispatch and the combine of its token dispatcher. They know one form of expert,
+SwiGLU without biases, and multiply in bfloat16 whatever dtype they are given; only calls in bfloat16 are
+declared. Its functions read their weights as attributes of a module; here a namespace holds views of those of
+an ``Experts`` in its place, so nothing is copied.
+
+The dispatcher of `all_to_all` moves rows to their experts' ranks, and `sorted_dispatch` computes them there.
+It cuts the experts into as many for every rank, and weighs in float32 and sums in the dtype of x.
 """
 
 from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torchtitan.distributed.utils import set_spmd_backend  # pyright: ignore[reportMissingImports]
 from torchtitan.models.common.moe import GroupedExperts  # pyright: ignore[reportMissingImports]
 from torchtitan.models.common.token_dispatcher import (  # pyright: ignore[reportMissingImports]
+    AllToAllTokenDispatcher,
     LocalTokenDispatcher,
 )
 
+from moe_impls import sorted_dispatch
 from moe_impls.interface import Experts, Routing, Support
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SUPPORT = Support(
     dtypes=(torch.bfloat16,),
@@ -49,4 +60,36 @@ def grouped_mm(x: Tensor, routing: Routing, experts: Experts, *, combine: str = 
     return dispatcher.combine(GroupedExperts.forward(module, rows, counts), places, x)
 
 
-BACKENDS = {"grouped_mm": (grouped_mm, SUPPORT)}
+set_spmd_backend("partial_dtensor")  # in which the dispatcher takes plain tensors and the mesh it is given
+
+ON_RANKS = Support(
+    dtypes=(torch.float32, torch.bfloat16),
+    combines=("sum",),
+    same_width=True,
+    distributed=True,
+    even_experts=True,
+)
+
+
+def all_to_all(
+    x: Tensor,
+    routing: Routing,
+    experts: Experts,
+    *,
+    combine: str = "sum",
+    mesh: DeviceMesh,
+    num_experts: int,
+) -> Tensor:
+    """Compute this rank's x [T, D] -> y [T, O], collectively; see ``moe_impls.interface.Support``."""
+    ids, gates = routing
+    config = AllToAllTokenDispatcher.Config(num_experts=num_experts, top_k=ids.shape[1])
+    dispatcher = AllToAllTokenDispatcher(config)
+    dispatcher.wire_meshes(ep_mesh=mesh)
+    sent = ids.flatten().bincount(minlength=num_experts)
+    rows, counts, places = dispatcher.dispatch(x, gates, ids, sent)
+    its_expert = torch.arange(len(counts)).repeat_interleave(counts).unsqueeze(1)
+    there = Routing(its_expert, rows.new_ones(len(rows), 1))
+    return dispatcher.combine(sorted_dispatch.forward(rows, there, experts), places, x)
+
+
+BACKENDS = {"grouped_mm": (grouped_mm, SUPPORT), "all_to_all": (all_to_all, ON_RANKS)}
