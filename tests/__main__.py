@@ -22,8 +22,8 @@ PARTS: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
     # Without the search for problems and the largest: the interpreter takes minutes for each.
     (("correctness", "--impl=triton_fused", "-k", SMALLER, WORKERS), INTERPRETED),
     (("tests/moe_impls/test_triton.py", WORKERS), INTERPRETED),
-    # The limit is the clock's, and the machine may be busy.
-    (("tests", WORKERS, "--timeout=600"), {"OMP_NUM_THREADS": "1"}),
+    # The limit is the clock's, and the machine may be busy; what is shared by tests of a file is made once.
+    (("tests", WORKERS, "--dist=loadgroup", "--timeout=600"), {"OMP_NUM_THREADS": "1"}),
 )
 CLOSING = re.compile(r"=+ (.* in [\d.]+s.*?) =+")
 

@@ -27,7 +27,8 @@ from moe_impls.sorted_dispatch import forward as right
 def forward(x, routing, experts, *, combine="sum"):
     return right(x, routing, experts, combine=combine) * 1.1
 """
-pytestmark = pytest.mark.timeout(600)  # the wheel is built with its kernels
+# The wheel is built once, with its kernels.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("package")]
 ONE = "values-aligned-float32"  # the name of one test of an implementation
 
 

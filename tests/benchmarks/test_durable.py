@@ -18,6 +18,7 @@ from benchmarks.sweep.record import MEASURED, RecordError, Row
 from reporting.provenance import ROOT
 from tests.benchmarks.test_record import make_row, write
 
+pytestmark = pytest.mark.xdist_group("durable")
 TINY = ("--T=4", "--T=8", "--T=16", "--D=8", "--H=4", "--E=4", "--K=2", "--seconds=0.001",
         "--impl=dense_mask", "--impl=sorted_dispatch")  # fmt: skip
 CELLS = 3 * 2 * 2

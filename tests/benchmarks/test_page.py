@@ -20,6 +20,7 @@ from benchmarks.sweep import record
 from benchmarks.sweep.record import Row
 from tests.benchmarks.test_record import failed_row, make_row, write
 
+pytestmark = pytest.mark.xdist_group("page")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 IS_INSTALLED = CHROMIUM is not None and importlib.util.find_spec("playwright") is not None
 in_a_browser = pytest.mark.skipif(

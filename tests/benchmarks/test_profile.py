@@ -17,6 +17,7 @@ from moe_impls import functional
 from moe_impls.interface import Implementation, Support
 from moe_impls.registry import resolve
 
+pytestmark = pytest.mark.xdist_group("profiles")
 PROBLEM = Problem("p", T=64, D=128, H=64, O=128, E=4, K=2, bias=False)
 EAGER = ("dense_mask", "sorted_dispatch", "index_add")
 

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from correctness.problems.problem import Problem
 from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
 from reporting.provenance import ROOT
 
+pytestmark = pytest.mark.xdist_group("sweeps")  # each of which is run once
 TINY = ("--T=8", "--D=16", "--H=8", "--E=4", "--K=2", "--seconds=0.01")
 
 
@@ -44,9 +46,9 @@ def rows_of(out: Path) -> list[Row]:
     return record.read(path)
 
 
-def implementation(folder: Path, body: str) -> str:
+def implementation(folder: Path, body: str, name: str = "mine") -> str:
     """A file with a ``forward``; ``right`` in it is a right one."""
-    path = folder / "mine.py"
+    path = folder / f"{name}.py"
     path.write_text(
         "import time, torch\nfrom moe_impls.interface import Support\n"
         f"from moe_impls.index_add import forward as right\n{body}\n"
@@ -118,90 +120,127 @@ def test_a_rows_figures_follow_from_its_samples(run) -> None:
         assert row.peak_memory_bytes and row.routing_checksum
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "reason"),
-    [
-        (
-            "def forward(*a, **k): raise RuntimeError('no kernel\\nfor this')",
-            "error",
-            "RuntimeError: no kernel for this",
-        ),
-        (
-            "def forward(*a, **k): return right(*a, **k) * 1.01",
-            "incorrect",
-            "check before timing: y is wrong",
-        ),
-        ("def forward(*a, **k): return right(*a, **k)[1:]", "incorrect", "shape"),
-        ("def forward(*a, **k): return torch.empty(2**60)", "out_of_memory", "DefaultCPUAllocator"),
-        (
-            "def forward(*a, **k): time.sleep(60)",
-            "timeout",
-            "longer than 5 s (--cell-timeout): it computed 0",
-        ),
-        ("def forward(*a, **k):\n    while True: pass", "timeout", "longer than 5 s (--cell-timeout)"),
-        # Right as long as it computes; from the fourth call on it returns what it remembers.
-        (
-            "seen = []\n"
-            "def forward(*a, **k):\n"
-            "    seen.append(right(*a, **k) if len(seen) < 4 else seen[-1])\n"
-            "    return seen[-1]",
-            "incorrect",
-            "check on new inputs after timing: y is wrong",
-        ),
-    ],
-    ids=["raises", "wrong", "shape", "memory", "sleeps", "loops", "remembers"],
-)
-def test_a_fault_becomes_a_row_and_the_others_go_on(
-    tmp_path: Path, body: str, status: str, reason: str
-) -> None:
-    name = implementation(tmp_path, body)
-    out = tmp_path / "out"
-    limit = ["--cell-timeout=5"] if status == "timeout" else []
-    done = sweep(out, *TINY, "--mode=forward", f"--impl={name}", "--impl=index_add", *limit)
-    assert done.returncode == 1, done.stdout + done.stderr
-    mine, other = rows_of(out)
-    assert (mine.status, other.status) == (status, "ok")
-    assert reason in mine.reason and reason in done.stdout
-    assert mine.median_ms is None and other.median_ms is not None
-    assert "1 failed, 1 passed" in done.stdout and (out / "report.md").is_file()
+class Fault(NamedTuple):
+    """What a ``forward`` does, and the status and a part of the reason of its row."""
+
+    body: str
+    status: str
+    reason: str
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "reason"),
-    [
-        ("import ctypes\ndef forward(*a, **k): ctypes.string_at(0)", "error", "ended its process by SIGSEGV"),
-        ("import os\ndef forward(*a, **k): os._exit(3)", "error", "ended its process with exit status 3"),
-        (
-            "import os\ndef forward(*a, **k): os.kill(os.getpid(), 9)",
-            "out_of_memory",
-            "SIGKILL, as when memory",
-        ),
-        (
-            "import signal\n"
-            "def forward(*a, **k):\n"
-            "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
-            "    time.sleep(60)",
-            "timeout",
-            "ran on after its time limit; its process was killed",
-        ),
-        ("def forward(*a, **k): torch.ones(2**29)", "out_of_memory", "DefaultCPUAllocator"),
-    ],
-    ids=["segmentation_fault", "exit", "killed", "hangs", "memory"],
-)
-def test_isolated_what_ends_the_process_becomes_a_row_and_the_others_go_on(
-    tmp_path: Path, body: str, status: str, reason: str
-) -> None:
-    name = implementation(tmp_path, body)
-    out = tmp_path / "out"
-    limits = ["--isolate", "--cell-memory=1", *(["--cell-timeout=5"] if status == "timeout" else [])]
-    done = sweep(
-        out, *TINY, "--mode=forward", "--impl=dense_mask", f"--impl={name}", "--impl=index_add", *limits
-    )
+FAULTS = {
+    "raises": Fault(
+        "def forward(*a, **k): raise RuntimeError('no kernel\\nfor this')",
+        "error",
+        "RuntimeError: no kernel for this",
+    ),
+    "wrong": Fault(
+        "def forward(*a, **k): return right(*a, **k) * 1.01",
+        "incorrect",
+        "check before timing: y is wrong",
+    ),
+    "shape": Fault("def forward(*a, **k): return right(*a, **k)[1:]", "incorrect", "shape"),
+    "memory": Fault(
+        "def forward(*a, **k): return torch.empty(2**60)", "out_of_memory", "DefaultCPUAllocator"
+    ),
+    "sleeps": Fault(
+        "def forward(*a, **k): time.sleep(60)",
+        "timeout",
+        "longer than 5 s (--cell-timeout): it computed 0",
+    ),
+    "loops": Fault(
+        "def forward(*a, **k):\n    while True: pass", "timeout", "longer than 5 s (--cell-timeout)"
+    ),
+    # Right as long as it computes; from the fourth call on it returns what it remembers.
+    "remembers": Fault(
+        "seen = []\n"
+        "def forward(*a, **k):\n"
+        "    seen.append(right(*a, **k) if len(seen) < 4 else seen[-1])\n"
+        "    return seen[-1]",
+        "incorrect",
+        "check on new inputs after timing: y is wrong",
+    ),
+}
+ENDING = {
+    "segmentation_fault": Fault(
+        "import ctypes\ndef forward(*a, **k): ctypes.string_at(0)", "error", "ended its process by SIGSEGV"
+    ),
+    "exit": Fault(
+        "import os\ndef forward(*a, **k): os._exit(3)", "error", "ended its process with exit status 3"
+    ),
+    "killed": Fault(
+        "import os\ndef forward(*a, **k): os.kill(os.getpid(), 9)",
+        "out_of_memory",
+        "SIGKILL, as when memory",
+    ),
+    "hangs": Fault(
+        "import signal\n"
+        "def forward(*a, **k):\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
+        "    time.sleep(60)",
+        "timeout",
+        "ran on after its time limit; its process was killed",
+    ),
+    "memory": Fault(
+        "def forward(*a, **k): torch.ones(2**29)",
+        "out_of_memory",
+        "DefaultCPUAllocator",
+    ),
+}
+
+
+def beside_right_ones(
+    faults: dict[str, Fault], folder: Path, *options: str
+) -> tuple[list[Row], subprocess.CompletedProcess[str], Path]:
+    """Measure wrong implementations between two right ones, in one sweep."""
+    names = [implementation(folder, fault.body, name) for name, fault in faults.items()]
+    impls = [f"--impl={name}" for name in ("dense_mask", *names, "index_add")]
+    done = sweep(folder / "out", *TINY, "--mode=forward", "--cell-timeout=5", *impls, *options)
+    return rows_of(folder / "out"), done, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory):
+    return beside_right_ones(FAULTS, tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory: pytest.TempPathFactory):
+    return beside_right_ones(ENDING, tmp_path_factory.mktemp("ending"), "--isolate", "--cell-memory=1")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_becomes_a_row(faulty, name: str) -> None:
+    rows, done, _ = faulty
+    (row,) = (row for row in rows if f"{name}.py" in row.implementation)
+    assert row.status == FAULTS[name].status
+    assert FAULTS[name].reason in row.reason and FAULTS[name].reason in done.stdout
+    assert row.median_ms is None
+
+
+def test_the_others_go_on_beside_faults(faulty) -> None:
+    rows, done, out = faulty
     assert done.returncode == 1, done.stdout + done.stderr
-    first, mine, last = rows_of(out)
-    assert (first.status, mine.status, last.status) == ("ok", status, "ok")
-    assert reason in mine.reason
-    assert first.rounds == last.rounds  # they were timed side by side
+    right = [row for row in rows if row.status == "ok"]
+    assert [row.implementation for row in right] == ["dense_mask", "index_add"]
+    assert all(row.median_ms is not None for row in right)
+    assert f"{len(FAULTS)} failed, 2 passed" in done.stdout and (out / "report.md").is_file()
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_isolated_what_ends_the_process_becomes_a_row(ending, name: str) -> None:
+    rows, _, _ = ending
+    (row,) = (row for row in rows if f"{name}.py" in row.implementation)
+    assert row.status == ENDING[name].status
+    assert ENDING[name].reason in row.reason
+
+
+def test_isolated_the_others_go_on_and_are_timed_side_by_side(ending) -> None:
+    rows, done, _ = ending
+    assert done.returncode == 1, done.stdout + done.stderr
+    first, last = rows[0], rows[-1]
+    assert (first.status, last.status) == ("ok", "ok")
+    assert first.rounds == last.rounds
 
 
 def test_isolated_an_import_that_ends_the_process_is_a_usage_error(tmp_path: Path) -> None:

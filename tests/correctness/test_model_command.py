@@ -21,6 +21,7 @@ from moe_impls.__main__ import main as package_main
 Tensors = dict[str, Tensor]
 E, R, ALPHA = 4, 2, 6.0
 MOE, OTHER, ATTENTION = "model.layers.1.mlp", "model.layers.0.mlp", "model.layers.1.self_attn"
+pytestmark = pytest.mark.xdist_group("checkpoints")
 FIELDS = ("gate_proj", "up_proj", "down_proj")
 
 
