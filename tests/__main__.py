@@ -1,4 +1,4 @@
-"""``python -m tests``: everything that must pass, one part after the other, and what each part found.
+"""``python -m tests``: all that judges implementations, one part after the other, and what each part found.
 
 A part that fails does not keep the next one from running. Options go to the first part, `pytest correctness`.
 """
@@ -22,8 +22,6 @@ PARTS: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
     # Without the search for problems and the largest: the interpreter takes minutes for each.
     (("correctness", "--impl=triton_fused", "-k", SMALLER, WORKERS), INTERPRETED),
     (("tests/moe_impls/test_triton.py", WORKERS), INTERPRETED),
-    # The limit is the clock's, and the machine may be busy; what is shared by tests of a file is made once.
-    (("tests", WORKERS, "--dist=loadgroup", "--timeout=600"), {"OMP_NUM_THREADS": "1"}),
 )
 CLOSING = re.compile(r"=+ (.* in [\d.]+s.*?) =+")
 

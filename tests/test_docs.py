@@ -286,7 +286,7 @@ def test_commands_exist_with_their_options_and_files(page: Path) -> None:
         "pytest correctness/test_gone.py",
         "pytest benchmarks --model olmoe",
         "python -m benchmarks report --fast",
-        "tox -e tests",
+        "tox -e test",
         "tox -e benchmarks -- --girl smoke",
         "pip install '.[suit]'",
         "make",
