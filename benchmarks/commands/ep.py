@@ -225,8 +225,8 @@ K = {first.K}, {first.dtype}, backend {first.backend}. Each rank's figures: [ep.
 
 - *MB of rows*: sent to other ranks in one step by all of them; *kB of others*: counts and other integers.
 - *over slots*: the bytes of rows over those of a row for each slot whose expert is elsewhere, x out and y
-  back in the dtype of x, and with a backward their gradients; *over merged*: of a row for each rank that a
-  token visits.
+  back in the dtype of x, and with a backward their gradients; *over merged*: over those of a row for each
+  rank that a token visits, and of a gate for each slot, by which the rows are summed there.
 - *longest wait*: of a rank for those that come to a collective after it, as a share of the step.
 - *step over local*: the slowest rank's step over the slowest rank's {INNER} on the rows that reach it.
 

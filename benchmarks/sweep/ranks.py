@@ -20,6 +20,7 @@ from correctness.judging.calling import run
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs
 from correctness.ranks.problems import Spread
+from moe_impls.functional import accumulation_dtype
 from moe_impls.interface import Routing
 from moe_impls.registry import resolve
 from moe_impls.shards import chunk_size
@@ -163,7 +164,8 @@ def _timed(call: Callable[[], object], mesh: Any, seconds: float) -> float:
 def minimum_bytes(cell: Cell, rank: int) -> tuple[int, int]:
     """Count the bytes of rows that a rank has to send: one for each slot, or one for each rank of a token.
 
-    x out and y back, in the dtype of x; with a backward the gradients of both on the same ways.
+    x out and y back, in the dtype of x; with a backward the gradients of both on the same ways. Rows for
+    ranks are summed there, and so the gate of each slot goes out in at least float32, and its gradient back.
     """
     spread, p = cell.spread, cell.spread.problem
     ids = inputs_of(cell, 0).routing.expert_ids
@@ -171,12 +173,17 @@ def minimum_bytes(cell: Cell, rank: int) -> tuple[int, int]:
     home = torch.repeat_interleave(torch.arange(spread.ranks), torch.tensor(spread.sizes)).unsqueeze(1)
     visits = torch.zeros(p.T, spread.ranks, dtype=torch.int64).scatter_add(1, owner, torch.ones_like(owner))
 
-    def n_bytes(rows: Tensor) -> int:  # [T, ranks]
-        away = rows * (home != torch.arange(spread.ranks))
-        out, back = int(away[home[:, 0] == rank].sum()), int(away[:, rank].sum())
+    def away(rows: Tensor) -> tuple[int, int]:  # [T, ranks]
+        """Count what the rank sends to others, and what they send to it."""
+        elsewhere = rows * (home != torch.arange(spread.ranks))
+        return int(elsewhere[home[:, 0] == rank].sum()), int(elsewhere[:, rank].sum())
+
+    def n_bytes(out: int, back: int) -> int:
         values = out * p.D + back * p.O
         if cell.mode == "forward_backward":
             values += out * p.O + back * p.D
         return values * p.dtype.itemsize
 
-    return n_bytes(visits), n_bytes((visits > 0).long())
+    slots, rows = away(visits), away((visits > 0).long())
+    gates = slots[0] + (slots[1] if cell.mode == "forward_backward" else 0)
+    return n_bytes(*slots), n_bytes(*rows) + gates * accumulation_dtype(p.dtype).itemsize
