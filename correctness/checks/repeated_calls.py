@@ -206,12 +206,8 @@ def changing_sizes(subject: Implementation, problem: Problem) -> None:
             )
 
 
-def another_thread(subject: Implementation, problem: Problem) -> None:
-    """Give threads that never called before the right results and gradients, one alone and several at once.
-
-    A backward may run in another thread than its forward. Threads that call at once have inputs of their
-    own, of one shape, and begin each round together.
-    """
+def thread_alone(subject: Implementation, problem: Problem) -> None:
+    """Give the right results in a thread that never called before, and in one that has only the backward."""
     with ThreadPoolExecutor(1) as pool:
         for results in pool.submit(lambda: list(run_both_ways(subject, problem))).result():
             require_right(results, problem)
@@ -220,6 +216,15 @@ def another_thread(subject: Implementation, problem: Problem) -> None:
         graph = start(subject.forward, inputs, problem.combine)
         with ThreadPoolExecutor(1) as pool:
             require_right(pool.submit(finish, graph, inputs.dy).result(), problem)
+
+
+def another_thread(subject: Implementation, problem: Problem) -> None:
+    """Give threads that never called before the right results and gradients, one alone and several at once.
+
+    A backward may run in another thread than its forward. Threads that call at once have inputs of their
+    own, of one shape, and begin each round together.
+    """
+    thread_alone(subject, problem)
     own = [replace(problem, seed=problem.seed + 1 + number) for number in range(THREADS)]
     inputs = [make_inputs(p) for p in own]
     together = threading.Barrier(THREADS)

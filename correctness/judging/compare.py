@@ -35,14 +35,17 @@ class Reference:
 
     oracle: the results by name, in float64; of an exact problem as every right implementation returns them.
     budget: for each tensor the error allowed in a row, a multiple of its scale; 0 for exact problems.
+    is_whole: whether oracle and inputs are all that a hint computes with; not those of one rank of several.
     """
 
     problem: Problem
     inputs: Inputs
     oracle: Evaluation
     budget: dict[str, float]
+    is_whole: bool = True
 
 
+@functools.singledispatch
 @functools.lru_cache(maxsize=160)  # as many as a search draws, which draws the same for the next
 def reference(problem: Problem) -> Reference:
     """Return what is right for a problem; kept for the next implementation that meets it."""
@@ -180,6 +183,8 @@ def _describe(results: dict[str, Tensor], ref: Reference, name: str) -> str:
             f"scale, budget {budget:.3g} ({dtype_name(problem.dtype)}); "
             f"{int(over.sum())} of {over.numel()} rows are over it"
         )
+    if not ref.is_whole:
+        return f"{finding}\n  reproduce: {problem.code()}"
     wrong = Wrong(
         name=name,
         got=got,

@@ -15,6 +15,7 @@ from correctness.problems.problem import MOST_DRAWS, Inputs, Problem
 from moe_impls.interface import Experts, Routing
 
 
+@functools.singledispatch
 def make_inputs(problem: Problem) -> Inputs:
     """Make the inputs of a problem: the same on every machine, none requiring gradients.
 

@@ -14,6 +14,7 @@ from correctness.oracle.experts import evaluate
 from correctness.problems.problem import Inputs
 from correctness.ranks.problems import Spread
 
+NEARER = 4  # times nearer to what a mistake gives than to what is right
 NEAR = 0.02  # of a tensor's scale: so near are results of the same mistake, in low precision, too
 
 
@@ -33,7 +34,8 @@ def _cause(name: str, got: Tensor, spread: Spread) -> str:
         if not bool(other.isfinite().all()):  # log space without any slot
             continue
         distance = (got.double() - other).abs().max() if got.numel() else torch.tensor(0.0)
-        if distance <= NEAR * other.abs().max() and not torch.equal(other, want):
+        off = (got.double() - want).abs().max() if got.numel() else torch.tensor(0.0)
+        if distance <= NEAR * other.abs().max() and NEARER * distance <= off:
             return cause
     return ""
 
@@ -50,7 +52,7 @@ def _mistakes(name: str, want: Tensor, spread: Spread) -> Iterator[tuple[str, Te
     yield "slots of experts on other ranks are missing", _of_slots(name, inputs, own, spread)
     yield "slots of experts on the token's own rank are missing", _of_slots(name, inputs, ~own, spread)
     if name in WEIGHTS:
-        for rank in range(ranks):
+        for rank in (rank for rank, size in enumerate(spread.sizes) if size):
             others = (home != rank).unsqueeze(1).expand_as(own)
             yield f"tokens of rank {rank} are missing", _of_slots(name, inputs, others, spread)
 
@@ -58,6 +60,7 @@ def _mistakes(name: str, want: Tensor, spread: Spread) -> Iterator[tuple[str, Te
 def _of_slots(name: str, inputs: Inputs, counted: Tensor, spread: Spread) -> Tensor:
     """Compute the tensor from some of the slots alone."""
     x, (ids, gates), experts, dy = inputs
-    gates = torch.where(counted, gates, 0)
-    found = evaluate(x, ids, gates, experts, dy, spread.problem.combine, scales=False).values[name]
+    gates, wide = torch.where(counted, gates, 0), torch.Tensor.double
+    arguments = (wide(x), ids, gates, experts.map(wide), wide(dy))
+    found = evaluate(*arguments, spread.problem.combine, scales=False).values[name]
     return torch.where(counted, found, 0) if name == "gates" else found

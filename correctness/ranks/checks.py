@@ -6,18 +6,21 @@ budget, exact problems to the bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from correctness.checks import layouts, memory, repeated_calls, values
 from correctness.checks.case import Case, Check, Kind, Subject
 from correctness.judging.compare import require_right
 from correctness.judging.finding import CheckFailed
 from correctness.problems import catalogue, problem
+from correctness.problems.problem import Problem
 from correctness.ranks import causes, pool, work
-from correctness.ranks.problems import EXACT, SOME, VALUES, Spread, fit_tokens
-from correctness.ranks.rank import MEMBERS
+from correctness.ranks.problems import EXACT, OPTIONS, OUTPUT, SHARED, SOME, VALUES, Spread, fit_tokens
+from correctness.ranks.rank import MEMBERS, OTHER_TWO
 from correctness.ranks.work import Results, Source, Work
 from moe_impls.interface import Implementation, Support
 
@@ -38,11 +41,18 @@ def ask(tested: Remote, doing: Work, *spreads: Spread) -> list[Results]:
     Raises:
         CheckFailed: not every rank returned, or one found something wrong.
     """
-    members = MEMBERS[spreads[0].ranks]
-    calls = {member: (doing, tested.source, list(spreads), rank) for rank, member in enumerate(members)}
+    members = _members(spreads[0])
+    calls = {
+        member: (doing, tested.source, list(spreads), rank, members) for rank, member in enumerate(members)
+    }
     found = pool.shared().call(work.do, calls, limit_s=LIMIT_S)
     by_rank = [found[member] for member in members]
     return [joined([of_rank[n] for of_rank in by_rank]) for n in range(len(by_rank[0]))]
+
+
+def _members(spread: Spread) -> tuple[int, ...]:
+    """Choose the ranks of the world that take part: of two, one pair or another by how tokens are spread."""
+    return OTHER_TWO if spread.ranks == 2 and spread.tokens != "unequal" else MEMBERS[spread.ranks]
 
 
 def joined(parts: list[Results]) -> Results:
@@ -79,9 +89,10 @@ def exact_of_ranks(tested: Remote, spread: Spread) -> dict[str, float]:
 
 
 def graphs_of_ranks(tested: Remote, spread: Spread) -> dict[str, float]:
-    """Keep two graphs of other routings apart, whose backwards come after both forwards in either order."""
-    other = replace(spread, problem=replace(spread.problem, seed=spread.problem.seed + 1))
-    return _judge(ask(tested, work.two_graphs, spread, other), [spread, other] * 2)
+    """Keep three graphs of other routings apart, whose backwards come after all forwards in either order."""
+    p = spread.problem
+    spreads = [replace(spread, problem=replace(p, seed=p.seed + n)) for n in range(3)]
+    return _judge(ask(tested, work.several_graphs, *spreads), spreads * 2)
 
 
 def recomputed_by_ranks(tested: Remote, spread: Spread) -> dict[str, float]:
@@ -105,9 +116,43 @@ def subsets_by_ranks(tested: Remote, spread: Spread) -> dict[str, float]:
     return _judge(results, [spread] * len(results))
 
 
+def output_of_ranks(tested: Remote, spread: Spread) -> dict[str, float]:
+    """Give the right output on several ranks where no gradient is defined or can be judged."""
+    return _judge(ask(tested, work.output, spread), [spread])
+
+
+def _by_each_rank(check: Callable[[Implementation, Problem], object]) -> Callable[[Remote, Spread], None]:
+    """Make a check of one process one of several: all ranks do it in step, each on its own share."""
+
+    @functools.wraps(check)
+    def by_each_rank(tested: Remote, spread: Spread) -> None:
+        ask(tested, functools.partial(work.of_one_process, check), spread)
+
+    return by_each_rank
+
+
 CHECKS: tuple[Check, ...] = (
     Check(exact_of_ranks, EXACT),
     Check(values_of_ranks, VALUES),
+    Check(values_of_ranks, OPTIONS, fits=False),
+    Check(output_of_ranks, OUTPUT, fits=False),
+    *(
+        Check(_by_each_rank(check), SHARED)
+        for check in (
+            memory.inputs_unchanged,
+            memory.results_are_the_callers,
+            memory.dirty_memory,
+            repeated_calls.global_state,
+            repeated_calls.new_contents,
+            repeated_calls.same_objects,
+            repeated_calls.thread_alone,
+            layouts.strides,
+            layouts.one_strided,
+            layouts.offsets,
+            values.non_finite_contained,
+        )
+    ),
+    Check(_by_each_rank(repeated_calls.deterministic), SHARED, needs="deterministic"),
     Check(graphs_of_ranks, SOME, needs="gradients"),
     Check(recomputed_by_ranks, SOME, needs="gradients"),
     Check(accumulated_by_ranks, SOME, needs="gradients"),
@@ -123,7 +168,8 @@ def _arguments(case: Case) -> tuple[Remote, Spread]:
 def _fit(subject: Subject, check: Check, spread: Spread) -> Spread | None:
     """As an implementation of one process, and the number of experts and tokens as declared."""
     support = subject.support
-    fitted = problem.fit(problem.resize(spread.problem, support), support)
+    sized = problem.resize(spread.problem, support)
+    fitted = problem.fit(sized, support) if check.fits else sized
     if support.compiles_per_case and not catalogue.is_representative(fitted, support):
         return None
     return fit_tokens(replace(spread, problem=fitted), support)

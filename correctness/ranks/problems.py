@@ -11,7 +11,7 @@ import torch
 
 from correctness.problems import catalogue
 from correctness.problems.problem import Inputs, Problem
-from moe_impls.interface import Routing, Support
+from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS, Routing, Support
 
 SHARES = (3, 1, 4, 2)  # of the tokens, that ranks have where it is unequal
 
@@ -65,14 +65,21 @@ class Spread:
         tokens = "" if self.tokens == "unequal" else f"-{self.tokens}"
         return f"{self.problem.id}-{self.ranks}_ranks{tokens}"
 
+    def own_tokens(self, rank: int) -> slice:
+        """Return which tokens of all are a rank's."""
+        begin = sum(self.sizes[:rank])
+        return slice(begin, begin + self.sizes[rank])
+
+    def own_experts(self, rank: int) -> slice:
+        """Return which experts of all are a rank's."""
+        held = -(-self.problem.E // self.ranks)  # by every rank but the last ones
+        return slice(rank * held, (rank + 1) * held)
+
     def part(self, inputs: Inputs, rank: int) -> Inputs:
         """Cut out of the inputs of all ranks those of one."""
-        sizes, E = self.sizes, self.problem.E
-        begin = sum(sizes[:rank])
-        tokens = slice(begin, begin + sizes[rank])
-        held = -(-E // self.ranks)  # by every rank but the last ones
+        tokens = self.own_tokens(rank)
         x, (ids, gates), experts, dy = inputs
-        own = experts.map(lambda w: w[rank * held : (rank + 1) * held])
+        own = experts.map(lambda w: w[self.own_experts(rank)])
         return Inputs(x[tokens], Routing(ids[tokens], gates[tokens]), own, dy[tokens])
 
 
@@ -109,23 +116,45 @@ LOW = replace(SMALL, dtype=torch.bfloat16)
 UNEVEN = replace(SMALL, name="uneven_experts", E=5, K=3, load="zipf", dtype=torch.float64)  # 2, 2, 1 and 0
 INTEGERS = replace(catalogue.named("integers"), E=8, T=43)
 _PAIRS = replace(catalogue.named("integers_cancelling_pairs"), E=8)
-CANCELLING = tuple(replace(_PAIRS, dtype=d) for d in (torch.bfloat16, torch.float32))
+CANCELLING = tuple(replace(_PAIRS, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float16))
+# Each activation, with the other options by turns.
+OPTIONS = tuple(
+    Spread(
+        catalogue.clamped(
+            replace(
+                SMALL,
+                activation=activation,
+                output_activation=OUTPUT_ACTIVATIONS[n // 2 % 2],
+                combine=COMBINES[(n // 2 + n) % 2],
+                bias=n % 3 > 0,
+            )
+        ),
+        (2, 3, 4)[n % 3],
+    )
+    for n, activation in enumerate(ACTIVATIONS)
+)
+_MANY = replace(catalogue.named("integers_512_tokens"), E=8)
 
 VALUES: tuple[Spread, ...] = (
     *both(SMALL),
     *both(LOW),
     *both(LOG),
     *both(UNEVEN),
+    *(Spread(p, 3) for p in (SMALL, UNEVEN)),
     *(spread for ranks in (2, 4) for spread in aimed(SMALL, ranks)),
     *both(SMALL, tokens="none_on_first"),
     *both(UNEVEN, tokens="none_on_last"),
     *both(replace(LOG, dtype=torch.bfloat16), tokens="all_on_last"),
     *both(replace(SMALL, name="no_tokens", T=0)),
+    *(Spread(replace(SMALL, name="one_token_each", T=n, K=n if n > 2 else 3), n, "equal") for n in (2, 3, 4)),
     *both(replace(catalogue.named("one_choice"), dtype=torch.float16)),
     *both(catalogue.named("signed_gates")),
     *both(replace(catalogue.named("half_empty"), combine="logsumexp")),
+    *(Spread(replace(SMALL, gates="one_zero", combine=c), n) for c in COMBINES for n in (2, 3)),
+    Spread(replace(LOG, activation="silu", x_scale=300.0), 2),
+    Spread(replace(LOW, name="hundreds_of_tokens", T=700), 2),
     Spread(replace(catalogue.named("aligned"), activation="gelu"), 4, "equal"),
-    Spread(SMALL, 1),
+    *(Spread(p, 1) for p in (SMALL, LOG, LOW)),
 )
 EXACT: tuple[Spread, ...] = (
     *(spread for p in CANCELLING for spread in both(p)),
@@ -133,6 +162,19 @@ EXACT: tuple[Spread, ...] = (
     *(spread for ranks in (2, 4) for spread in aimed(INTEGERS, ranks)),
     *both(replace(INTEGERS, E=5, dtype=torch.bfloat16), tokens="none_on_first"),
     Spread(replace(CANCELLING[0], low_gates=True), 4, "all_on_last"),
+    # Loads, numbers of tokens and of a rank's experts beyond what is counted in a byte or cut off.
+    *both(replace(_MANY, load="one_hot_expert")),
+    *both(_MANY, tokens="none_on_first"),
+    Spread(replace(catalogue.named("integers_1024_tokens"), E=8), 2),
+    *both(replace(INTEGERS, E=48, K=4)),
+    Spread(catalogue.named("integers_many"), 2),
+)
+# Where y is defined and gradients are too low for the budget, or undefined.
+OUTPUT: tuple[Spread, ...] = (
+    *(Spread(replace(p, dtype=torch.float64, low_gates=True), 2) for p in (SMALL, LOG)),
+    Spread(replace(LOG, gates="zero_rows"), 2),
 )
 # For checks of several calls.
 SOME: tuple[Spread, ...] = (*both(SMALL), *both(INTEGERS), *both(UNEVEN, tokens="none_on_last"))
+# For those that each rank makes on its own share: the last by another pair of ranks.
+SHARED: tuple[Spread, ...] = (Spread(SMALL, 2), Spread(LOG, 3), Spread(INTEGERS, 2, "equal"))

@@ -31,9 +31,12 @@ from moe_impls.registry import one_line
 
 STACKS = signal.SIGUSR1  # asks for the stacks of all threads, which come even while one is blocked in C
 FOREVER = timedelta(hours=24)  # the pool, not gloo, ends what hangs
-MEMBERS = {1: (2,), 2: (1, 3), 4: (0, 1, 2, 3)}  # of a world of 4; where a mesh is part of a larger world
+# The ranks of a mesh of so many, in a world of 4, and another mesh of two, whose ranks differ by as much.
+MEMBERS = {1: (2,), 2: (1, 3), 3: (0, 1, 3), 4: (0, 1, 2, 3)}
+OTHER_TWO = (0, 2)
+UNNAMED = (OTHER_TWO, MEMBERS[3])  # whose dimension has no name
 
-_meshes: dict[int, DeviceMesh] = {}
+_meshes: dict[tuple[int, ...], DeviceMesh] = {}
 _begun_ns = 0  # when the latest call began
 
 
@@ -125,13 +128,16 @@ def join(store: str, rank: int, world: int) -> None:
     dist.init_process_group(
         "gloo", store=c10d.FileStore(store, world), rank=rank, world_size=world, timeout=FOREVER
     )
-    for size, members in MEMBERS.items() if world == 4 else [(world, range(world))]:
-        _meshes[size] = DeviceMesh("cpu", list(members), mesh_dim_names=("expert",))
+    for members in (*MEMBERS.values(), OTHER_TWO) if world == 4 else [tuple(range(world))]:
+        name = None if members in UNNAMED else ("expert",)
+        _meshes[members] = DeviceMesh("cpu", list(members), mesh_dim_names=name)
 
 
-def mesh_of(ranks: int) -> DeviceMesh:
-    """Return the mesh of so many ranks of this world."""
-    return _meshes[ranks]
+def mesh_of(ranks: int | tuple[int, ...]) -> DeviceMesh:
+    """Return a mesh of this world: of so many ranks, or of these."""
+    if isinstance(ranks, tuple):
+        return _meshes[ranks]
+    return next(mesh for members, mesh in _meshes.items() if len(members) == ranks)
 
 
 def answer(function: Callable[..., Any], *arguments: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from correctness.judging.calling import assemble, finish, run, start
 from correctness.judging.finding import CheckFailed
 from correctness.problems.inputs import make_inputs
-from correctness.problems.problem import Inputs
+from correctness.problems.problem import Inputs, Problem
 from correctness.ranks.problems import Spread
 from correctness.ranks.rank import mesh_of
+from correctness.ranks.share import Share, share
 from moe_impls.interface import Forward, Implementation, Routing
 from moe_impls.registry import resolve
 
@@ -33,9 +35,14 @@ class Source(NamedTuple):
 class Part(NamedTuple):
     """One rank's part of one or more problems of the same combine: what it calls and with what."""
 
-    forward: Forward
+    subject: Implementation
+    shares: list[Share]
     inputs: list[Inputs]
     combine: str
+
+    @property
+    def forward(self) -> Forward:
+        return self.subject.forward
 
 
 def by_name(name: str) -> Implementation:
@@ -49,17 +56,21 @@ def load(source: Source) -> Implementation:
     return source.function(*source.arguments)
 
 
-def do(work: Work, source: Source, spreads: list[Spread], rank: int) -> list[Results]:
-    """Do this rank's part of the work; ``rank`` is its number in the mesh.
+def do(
+    work: Work, source: Source, spreads: list[Spread], rank: int, members: tuple[int, ...]
+) -> list[Results]:
+    """Do this rank's part of the work; ``rank`` is its number in the mesh of those members of the world.
 
     Raises:
         CheckFailed: a result is of the wrong form, a gradient is missing, or an argument was changed.
     """
     first = spreads[0]
-    mesh = mesh_of(first.ranks)
-    forward = functools.partial(load(source).forward, mesh=mesh, num_experts=first.problem.E)
+    found = load(source)
+    forward = functools.partial(found.forward, mesh=mesh_of(members), num_experts=first.problem.E)
+    subject = replace(found, forward=forward)
     inputs = [spread.part(make_inputs(spread.problem), rank) for spread in spreads]
-    found = work(Part(forward, inputs, first.problem.combine))
+    shares = [share(spread, rank) for spread in spreads]
+    found = work(Part(subject, shares, inputs, first.problem.combine))
     for spread, given in zip(spreads, inputs, strict=True):
         made = spread.part(make_inputs(spread.problem), rank)
         changed = [n for n, t in given.tensors.items() if not torch.equal(t, made.tensors[n])]
@@ -83,8 +94,14 @@ def output(part: Part) -> list[Results]:
     return [run(part.forward, inputs, part.combine, gradients=False)]
 
 
-def two_graphs(part: Part) -> list[Results]:
-    """Both forwards before both backwards, in the same order and in the other; of inputs by turns."""
+def of_one_process(check: Callable[[Implementation, Problem], object], part: Part) -> list[Results]:
+    """What a check of one process does with the rank's own share, in step with the other ranks."""
+    check(part.subject, part.shares[0])
+    return []
+
+
+def several_graphs(part: Part) -> list[Results]:
+    """All forwards before all backwards, in the same order and in the other; of inputs by turns."""
     found = []
     for step in (1, -1):
         graphs = [start(part.forward, inputs, part.combine) for inputs in part.inputs]
@@ -132,5 +149,5 @@ def subsets(part: Part) -> list[Results]:
     """Gradients of some inputs alone: of a first layer, of a frozen router, of frozen experts."""
     (inputs,) = part.inputs
     weights = list(inputs.experts.tensors)
-    wanted = (["x"], ["gates"], weights, ["gates", *weights], ["x", "w_out"])
+    wanted = (["x"], ["gates"], weights, ["x", "gates"], ["gates", *weights], ["x", "w_out"], weights[-1:])
     return [run(part.forward, inputs, part.combine, wanted=names) for names in wanted]
