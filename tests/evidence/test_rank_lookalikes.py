@@ -39,6 +39,7 @@ def test_problems_fit_what_is_declared() -> None:
     support = Support(distributed=True, even_experts=True, equal_tokens=True, combines=("sum",))
     (kind,) = {case.subject.kind for case in spread()}
     subject = distributed("narrow", support, by_name, "narrow")
-    fitted = [kind.fit(subject, check, problem) for check in CHECKS for problem in check.problems]
+    checks = [check for check in CHECKS if check.fits]
+    fitted = [kind.fit(subject, check, problem) for check in checks for problem in check.problems]
     assert all(spread.problem.E % spread.ranks == 0 and len(set(spread.sizes)) == 1 for spread in fitted)
     assert all(spread.problem.combine == "sum" for spread in fitted)
