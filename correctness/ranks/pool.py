@@ -263,13 +263,16 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _all_raised(found: dict[int, Any]) -> str:
-    """Say what was raised: once, if it was the same everywhere."""
-    by_message: dict[str, list[int]] = {}
+    """Say what was raised or found: once, if it was the same everywhere."""
+    by_message: dict[tuple[bool, str], list[int]] = {}
     for rank, value in found.items():
         if isinstance(value, Raised):
-            by_message.setdefault(value.message + value.lines, []).append(rank)
-    verb = {True: "raises", False: "raise"}
-    return "; ".join(f"{_ranks(ranks)} {verb[len(ranks) == 1]} {text}" for text, ranks in by_message.items())
+            by_message.setdefault((value.finding, value.message + value.lines), []).append(rank)
+    told = []
+    for (finding, text), ranks in by_message.items():
+        verb = ("find" if finding else "raise") + "s" * (len(ranks) == 1)
+        told.append(f"{_ranks(ranks)} {verb}{':' * finding} {text}")
+    return "; ".join(told)
 
 
 def _behind(begun: dict[int, dict[str, tuple[int, str]] | None], waiting: list[int]) -> list[str]:

@@ -120,14 +120,13 @@ CANCELLING = tuple(replace(_PAIRS, dtype=d) for d in (torch.bfloat16, torch.floa
 # Each activation, with the other options by turns.
 OPTIONS = tuple(
     Spread(
-        catalogue.clamped(
-            replace(
-                SMALL,
-                activation=activation,
-                output_activation=OUTPUT_ACTIVATIONS[n // 2 % 2],
-                combine=COMBINES[(n // 2 + n) % 2],
-                bias=n % 3 > 0,
-            )
+        replace(
+            SMALL,
+            activation=activation,
+            output_activation=OUTPUT_ACTIVATIONS[n // 2 % 2],
+            combine=COMBINES[(n // 2 + n) % 2],
+            bias=n % 3 > 0,
+            clamp=catalogue.NEAR,
         ),
         (2, 3, 4)[n % 3],
     )
