@@ -94,7 +94,10 @@ def _require_or_refused(bench: Bench, change: Callable[[], object], where: str) 
 
 
 def round_trip(bench: Bench) -> None:
-    """Carry every number through a saved state dict, copied or assigned, into a layer that was in use."""
+    """Carry every number through a saved state dict, copied or assigned, into a layer that was in use.
+
+    Also one without the versions of modules, which safetensors does not keep, and by a new ``.data`` of each.
+    """
     file = io.BytesIO()
     with during("torch.save of the state dict"):
         torch.save(bench.layer.state_dict(), file)
@@ -114,6 +117,30 @@ def round_trip(bench: Bench) -> None:
         with torch.no_grad():
             bench.require_y(y_of(other), context=f" {how}")
         bench.require_y(y_of(other), context=f" {how}, with gradients")
+    for change, how in (
+        (_load_bare(bench.layer), "a state dict without _metadata"),
+        (_take_data(bench.layer), "a new .data of each parameter and buffer"),
+    ):
+        other = replace(bench, layer=build(bench.subject, bench.dtype, seed=7))
+        with torch.no_grad():
+            y_of(other)
+        with during(how), torch.no_grad():
+            change(other.layer)
+            y = y_of(other)
+        bench.require_y(y, context=f" after {how}, in a layer that was in use")
+
+
+def _load_bare(source: nn.Module) -> Callable[[nn.Module], object]:
+    return lambda layer: layer.load_state_dict(dict(source.state_dict()))
+
+
+def _take_data(source: nn.Module) -> Callable[[nn.Module], None]:
+    def take(layer: nn.Module) -> None:
+        own = dict((*source.named_parameters(), *source.named_buffers()))
+        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+            tensor.data = own[name].detach().clone()
+
+    return take
 
 
 def cast(bench: Bench) -> None:

@@ -29,14 +29,15 @@ def new_tokens(bench: Bench) -> None:
         bench.layer.train(training)
         if training and is_noisy(bench):
             return
-        for gradients in (True, False)[not support.gradients :]:
-            for turn in range(3):
-                rows = torch.arange(T).roll(5 * turn)
-                memory.copy_(bench.x[rows])
-                mode = "training" if training else "eval"
-                where = f" in call {turn + 1} in {mode} mode with x at one address"
-                put_back(bench.layer, start)
-                _require_right(bench, _at_the_address_of(memory), rows, gradients, where)
+        ways = (True, False)[not support.gradients :]
+        for call, gradients in enumerate(ways * 3):  # by turns: one way may keep what the other then takes
+            rows = torch.arange(T).roll(5 * call)
+            memory.copy_(bench.x[rows])
+            mode = "training" if training else "eval"
+            how = "with gradients" if gradients else "without gradients"
+            where = f" in call {call + 1}, {how}, in {mode} mode with x at one address"
+            put_back(bench.layer, start)
+            _require_right(bench, _at_the_address_of(memory), rows, gradients, where)
 
 
 def _at_the_address_of(memory: Tensor) -> Tensor:

@@ -62,13 +62,17 @@ def _finite(bench: Bench, x: Tensor, where: str, gradients: bool) -> Tensor:
 def lengths(bench: Bench) -> None:
     """Be right without gradients for any few tokens, for powers of two, and for one token many times.
 
-    Of 2,560 tokens more than 2,048 visit one expert, which is as far as float16 counts.
+    Also for as many tokens as the layer has features, hidden units or experts, for which one may broadcast as
+    the other. Of 2,560 tokens more than 2,048 visit one expert, which is as far as float16 counts.
     """
     order = torch.arange(T)
     skewed = torch.cat([order.repeat(8), torch.zeros(72 * T, dtype=torch.int64)])
     with torch.no_grad():
         few = [order[:n] for n in FEW]
-        whole = [torch.arange(n) % T for n in POWERS]
+        weights = bench.expected.weights
+        parts = [part for part in (weights.experts, weights.shared) if part is not None]
+        own = {size for part in parts for w in (part.w_in, part.w_out) for size in w.shape}
+        whole = [torch.arange(n) % T for n in sorted({*POWERS, *own})]
         for rows in (*order.split(1), *few, order[:1].repeat(64), *whole, skewed):
             y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
             some = torch.arange(0, len(rows), max(1, len(rows) // T))  # comparing a report takes long

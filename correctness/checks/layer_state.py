@@ -22,6 +22,7 @@ from correctness.judging.layer_bench import (
     judged,
     weights_of,
 )
+from correctness.judging.layer_steps import is_noisy, require_own_gradients
 from correctness.oracle import layer as oracle
 from moe_impls.registry import one_line
 
@@ -160,3 +161,8 @@ def state(bench: Bench) -> None:
             tensor.zero_()
     copied = replace(bench, layer=apart)
     copied.require_y(copied.call(x).squeeze(0), context=" in a deepcopy after the original was written to")
+    support = bench.subject.support
+    if support.training and support.gradients:
+        apart.train()
+        if not is_noisy(copied):
+            require_own_gradients(copied, " in a deepcopy in training mode after the original was written to")

@@ -65,9 +65,11 @@ def leading_dimensions(bench: Bench) -> None:
     """Accept x of shape [D], [T, D], [B, S, D] or longer."""
     for shape in ((T,), (B, S), (S, B), (2, 2, S), ()):
         rows = slice(None) if shape else slice(5, 6)
-        with _told(len(shape) != 2, _declares("leading='batch_sequence'", "takes [B, S, D] only")):
-            y = bench.call(bench.x[rows].reshape(*shape, bench.x.shape[1]))
-        bench.require_y(y.reshape(-1, y.shape[-1]), rows, f" for x {[*shape, bench.x.shape[1]]}")
+        for mode, how in ((contextlib.nullcontext, ""), (torch.no_grad, " under no_grad")):
+            declares = _declares("leading='batch_sequence'", "takes [B, S, D] only")
+            with mode(), _told(len(shape) != 2, declares):
+                y = bench.call(bench.x[rows].reshape(*shape, bench.x.shape[1]))
+            bench.require_y(y.reshape(-1, y.shape[-1]), rows, f" for x {[*shape, bench.x.shape[1]]}{how}")
 
 
 def no_tokens(bench: Bench) -> None:
@@ -101,8 +103,10 @@ def tokens_apart(bench: Bench) -> None:
         for rows in groups:
             y = bench.call(bench.x[rows].unsqueeze(0)).squeeze(0)
             bench.require_y(y, rows, f" among {len(rows)} tokens, {rows[:3].tolist()}...")
-        y = bench.call(bench.x.unsqueeze(1)).squeeze(1)
-        bench.require_y(y, context=" with each token alone in its sequence")
+        for mode, how in ((contextlib.nullcontext, ""), (torch.no_grad, ", under no_grad")):
+            with mode():
+                y = bench.call(bench.x.unsqueeze(1)).squeeze(1)
+            bench.require_y(y, context=f" with each token alone in its sequence{how}")
 
 
 _REPORTS = (

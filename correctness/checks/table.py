@@ -28,6 +28,9 @@ _LOW = replace(_ZIPF, dtype=torch.bfloat16)
 _INTEGERS = catalogue.named("integers_empty")
 
 
+# What a low default dtype would round.
+_CANCELLING = replace(catalogue.named("integers_cancelling_pairs"), dtype=torch.bfloat16)
+_RELU_OUTPUT = tuple(replace(p, output_activation="relu") for p in (_ZIPF, _LOG))
 _BASIC = (_ZIPF, _LOW, _LOG, _INTEGERS)
 _MANY_TOKENS = replace(_ZIPF, name="many_tokens", T=1100)  # for which some have a path of their own
 # With other sizes and options, each once.
@@ -57,7 +60,7 @@ CHECKS: tuple[Check, ...] = (
     Check(values, catalogue.OPTIONS, fits=False),
     Check(output, catalogue.OUTPUT),
     Check(autograd.without_gradients, (*_VARIED, catalogue.named("zipf"))),
-    Check(repeated_calls.global_state, (_ZIPF, _LOW, _INTEGERS)),
+    Check(repeated_calls.global_state, (_ZIPF, _LOW, _INTEGERS, _CANCELLING)),
     Check(repeated_calls.deterministic, _VARIED, needs="deterministic"),
     Check(repeated_calls.every_call, (_ZIPF, _INTEGERS)),
     Check(repeated_calls.new_contents, (*_VARIED, replace(_INTEGERS, name="integers_80_experts", E=80))),
@@ -80,7 +83,7 @@ CHECKS: tuple[Check, ...] = (
     Check(autograd.gradients_accumulate, _VARIED, needs="gradients"),
     Check(
         non_finite_contained,
-        (_ZIPF, replace(_ZIPF, K=1, bias=False), _LOG, _INTEGERS, *_CONTAINED, _MANY_TOKENS),
+        (_ZIPF, replace(_ZIPF, K=1, bias=False), _LOG, _INTEGERS, *_CONTAINED, _MANY_TOKENS, *_RELU_OUTPUT),
     ),
     Check(memory.dirty_memory, _VARIED),
     Check(memory.recycled_memory, _VARIED),

@@ -104,6 +104,7 @@ PROBLEMS = (
     RouterProblem("one_expert_of_three", 3, _spec(1, "topk_softmax")),
     RouterProblem("one_renormalised", 7, _spec(1, renormalise=True, scale=0.5)),
     RouterProblem("all_experts", 7, _spec(7)),
+    RouterProblem("six_experts", 6, _spec(4)),  # no power of two, and few of them left where some are masked
     RouterProblem("all_experts_sigmoid", 5, _spec(5, "sigmoid", True)),
     RouterProblem("scale_not_renormalised", 24, _spec(3, "sigmoid", scale=2.5)),
     RouterProblem("scale_topk_softmax", 24, _spec(3, "topk_softmax", scale=0.25)),
@@ -202,5 +203,5 @@ ALL_DTYPES = tuple(
 
 # Checks whose cause lies in the score or in the choice of groups need no more than one problem of each kind.
 _ONE_OF_EACH = ("olmoe_1b_7b", "qwen3_30b_a3b", "notebook", "deepseek_v2", "deepseek_v3", "sigmoid_to_one",
-                "deepseek_v4_flash", "phi_3_5_moe", "epsilon_sigmoid")  # fmt: skip
+                "deepseek_v4_flash", "phi_3_5_moe", "epsilon_sigmoid", "six_experts")  # fmt: skip
 KINDS = tuple(problem for problem in PROBLEMS if problem.name in _ONE_OF_EACH)

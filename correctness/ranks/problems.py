@@ -11,7 +11,15 @@ import torch
 
 from correctness.problems import catalogue
 from correctness.problems.problem import Inputs, Problem
-from moe_impls.interface import ACTIVATIONS, COMBINES, OUTPUT_ACTIVATIONS, Routing, Support
+from moe_impls.interface import (
+    ACTIVATIONS,
+    CLAMPED,
+    COMBINES,
+    OUTPUT_ACTIVATIONS,
+    Clamp,
+    Routing,
+    Support,
+)
 
 SHARES = (3, 1, 4, 2)  # of the tokens, that ranks have where it is unequal
 
@@ -126,7 +134,7 @@ OPTIONS = tuple(
             output_activation=OUTPUT_ACTIVATIONS[n // 2 % 2],
             combine=COMBINES[(n // 2 + n) % 2],
             bias=n % 3 > 0,
-            clamp=catalogue.NEAR,
+            clamp=catalogue.NEAR if activation == CLAMPED else Clamp(),
         ),
         (2, 3, 4)[n % 3],
     )

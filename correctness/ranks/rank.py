@@ -31,9 +31,9 @@ from moe_impls.registry import one_line
 
 STACKS = signal.SIGUSR1  # asks for the stacks of all threads, which come even while one is blocked in C
 FOREVER = timedelta(hours=24)  # the pool, not gloo, ends what hangs
-# The ranks of a mesh of so many, in a world of 4, and another mesh of two, whose ranks differ by as much.
+# The ranks of a mesh of so many, in a world of 4, and another mesh of two, with a rank in both.
 MEMBERS = {1: (2,), 2: (1, 3), 3: (0, 1, 3), 4: (0, 1, 2, 3)}
-OTHER_TWO = (0, 2)
+OTHER_TWO = (0, 1)
 UNNAMED = (OTHER_TWO, MEMBERS[3])  # whose dimension has no name
 
 _meshes: dict[tuple[int, ...], DeviceMesh] = {}
