@@ -1,4 +1,4 @@
-"""What a distributed implementation is held to, at 2 and at 4 ranks.
+"""What a distributed implementation is held to, at 1 to 4 ranks.
 
 Results of all ranks are put together and judged as those of one process: against the one oracle, by the one
 budget, exact problems to the bit.
