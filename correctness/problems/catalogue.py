@@ -251,7 +251,7 @@ REPRESENTATIVE += tuple(
     for p in OPTIONS
     if p.activation not in {other.activation for other in REPRESENTATIVE}
     and (p.output_activation, p.combine) == ("none", "sum")
-    and p.dtype in (torch.float32, torch.bfloat16)
+    and p.dtype in (torch.float32, torch.float64)
 )
 
 
