@@ -86,10 +86,10 @@ _LARGER = (
 # For kernels that have a path for one token, for many, and for sizes that their tiles divide.
 _PATHS = (
     Problem("decode", T=1, D=19, H=16, O=15, E=7, K=3),
-    Problem("decode_of_many", T=2, D=14, H=12, O=11, E=64, K=2),
     Problem("prefill", T=3_001, D=15, H=14, O=13, E=4, K=2),
     Problem("all_128", T=40, D=128, H=128, O=128, E=3, K=2),
     Problem("tiles_of_64", T=40, D=192, H=128, O=256, E=3, K=2),
+    Problem("decode_of_many", T=2, D=14, H=12, O=11, E=64, K=2),
 )
 
 

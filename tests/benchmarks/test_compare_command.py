@@ -21,7 +21,7 @@ from correctness.problems.problem import Problem
 from reporting.provenance import ROOT
 
 QUICK = "--seconds=0.1"
-SLEEPS = "import time\n\ndef forward(x, routing, experts, *, combine='sum'):\n    time.sleep(0.003)\n    "
+SLEEPS = "import time\n\ndef forward(x, routing, experts, *, combine='sum'):\n    time.sleep(0.03)\n    "
 WRONG = "def forward(x, routing, experts, *, combine='sum'):\n    return 2 * "
 RIGHT = "sorted_dispatch.forward(x, routing, experts, combine=combine)\n"
 IMPORT = "from moe_impls import sorted_dispatch\n"
