@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_impls.functional import needs_gradients
+from moe_impls.functional import constant_in_graphs, needs_gradients
 from moe_impls.interface import (
     CLAMPED,
     GATED_ACTIVATIONS,
@@ -34,7 +34,7 @@ from moe_impls.interface import (
     Support,
     dtype_name,
 )
-from moe_impls.operators import constant_in_graphs, operator
+from moe_impls.operators import operator
 from moe_impls.processor import multiplies, processor
 from moe_impls.registry import resolve
 

@@ -6,6 +6,9 @@ What an implementation adds is how tokens reach their experts and come back. A *
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,3 +88,15 @@ def combine_slots(outputs: Tensor, gates: Tensor, combine: str) -> Tensor:
 def needs_gradients(*leaves: Tensor | None) -> bool:
     """Tell whether a call of these arguments is recorded for a backward."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let torch.compile call a function once, while it traces, and keep what it returns.
+
+    As torch.compiler.assume_constant_result does, which imports torch's compiler: seconds of every process.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -40,18 +40,6 @@ UNDONE = (
     DispatchKey.AutocastCPU,
     DispatchKey.AutocastCUDA,
 )
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def constant_in_graphs(function: F) -> F:
-    """Let torch.compile call a function once, while it traces, and keep what it returns.
-
-    As torch.compiler.assume_constant_result does, which imports torch's compiler: seconds of every process.
-    """
-    vars(function)["_dynamo_marked_constant"] = True
-    return function
 
 
 class _Call(NamedTuple):

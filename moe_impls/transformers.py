@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from moe_impls import registry
 from moe_impls.experts_module import Form, Refused, experts_of, form_of
-from moe_impls.functional import needs_gradients
+from moe_impls.functional import constant_in_graphs, needs_gradients
 from moe_impls.interface import Experts, Forward, Implementation, Routing
 from moe_impls.kept_layout import KeptLayout
-from moe_impls.operators import constant_in_graphs
 from moe_impls.router import without_sentinels
 
 __all__ = ["Refused", "Report", "calls", "experts_of", "refresh", "register", "unuse", "use"]

@@ -112,7 +112,7 @@ def test_a_finding_is_told_with_the_line_that_makes_its_problem_again(
     found, page = read(subjects.parent)
     assert (found["outcome"], found["complete"]) == ("wrong", True)
     (subject,) = found["subjects"]
-    assert subject["tests"]["failed"] == len(subject["findings"]) >= 3
+    assert subject["tests"]["failed"] == len(subject["findings"]) >= 2
     first = subject["findings"][0]
     assert first["check"] == "values"
     assert first["reproduce"].startswith("Problem(name=")

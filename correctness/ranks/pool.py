@@ -219,7 +219,7 @@ class Pool:
         told = [f"rank {rank} {how}" for rank, how in ended.items()]
         raised = {rank: value for rank, value in found.items() if isinstance(value, Raised)}
         if not ended:  # or what was raised is that the connection to it is closed
-            told += [f"rank {rank} raises {value.message}{value.lines}" for rank, value in raised.items()]
+            told += [_said([rank], value) for rank, value in raised.items()]
         if not waiting:
             return "; ".join(told)
         told.append(f"{_ranks(waiting)} did not return in {seconds:.0f} s")
@@ -264,15 +264,17 @@ def _ranks(ranks: list[int]) -> str:
 
 def _all_raised(found: dict[int, Any]) -> str:
     """Say what was raised or found: once, if it was the same everywhere."""
-    by_message: dict[tuple[bool, str], list[int]] = {}
+    by_value: dict[Raised, list[int]] = {}
     for rank, value in found.items():
         if isinstance(value, Raised):
-            by_message.setdefault((value.finding, value.message + value.lines), []).append(rank)
-    told = []
-    for (finding, text), ranks in by_message.items():
-        verb = ("find" if finding else "raise") + "s" * (len(ranks) == 1)
-        told.append(f"{_ranks(ranks)} {verb}{':' * finding} {text}")
-    return "; ".join(told)
+            by_value.setdefault(value, []).append(rank)
+    return "; ".join(_said(ranks, value) for value, ranks in by_value.items())
+
+
+def _said(ranks: list[int], value: Raised) -> str:
+    """Say which ranks raised or found something."""
+    verb = ("find" if value.finding else "raise") + "s" * (len(ranks) == 1)
+    return f"{_ranks(ranks)} {verb}{':' * value.finding} {value.message}{value.lines}"
 
 
 def _behind(begun: dict[int, dict[str, tuple[int, str]] | None], waiting: list[int]) -> list[str]:

@@ -113,6 +113,8 @@ def _judge(connection: Any, parent: int, folder: str, judges: Judges) -> None:
     die_with(parent)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     names = [name for name in sys.modules if name.partition(".")[0] in PROJECT]
+    if operators := sys.modules.get("moe_impls.operators"):
+        operators.LIBRARY._destroy()  # or those of the copy could not be registered
     for name in names:
         del sys.modules[name]
     os.chdir(folder)

@@ -237,7 +237,12 @@ def test_the_first_finding_of_several_processes_is_a_failure_and_no_interruption
 def test_what_a_subject_changes_in_one_test_is_not_found_by_the_next(
     pytester: pytest.Pytester, file: Path
 ) -> None:
-    run_pytest(pytester, f"--impl={file}:changes_a_setting", "-k", "values-all_ones-float32-gelu")
+    run_pytest(
+        pytester,
+        f"--impl={file}:changes_a_setting",
+        "-k",
+        "values-all_ones-float32 or values-all_ones-float64",
+    )
     found = Path(f"{file}.found").read_text(encoding="utf-8").split()
     assert found.count("highest") == 2  # tests: the sum, and the gates in log space
     assert len(found) > 2
@@ -462,15 +467,15 @@ def test_isolated_subjects_that_crash_fail_their_test_and_the_others_go_on(
         *("-k", "values-all_experts-float32-gelu-/ or values-aligned-float32 or evaluation or values-switch"),
     )
     assert done.ret == pytest.ExitCode.TESTS_FAILED
-    done.assert_outcomes(failed=2, passed=6)
+    done.assert_outcomes(failed=2, passed=5)
     done.stdout.fnmatch_lines_random(
         [
             f"{file}:segmentation_fault fails 'values': it ended its process by SIGSEGV",
             "  at *subjects.py:* in segmentation_fault",
             "  reproduce: Problem(name='all_experts', *",
             f"{file}:Layer fails 'evaluation': *KeyError*",
-            f"implementation {file}:segmentation_fault: 2 passed, 1 failed, 0 skipped; *",
-            "  failed: values 1 of 3",
+            f"implementation {file}:segmentation_fault: 1 passed, 1 failed, 0 skipped; *",
+            "  failed: values 1 of 2",
             "router moe_impls.router:route: 4 passed, 0 failed, 0 skipped; checks: 1, problems: 4",
         ]
     )

@@ -309,6 +309,8 @@ def test_a_layer_that_was_given_a_name_takes_no_other(tuned: Path, name: str) ->
 def test_a_peer_whose_package_is_missing_says_what_installs_it(
     monkeypatch: pytest.MonkeyPatch, name: str, package: str, by: str
 ) -> None:
+    for module in [module for module in sys.modules if module.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"moe_impls.peers.{name.partition('.')[0]}", raising=False)
     with pytest.raises(ResolveError, match=rf"{name} needs {package}.*: pip install {re.escape(by)}$"):

@@ -18,8 +18,8 @@ from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
 from moe_impls import MoE, RouterSpec, auto, operators, packed, recompute
+from moe_impls.functional import constant_in_graphs
 from moe_impls.interface import CLAMPED, Experts, Routing
-from moe_impls.operators import constant_in_graphs
 from moe_impls.registry import resolve
 from reporting.provenance import ROOT
 
