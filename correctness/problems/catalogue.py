@@ -33,7 +33,7 @@ def clamped(p: Problem) -> Problem:
     return replace(p, clamp=Clamp() if p.bias else DEEPSEEK_V4, x_scale=8.0)
 
 
-_OPTIONS = (ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES, (True, False), DTYPES)
+_OPTIONS = (DTYPES, ACTIVATIONS, OUTPUT_ACTIVATIONS, COMBINES, (True, False))
 
 
 def _half(*numbers: int) -> bool:
@@ -41,11 +41,12 @@ def _half(*numbers: int) -> bool:
     return sum(numbers) % 2 == 1
 
 
-# Options on one small problem: every combination of any four of the five.
+# Options on one small problem: every combination of any four of the five. Of float64 first, where an error is
+# the same on every processor.
 OPTIONS = tuple(
     clamped(replace(SMALL, activation=a, output_activation=o, combine=c, bias=b, dtype=d))
-    for a, o, c, b, d in itertools.product(*_OPTIONS)
-    if _half(*(of.index(choice) for of, choice in zip(_OPTIONS, (a, o, c, b, d), strict=True)))
+    for d, a, o, c, b in itertools.product(*_OPTIONS)
+    if _half(*(of.index(choice) for of, choice in zip(_OPTIONS, (d, a, o, c, b), strict=True)))
 )
 
 # Inputs far beyond the limits of swiglu_clamped, and outputs whose exp overflows float32.
