@@ -118,29 +118,26 @@ def round_trip(bench: Bench) -> None:
             bench.require_y(y_of(other), context=f" {how}")
         bench.require_y(y_of(other), context=f" {how}, with gradients")
     for change, how in (
-        (_load_bare(bench.layer), "a state dict without _metadata"),
-        (_take_data(bench.layer), "a new .data of each parameter and buffer"),
+        (_load_bare, "a state dict without _metadata"),
+        (_take_data, "a new .data of each parameter and buffer"),
     ):
         other = replace(bench, layer=build(bench.subject, bench.dtype, seed=7))
         with torch.no_grad():
             y_of(other)
         with during(how), torch.no_grad():
-            change(other.layer)
+            change(other.layer, bench.layer)
             y = y_of(other)
         bench.require_y(y, context=f" after {how}, in a layer that was in use")
 
 
-def _load_bare(source: nn.Module) -> Callable[[nn.Module], object]:
-    return lambda layer: layer.load_state_dict(dict(source.state_dict()))
+def _load_bare(layer: nn.Module, source: nn.Module) -> None:
+    layer.load_state_dict(dict(source.state_dict()))
 
 
-def _take_data(source: nn.Module) -> Callable[[nn.Module], None]:
-    def take(layer: nn.Module) -> None:
-        own = dict((*source.named_parameters(), *source.named_buffers()))
-        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-            tensor.data = own[name].detach().clone()
-
-    return take
+def _take_data(layer: nn.Module, source: nn.Module) -> None:
+    copies = held(source)
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        tensor.data = copies[name]
 
 
 def cast(bench: Bench) -> None:

@@ -28,13 +28,12 @@ def told(finding: str, results: dict[str, Tensor], spread: Spread) -> str:
 
 def _cause(name: str, got: Tensor, spread: Spread) -> str:
     want = reference(spread.problem).oracle.values[name].double()
-    if got.shape != want.shape:
+    if got.shape != want.shape or not got.numel():
         return ""
     for cause, other in _mistakes(name, want, spread):
         if not bool(other.isfinite().all()):  # log space without any slot
             continue
-        distance = (got.double() - other).abs().max() if got.numel() else torch.tensor(0.0)
-        off = (got.double() - want).abs().max() if got.numel() else torch.tensor(0.0)
+        distance, off = ((got.double() - t).abs().max() for t in (other, want))
         if distance <= NEAR * other.abs().max() and NEARER * distance <= off:
             return cause
     return ""
