@@ -31,6 +31,7 @@ class Check:
         subject must have, such as "prepare" or "losses"; several are joined by " and ".
     fits: options of the problems that a subject does not declare may be replaced by others that it does.
     drawn: in place of listed problems, Hypothesis' way to make some up for what is declared.
+    share: of the examples of Hypothesis' profile, how many are drawn.
     """
 
     function: Callable[..., dict[str, float] | None]
@@ -38,6 +39,7 @@ class Check:
     needs: str = ""
     fits: bool = True
     drawn: Callable[[Any], SearchStrategy[Any]] | None = None
+    share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -138,7 +140,8 @@ class Case:
         """
         check, kind = self.check, self.subject.kind
         if check.drawn and self.problem is None:
-            search(lambda problem: replace(self, problem=problem).run(), check.drawn(self.subject.support))
+            drawn = check.drawn(self.subject.support)
+            search(lambda problem: replace(self, problem=problem).run(), drawn, check.share)
             return {}
         where = "" if self.problem is None else kind.where(self.problem)
         with as_finding(f"{self.subject.name} fails {check.name!r}{where}", self.code()):

@@ -29,6 +29,7 @@ from correctness.checks.layer_gradients import (
     router_gradient,
     sizes,
 )
+from correctness.checks.layer_history import HISTORY
 from correctness.checks.layer_loaded import LOADED
 from correctness.checks.layer_losses import losses
 from correctness.checks.layer_modes import MODES
@@ -57,6 +58,7 @@ from correctness.checks.layer_values import (
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Bench, Layer
 from correctness.judging.layer_why import cause_of, misread
+from correctness.problems.histories import History
 from correctness.problems.layers import LayerProblem
 from moe_impls.layer_interface import LayerSupport
 from moe_impls.registry import one_line
@@ -95,11 +97,13 @@ CHECKS = (
     *MODES,
     *SIZES,
     *COMPILED,
+    *HISTORY,
 )
 
 
-def _bench(case: Case) -> tuple[Bench]:
-    return (Bench.of(case.subject.tested, case.problem.dtype),)
+def _bench(case: Case) -> tuple[Bench] | tuple[Bench, History]:
+    bench = Bench.of(case.subject.tested, case.problem.dtype)
+    return (bench, case.problem) if isinstance(case.problem, History) else (bench,)
 
 
 def _fit(subject: Subject, check: Check, problem: LayerProblem) -> LayerProblem:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,20 +16,34 @@ from correctness.judging.finding import CheckFailed
 P = TypeVar("P")
 
 
-def search(holds: Callable[[P], object], problems: SearchStrategy[P]) -> None:
+SHRINKING = 20.0  # seconds of processor time after the first failure
+
+
+def search(holds: Callable[[P], object], problems: SearchStrategy[P], share: float = 1.0) -> None:
     """Look for a problem on which ``holds`` raises CheckFailed, and raise it for the smallest such problem.
 
     The message ends with the first one found: it is larger, and the pattern of what is wrong may tell more.
+
+    Args:
+        problems: hashable ones.
+        share: of the examples of the profile, how many are tried.
     """
     failures: list[CheckFailed] = []
+    failing: set[P] = set()
+    end = math.inf
 
-    @settings(report_multiple_bugs=False)
+    @settings(report_multiple_bugs=False, max_examples=max(1, round(share * settings().max_examples)))
     @given(problems)
     def no_problem_fails(problem: P) -> None:
+        nonlocal end
+        if time.process_time() > end and problem not in failing:
+            return  # the smallest so far will do
         try:
             holds(problem)
         except CheckFailed as failure:
             failures.append(failure)
+            failing.add(problem)
+            end = min(end, time.process_time() + SHRINKING)
             raise
 
     try:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CannotTell, CheckFailed
 from correctness.oracle.layer import Terms
 from moe_impls.interface import dtype_name
 
@@ -26,6 +26,11 @@ NARROW = torch.float32
 def eps(dtype: torch.dtype) -> float:
     """Return the distance from 1 to the next larger number of a dtype."""
     return torch.finfo(dtype).eps
+
+
+def underflow(dtype: torch.dtype) -> float:
+    """Return how far roundings below the smallest normal number of a dtype may be off."""
+    return FACTOR * torch.finfo(dtype).smallest_normal * eps(dtype)
 
 
 def roundings(eps: float) -> float:
@@ -91,14 +96,14 @@ def entry_budgets(right: Terms, plain: Terms, dtype: torch.dtype) -> dict[str, T
     """Return how far each entry may be off, by name: FACTOR * max(eps, worst plain error) * scale.
 
     Raises:
-        CheckFailed: the plain computation overflows, and such a budget would let anything pass.
+        CannotTell: the plain computation overflows, and such a budget would let anything pass.
     """
     budgets = {}
     for name, want in right.values.items():
         lost = relative_errors(plain.values[name], want, right.scale[name])
         allowed = allowed_error(lost, dtype, dtype)
         if math.isinf(allowed):
-            raise CheckFailed(f"a plain computation of {name} in {dtype_name(dtype)} overflows")
+            raise CannotTell(f"a plain computation of {name} in {dtype_name(dtype)} overflows")
         budgets[name] = allowed * right.scale[name].expand_as(want)
     return budgets
 

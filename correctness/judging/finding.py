@@ -18,6 +18,10 @@ class CheckFailed(AssertionError):
         self.fractions = fractions or {}
 
 
+class CannotTell(CheckFailed):
+    """What is right cannot be told: no choice of experts is clear, or a plain computation overflows."""
+
+
 def what(name: str) -> str:
     """Put the name of a result into words: y, or the gradient of an input."""
     return "y" if name == "y" else f"the gradient of {name}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from correctness.judging.budget import entry_budgets, relative_errors
+from correctness.judging.budget import entry_budgets, relative_errors, underflow
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_made import Layer, build, copies_of, draw  # noqa: F401
 from correctness.judging.layer_routing import dropped_slots
@@ -53,11 +54,19 @@ def expected(subject: Layer, dtype: torch.dtype) -> Expected:
 
 
 def expected_of(
-    subject: Layer, twin: nn.Module, dtype: torch.dtype, gradients: bool = True, tokens: int = T
+    subject: Layer,
+    twin: nn.Module,
+    dtype: torch.dtype,
+    gradients: bool = True,
+    tokens: int = T,
+    like: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Expected:
-    """Return the oracle's answer, on so many tokens, for a layer whose twin in float64 that is."""
+    """Return the oracle's answer, on so many tokens, for a layer whose twin in float64 that is.
+
+    like: makes the tokens of normal ones [N, D].
+    """
     weights = weights_of(subject, twin)
-    x, ids = draw_tokens(weights, dtype, subject.logits_dtype(dtype), tokens)
+    x, ids = draw_tokens(weights, dtype, subject.logits_dtype(dtype), tokens, like)
     generator = torch.Generator().manual_seed(2)
     dy = torch.randn(tokens, weights.experts.w_out.shape[1], generator=generator).to(dtype)
     bare = Expected(x, ids, is_swayed(x, weights), dy, {}, {}, weights)
@@ -241,7 +250,7 @@ class Bench:
 
     def require(self, name: str, got: Tensor, want: Tensor, allowed: Tensor, context: str = "") -> None:
         """Raise CheckFailed unless each entry is within its budget."""
-        ratio = relative_errors(got.detach().cpu(), want, allowed)
+        ratio = relative_errors(got.detach().cpu(), want, allowed, underflow(got.dtype))
         if not ratio.numel() or float(ratio.max()) <= 1:
             return
         index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))

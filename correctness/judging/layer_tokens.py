@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CannotTell
 from correctness.oracle import layer as oracle
 from correctness.problems.inputs import near_kink
 from correctness.problems.problem import LOW_PRECISION, Inputs, Problem
@@ -36,20 +38,30 @@ def _problem(experts: Experts, K: int | None, dtype: torch.dtype) -> Problem:
 
 
 def draw_tokens(
-    weights: LayerWeights, dtype: torch.dtype, logits_dtype: torch.dtype = torch.float32, tokens: int = T
+    weights: LayerWeights,
+    dtype: torch.dtype,
+    logits_dtype: torch.dtype = torch.float32,
+    tokens: int = T,
+    like: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``tokens`` tokens [T, D], and choose their experts [T, K].
 
     The choice of each is clear with logits in ``logits_dtype`` and, where gradients are compared, none is
     near a kink. In low precision with logits in float32, up to half of them are such that logits rounded to
     that precision lead to other experts.
+
+    Args:
+        like: makes them of normal ones [N, D].
+
+    Raises:
+        CannotTell: too few random tokens are such.
     """
     generator = torch.Generator().manual_seed(1)
     swayed_wanted = dtype in LOW_PRECISION and logits_dtype == torch.float32
     D, found = weights.router_weight.shape[1], 0
     xs, ids = [], []
     for _ in range(ROUNDS):
-        x = torch.randn(128 * tokens if swayed_wanted else 2 * tokens, D, generator=generator).to(dtype)
+        x = like(torch.randn(128 * tokens if swayed_wanted else 2 * tokens, D, generator=generator)).to(dtype)
         if swayed_wanted:
             x = torch.cat([x[is_swayed(x, weights)][: tokens // 2], x[:tokens]])
         chosen, good = oracle.choose(x, weights, logits_dtype)
@@ -60,7 +72,7 @@ def draw_tokens(
         found += int(good.sum())
         if found >= tokens:
             return torch.cat(xs)[:tokens], torch.cat(ids)[:tokens]
-    raise CheckFailed(
+    raise CannotTell(
         f"only {found} of {2 * tokens * ROUNDS} random tokens have a clear choice of experts: "
         "read(layer).router_weight may be zero or equal for several experts"
     )
