@@ -16,6 +16,7 @@ from correctness.judging.layer_steps import (
     as_it_is,
     during,
     held,
+    is_noisy,
     put_back,
     require_own_gradients,
     same,
@@ -64,6 +65,7 @@ def merged(bench: Bench) -> None:
             merge()
         with torch.no_grad():
             bench.require_y(y_of(bench), context=f" merged{turn}")
+        _require_merged_in_training(bench, turn)
         with during("unmerge()"), torch.no_grad():
             unmerge()
         bench.require_y(y_of(bench), context=f" after unmerge(){turn}")
@@ -76,6 +78,17 @@ def merged(bench: Bench) -> None:
     saved = bench.layer.state_dict()
     where = " of a layer that was merged when it loaded the state dict of one that is not"
     _require_or_refused(other, lambda: other.layer.load_state_dict(saved), where)
+
+
+def _require_merged_in_training(bench: Bench, turn: str) -> None:
+    """Raise CheckFailed unless a merged layer, which train() may unmerge, is right in training mode, too."""
+    if not bench.subject.support.training:
+        return
+    bench.layer.train()
+    if not is_noisy(bench):
+        with torch.no_grad():
+            bench.require_y(y_of(bench), context=f" merged{turn}, in training mode")
+    bench.layer.eval()
 
 
 def _method(layer: nn.Module, name: str) -> Callable[[], object]:

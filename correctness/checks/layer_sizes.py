@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from correctness.checks.case import Check
+from correctness.judging.budget import relative_errors
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import COPIES, B, Bench, S, T, call_of, reached
+from correctness.judging.layer_bench import COPIES, B, Bench, S, T, call_of, judged, reached
 from correctness.judging.layer_steps import gradients_of, require_gradients, step
+from correctness.oracle import layer as oracle
 from correctness.problems.layers import LayerProblem
 
 MANY = 65_536  # tokens, up to which a count in 16 bits or a grid of blocks goes
 FEW = range(2, 10)  # tokens, for which a decoding layer may have a path of its own
 POWERS = [2**n for n in range(6, 13)]  # tokens, of which tiles and chunks leave no rest
 LARGE = 64  # times a logit, of which the exponential then is infinite
+CHOICES = 5000  # of experts, which are all tried
 LIMIT = 2**30  # bytes of one tensor [T, E, F], which a plain layer may well make
 
 
 def padding(bench: Bench) -> None:
     """Be finite for a token of zeros, as padding is, and for large logits, and leave other tokens right.
 
-    A token of zeros is right, too, where experts without biases make it zeros whatever experts it visits.
+    A token of zeros is right, too, for one of the choices of experts that equal logits leave; where experts
+    have no biases it is zeros whatever it visits.
     """
     weights, gradients = bench.expected.weights, bench.subject.support.gradients
     x, sound = bench.x, torch.arange(T) != 3
@@ -36,6 +42,8 @@ def padding(bench: Bench) -> None:
         )
         if plain and weights.combine == "sum" and bool(y[3].any()):
             raise CheckFailed(f"y[3] of a token of zeros is {y[3].tolist()}, right is 0")
+        if bench.subject.routing is None:
+            _require_some_choice(bench, x[3:4].cpu(), y[3])
     if (
         weights.router.score == "softmax" and weights.combine == "sum"
     ):  # another may come to zero, and have no gradient there
@@ -44,6 +52,25 @@ def padding(bench: Bench) -> None:
             for name in names:
                 dict(bench.layer.named_parameters())[name].mul_(LARGE)
         _finite(bench, bench.x, f" with logits {LARGE} times as large", gradients)
+
+
+def _require_some_choice(bench: Bench, x: Tensor, y: Tensor) -> None:
+    """Raise CheckFailed unless y [O] is right for x [1, D] and some of its experts, where these are few."""
+    weights, logits_dtype = bench.expected.weights, bench.subject.logits_dtype(bench.dtype)
+    E, K = len(weights.router_weight), weights.router.top_k
+    ids, is_clear = oracle.choose(x, weights, logits_dtype)
+    if not bool(is_clear.all()):
+        if math.comb(E, K) > CHOICES:
+            return
+        ids = torch.combinations(torch.arange(E), K)
+    want, allowed = judged(x.expand(len(ids), -1), ids, weights, None, bench.dtype, logits_dtype)
+    errors = relative_errors(y.detach().cpu().expand_as(want["y"]), want["y"], allowed["y"]).amax(dim=1)
+    if float(errors.min()) > 1:
+        near = ids[errors.argmin()].tolist()
+        raise CheckFailed(
+            f"y[3] of a token of zeros is {y.tolist()}, which is right for no choice of {K} of {E} experts; "
+            f"nearest is {want['y'][errors.argmin()].tolist()} of experts {near}"
+        )
 
 
 def _finite(bench: Bench, x: Tensor, where: str, gradients: bool) -> Tensor:
