@@ -157,6 +157,7 @@ _EXACT = (
     replace(_INTEGERS, name="integers_cancelling", T=24, D=6, H=5, O=16, E=5, K=3, gates="cancelling"),
     replace(_INTEGERS, name="integers_cancelling_pairs", T=60, D=6, H=5, O=16, E=7, K=6, gates="cancelling"),
     replace(_INTEGERS, name="integers_12_choices", T=30, D=6, H=5, O=16, E=13, K=12, gates="cancelling"),
+    replace(_INTEGERS, name="integers_all_but_one", T=37, E=5, K=5, load="one_differs"),
     replace(_INTEGERS, name="integers_many", T=600, D=10, H=6, O=7, E=300, K=2, bias=False, load="zipf"),
 )
 _CANCELLING = tuple(p for p in _EXACT if p.gates == "cancelling")

@@ -19,7 +19,7 @@ from correctness.oracle.experts import act, act_derivative, hidden_and_output
 from correctness.problems.declared_routers import fitting
 from correctness.problems.gates import GATES
 from correctness.problems.inputs import make_inputs
-from correctness.problems.loads import LOADS
+from correctness.problems.loads import LOADS, TRAPS
 from correctness.problems.problem import (
     EXACT_CLAMP,
     LEAST_WITHOUT_BIAS,
@@ -104,7 +104,7 @@ def problems(draw: st.DrawFn, support: Support, device: str = "cpu") -> Problem:
         gates.remove("zero_rows")  # whose gradients are no numbers
     p = replace(
         p,
-        load=_choose(draw, "load", LOADS, p.load),
+        load=_choose(draw, "load", LOADS | TRAPS, p.load),
         gates=_choose(draw, "gates", gates, p.gates),
         low_gates=_choose(draw, "low_gates", (False, True)) if may_be_low else False,
         seed=draw(st.integers(0, 999)),

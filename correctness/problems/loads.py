@@ -55,6 +55,13 @@ def _router(p: Problem, g: torch.Generator) -> Tensor:
     return (tokens @ torch.randn(features, p.E, generator=g, dtype=torch.float64)).topk(p.K, dim=1).indices
 
 
+def _one_differs(p: Problem, g: torch.Generator) -> Tensor:
+    """Send each token to the experts 0 to K - 1, in this order, but one in the middle to any in any order."""
+    ids = torch.arange(p.K).repeat(p.T, 1)
+    ids[p.T // 2 : p.T // 2 + 1] = torch.randperm(p.E, generator=g)[: p.K]
+    return ids
+
+
 Load = Callable[[Problem, torch.Generator], Tensor]
 
 
@@ -80,6 +87,8 @@ LOADS: dict[str, Load] = {
     "bursts": _bursts,
     "router": _router,
 }
+# Loads that are not measured: a sample of their tokens says something about all of them that is wrong.
+TRAPS: dict[str, Load] = {"one_differs": _one_differs}
 
 
 def _hot_experts(number: str) -> Load:
@@ -120,7 +129,9 @@ FAMILIES: dict[str, Callable[[str], Load]] = {
     "hot_experts": _hot_experts,
     "experts": _experts,
 }
-LOAD_NAMES = f"{', '.join(LOADS)}, zipf_<exponent below 10>, hot_experts_<number> and experts_<first>-<last>"
+LOAD_NAMES = (
+    f"{', '.join(LOADS | TRAPS)}, zipf_<exponent below 10>, hot_experts_<number> and experts_<first>-<last>"
+)
 
 
 def load_named(name: str, argument: str = "load") -> Load:
@@ -129,8 +140,8 @@ def load_named(name: str, argument: str = "load") -> Load:
     Raises:
         ValueError: there is none; the message names the ``argument`` and the loads that there are.
     """
-    if name in LOADS:
-        return LOADS[name]
+    if name in (known := LOADS | TRAPS):
+        return known[name]
     family, _, number = name.rpartition("_")
     if family in FAMILIES:
         with contextlib.suppress(ValueError):
