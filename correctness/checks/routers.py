@@ -95,17 +95,20 @@ def call(route: Router, logits: Tensor, spec: RouterSpec, selection_bias: Tensor
             raise CheckFailed(f"expert_ids[{t}] is {row}; the ids of a row must be distinct")
         if len({e // (E // spec.groups) for e in row}) > spec.keep_groups:
             found = f"expert_ids[{t}] is {row}: more than {spec.keep_groups} groups of {E // spec.groups}"
-            raise CheckFailed(found + _groups_hint(Routed(logits, selection_bias, spec, ids, gates)))
+            raise CheckFailed(found + _groups_hint(Routed(logits, selection_bias, spec, ids, gates), t))
     return Routing(ids, gates)
 
 
-def _groups_hint(routed: Routed) -> str:
-    """Name the mistake that leads to experts of too many groups; empty if there is none."""
+def _groups_hint(routed: Routed, t: int) -> str:
+    """Name the mistake that leads token t to experts of too many groups; empty if there is none."""
     logits, bias, spec, *_ = routed
     if not bool(logits.isfinite().all()):
         return ""
     right = [oracle.select(z, spec, bias, eps(torch.float32)) for z in logits.detach().double()]
-    return choice_hint(routed, right)
+    hint = choice_hint(routed, right)
+    if hint or right[t][1]:
+        return hint
+    return f"{HINT}groups tie here: a threshold at the last kept one keeps more than {spec.keep_groups}"
 
 
 def _require_gates(
@@ -224,11 +227,17 @@ def _require_gradient(got: Tensor, routing: Routing, problem: RouterProblem) -> 
 
 
 def ties(route: Router, problem: RouterProblem) -> None:
-    """Choose valid, distinct experts where scores are equal, the same in each call, with right gates."""
+    """Choose valid, distinct experts where scores are equal, the same in each call, with right gates.
+
+    All are, or many, or one in each group, so that the groups are equal, too.
+    """
     logits, bias, _ = make_router_inputs(problem)
     equal = logits.clone()
     equal[::2] = 0
     equal[1::2] = equal[1::2].clamp(-0.5, 0.5).round()  # -1, 0 and 1 at most
+    size = logits.shape[1] // problem.spec.groups
+    for t in range(0, problem.T, 4):
+        equal[t, t % size :: size] = 1
     bias = None if bias is None else torch.zeros_like(bias)
     routing = call(route, equal, problem.spec, bias)
     _require_gates(routing, equal, problem.spec)

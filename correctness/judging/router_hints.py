@@ -177,7 +177,8 @@ def choice_hint(routed: Routed, choices: Sequence[tuple[list[int], bool]]) -> st
         agrees = all(set(chosen) == rows[t] for t, (chosen, clear) in found.items() if clear)
         if agrees and any(found[t][1] for t in wrong):
             return f"{HINT}this is the choice {text}; the spec is {spec}"
-    if spec.groups > 1 and all(_is_masked_with_zero(routed, t) for t in (*wrong, *others)):
+    as_zero = {t: _is_masked_with_zero(routed, t) for t in (*wrong, *others) if spec.groups > 1}
+    if all(found is not False for found in as_zero.values()) and any(as_zero.get(t) for t in wrong):
         return (
             f"{HINT}experts of other groups must be masked with -inf, not with 0, above which experts of the "
             f"best groups may not be; the spec is {spec}"
@@ -192,18 +193,23 @@ def choice_hint(routed: Routed, choices: Sequence[tuple[list[int], bool]]) -> st
     return ""
 
 
-def _is_masked_with_zero(routed: Routed, t: int) -> bool:
-    """Tell whether a token visits experts that are best where those of other groups rank as 0."""
+def _is_masked_with_zero(routed: Routed, t: int) -> bool | None:
+    """Tell whether a token visits experts that are best where those of other groups rank as 0.
+
+    None: the groups are tied, so that it may visit others.
+    """
     logits, bias, spec, ids, _ = routed
     z = logits[t].detach().double()
     rank = oracle.scores(z, spec) if bias is None else _rank(z, spec, bias)
     candidates = len(z) // spec.groups * spec.keep_groups
     kept, clear = oracle.select(z, replace(spec, top_k=candidates), bias, eps(torch.float32))
+    if not clear:
+        return None
     masked = torch.zeros_like(rank)
     masked[kept] = rank[kept]
     best = masked.sort(descending=True).values[: spec.top_k]
     got = masked[ids[t]].sort(descending=True).values
-    return not clear or bool((got - best).abs().max() <= PRECISION * rank.abs().max())
+    return bool((got - best).abs().max() <= PRECISION * rank.abs().max())
 
 
 def _rank(z: Tensor, spec: RouterSpec, bias: Tensor) -> Tensor:
