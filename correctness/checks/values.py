@@ -81,4 +81,9 @@ def _finite_differences(check: Callable[..., bool], subject: Implementation, pro
     try:
         check(call, leaves)
     except GradcheckError as error:
-        raise CheckFailed(f"{error}\n  reproduce: {problem.code()}") from error
+        of = f"activation {problem.activation}, outputs {problem.output_activation}, {problem.combine}"
+        inputs_are = ", ".join(f"{n} {name}" for n, name in enumerate(names))
+        raise CheckFailed(
+            f"gradients differ from finite differences with {of}: {error}\n"
+            f"  inputs: {inputs_are}\n  reproduce: {problem.code()}"
+        ) from error
