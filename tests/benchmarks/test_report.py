@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from benchmarks.__main__ import main
@@ -129,3 +130,17 @@ def test_the_readmes_plot_and_table_are_those_of_a_committed_report() -> None:
     assert f"]({Path(plot).name})" in path.read_text(encoding="utf-8")
     rows = [line for line in readme.partition(linked)[2].partition("```")[0].splitlines() if line[:1] == "|"]
     assert rows and set(rows) <= set(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_readmes_ratios_of_models_are_those_of_the_committed_run() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cells = pd.read_csv(ROOT / "results" / "model.csv")
+    uses = [*dict.fromkeys(cells.use.sort_values())]
+    wanted = {
+        f"| {model}, E = {uses_of.E.iloc[0]} | "
+        + " | ".join(f"{c.ratio:.2f} ({c.low:.2f} to {c.high:.2f})" for c in uses_of.itertuples())
+        + " |"
+        for model, uses_of in cells.sort_values("use").groupby("model")
+    }
+    assert f"| | {' | '.join(uses)} |" in readme.splitlines()
+    assert {line for line in readme.splitlines() if ", E = " in line} == wanted
