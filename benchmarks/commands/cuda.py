@@ -1,8 +1,8 @@
 """``python -m benchmarks cuda``: verify, measure and profile on a GPU, the most important first, in time.
 
 Every step is one of this project's own commands in a process of its own, with its output in a log. The same
-command with the same folder does what is left: a sweep goes on with the row after the last on disk, any other
-step whose time was up begins again, and what failed is tried again after all else.
+command with the same folder does what is left: a sweep goes on with the row after the last on disk, and what
+failed, or would begin again after its time was up, is tried again after all else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,7 +61,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """How a step ended: finished, failed (its command said so) or stopped (its time was up)."""
+    """How a step ended: finished, failed (its command said so) or stopped (its time was up).
+
+    Of one that this command was killed in the last word is begun.
+    """
 
     step: str
     status: str
@@ -189,11 +192,17 @@ def do_steps(
     with journal.opened(folder / STEPS, Done, {n: found[n] for n in ("device", "device_name")}) as begun:
         write_atomically(folder / "environment.json", (json.dumps(found, indent=1) + "\n").encode())
         done = {row.step: row for row in begun.rows}  # of a step that was done again the last
+        if begun.rows and begun.rows[-1].status == "begun":
+            done[begun.rows[-1].step] = _killed(begun.rows, folder)
 
         def failed(step: Step) -> bool:
             return step.name in done and done[step.name].status == "failed"
 
-        for step in sorted(planned, key=failed):
+        def comes_last(step: Step) -> bool:
+            stopped = step.name in done and done[step.name].status == "stopped"
+            return failed(step) or (stopped and not step.is_sweep)
+
+        for step in sorted(planned, key=comes_last):
             before = done.get(step.name)
             if before and (before.status == "finished" or (failed(step) and step.may_fail)):
                 tell(f"{step.name}: {before.status} before")
@@ -202,6 +211,7 @@ def do_steps(
             if seconds < LEAST_S:
                 tell(f"{step.name}: no time is left for it")
                 continue
+            begun.append(Done(step.name, "begun", 0.0))
             done[step.name] = now = _run(step, folder, seconds, before)
             begun.append(now)
             tell(f"{step.name}: {now.status} after {now.seconds:.0f} s")
@@ -216,6 +226,14 @@ def do_steps(
             went_well = False
         _pack(folder, pack)
     return went_well
+
+
+def _killed(rows: Sequence[Done], folder: Path) -> Done:
+    """Return the last row, of a step that was killed, with the file of its sweep: one that no row names."""
+    named = [row.csv for row in rows if row.csv]
+    left = sorted(path.name for path in folder.glob("*.csv") if path.name not in named)
+    before = [row.csv for row in rows if row.step == rows[-1].step and row.csv]
+    return replace(rows[-1], csv=(left or before or [""])[-1])
 
 
 def _pack(folder: Path, pack: Path | None) -> None:

@@ -67,7 +67,49 @@ def test_a_step_whose_time_is_up_is_ended_and_done_again_and_one_that_fails_is_t
     planned = [mended, slow, finding]
     assert cuda.do_steps(planned, tmp_path, "cpu", 1.0, tell=told.append)
     second = [line.partition(" after")[0] for line in told]
-    assert second == ["slow: stopped", "wrong: finished", "finding: failed before"]
+    assert second == ["wrong: finished", "slow: stopped", "finding: failed before"]
+
+
+def test_a_step_that_would_begin_again_waits_for_those_that_were_not_begun(tmp_path: Path) -> None:
+    made = cuda.environment("cpu")
+    with journal.opened(
+        tmp_path / cuda.STEPS, cuda.Done, {n: made[n] for n in ("device", "device_name")}
+    ) as steps:
+        steps.append(cuda.Done("first", "begun", 0.0))
+        steps.append(cuda.Done("first", "stopped", 9.0))
+    told: list[str] = []
+    quick = ("timeit", "-n1", "-r1", "1")
+    cuda.do_steps(
+        [Step("first", quick, 0.9), Step("second", quick, 0.9)], tmp_path, "cpu", 1.0, tell=told.append
+    )
+    assert [line.partition(" after")[0] for line in told] == ["second: finished", "first: finished"]
+
+
+def test_a_sweep_that_was_killed_goes_on_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cuda.environment("cpu")
+    with journal.opened(
+        tmp_path / cuda.STEPS, cuda.Done, {n: made[n] for n in ("device", "device_name")}
+    ) as steps:
+        for row in (
+            cuda.Done("one", "begun", 0.0),
+            cuda.Done("one", "stopped", 9.0, None, "a.csv"),
+            cuda.Done("two", "begun", 0.0),
+        ):
+            steps.append(row)
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).touch()
+    goes_on: dict[str, str] = {}
+
+    def run(step: Step, folder: Path, seconds: float, before: cuda.Done | None) -> cuda.Done:
+        goes_on[step.name] = before.csv if before else ""
+        return cuda.Done(step.name, "finished", 1.0)
+
+    monkeypatch.setattr(cuda, "_run", run)
+    sweep = ("pytest", "benchmarks")
+    cuda.do_steps([Step(n, sweep, 0.2) for n in ("one", "two", "three")], tmp_path, "cpu", 1.0)
+    assert goes_on == {"one": "a.csv", "two": "b.csv", "three": ""}
 
 
 def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

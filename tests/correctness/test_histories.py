@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,7 +69,10 @@ def test_five_hundred_histories_reach_every_change_and_kind_of_call() -> None:
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_layers_pass(name: str) -> None:
-    assert findings(RIGHT[name], HISTORY) == {}
+    """A part of the histories and numbers; those of the project's own layers are all tried."""
+    listed, any_history = HISTORY
+    some = replace(listed, problems=listed.problems[::2]), replace(any_history, share=0.1)
+    assert findings(RIGHT[name], some) == {}
 
 
 def test_all_numbers_are_listed() -> None:
