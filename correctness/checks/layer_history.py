@@ -31,6 +31,9 @@ SHARE = 0.6  # of the examples of a generated check of implementations: each has
 
 def any_history(bench: Bench, history: History) -> None:
     """Be right in each call of a history of calls and changes that nobody thought of."""
+    if not bench.subject.merge:
+        steps = tuple(step for step in history.steps if step != "merge() and unmerge()")
+        history = replace(history, steps=steps)
     run = _Run(bench, history)
     for number, event in enumerate(history.steps, 1):
         so_far = replace(history, steps=history.steps[:number])
@@ -136,11 +139,10 @@ class _Run:
         return x.view(*shapes[call.shape], D)
 
     def change(self, what: str, number: int) -> None:
-        """Make a change, where the layer takes it."""
+        """Make a change."""
         bench = self.bench
         if what == "merge() and unmerge()":
-            if bench.subject.merge:
-                self._merge()
+            self._merge()
         elif what.startswith("new numbers") or what == "new .data":
             self._draw(what, number)
         elif what == "a deepcopy":

@@ -22,7 +22,7 @@ from correctness.judging.layer_bench import (
     judged,
     weights_of,
 )
-from correctness.judging.layer_steps import is_noisy, require_own_gradients
+from correctness.judging.layer_steps import is_noisy, require_own_gradients, same
 from correctness.oracle import layer as oracle
 from moe_impls.registry import one_line
 
@@ -31,7 +31,7 @@ def every_parameter_counts(bench: Bench) -> None:
     """Follow new numbers in each parameter with the output that is right for them.
 
     A parameter that `read` ignores is a finding unless it is named in training_only, and such a one must not
-    change the output.
+    change the output. So is a buffer of one number an expert that does.
     """
     subject, x = bench.subject, bench.expected.x
     twin = build(subject, bench.dtype).to("cpu", torch.float64)
@@ -76,6 +76,28 @@ def every_parameter_counts(bench: Bench) -> None:
                 bench.require_y(y, context=f" after new numbers in {name}, which is for training only")
             parameter.copy_(old)
             wide[name].copy_(old.double())
+    if bench.subject.support.deterministic:
+        _require_buffers_read(bench)
+
+
+def _require_buffers_read(bench: Bench) -> None:
+    """Raise CheckFailed if y depends on a buffer of one number an expert that `read` does not look at."""
+    E = len(bench.expected.weights.router_weight)
+    unread = {*dict(bench.layer.named_buffers())} - {*bench.subject.buffers_read}
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        first = bench.call(bench.x.unsqueeze(0))
+        for name, buffer in bench.layer.named_buffers():
+            if name in unread and buffer.is_floating_point() and buffer.numel() == E:
+                old = buffer.clone()
+                buffer.add_(torch.randn(buffer.shape, generator=generator).to(buffer))
+                y = bench.call(bench.x.unsqueeze(0))
+                buffer.copy_(old)
+                if not same(y, first):
+                    raise CheckFailed(
+                        f"read(layer) returns nothing made of the buffer {name}, on which y depends; is it "
+                        "selection_bias?"
+                    )
 
 
 def mode_switched(bench: Bench) -> None:

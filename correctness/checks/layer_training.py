@@ -11,14 +11,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from correctness.checks.case import Check
 from correctness.judging import layer_reported
 from correctness.judging.budget import allowed_by_differences, eps, roundings
 from correctness.judging.finding import CheckFailed
-from correctness.judging.layer_bench import COPIES, B, Bench, S, T, build, call_of, trained
+from correctness.judging.layer_bench import COPIES, B, Bench, S, T, build, call_of, draw, trained
 from correctness.judging.layer_steps import (
+    SEEDS,
     Step,
     as_it_is,
     during,
@@ -75,6 +77,30 @@ def training(bench: Bench) -> None:
         with during("in training mode"):
             found = gradients_of(dropping, tokens=tokens, x_wanted=x_wanted)
         require_gradients(dropping, found, context)
+
+
+def training_only(bench: Bench) -> None:
+    """Depend in training on each parameter that training_only names, in y or in what comes with it."""
+    layer = bench.layer.train()
+    x, before = bench.x.repeat(8, 1).unsqueeze(0), held(layer)
+    parameters, generator = dict(layer.named_parameters()), torch.Generator().manual_seed(9)
+
+    def results() -> list[Tensor]:
+        """Call the layer from each seed; all tensors that it returns."""
+        found = []
+        for seed in SEEDS:
+            with torch.no_grad(), seeded(layer, seed):
+                found += [t for t in pytree.tree_leaves(layer(x)) if isinstance(t, Tensor)]
+            put_back(layer, {n: t for n, t in before.items() if n not in parameters})
+        return found
+
+    first = results()
+    for name in bench.subject.read(layer).training_only:
+        with torch.no_grad():
+            parameters[name].copy_(draw(parameters[name], generator))
+        if all(map(same, results(), first)):
+            raise CheckFailed(f"training_only names {name}, on which nothing depends in training mode either")
+        put_back(layer, before)
 
 
 def _noisy(bench: Bench) -> None:
@@ -267,4 +293,5 @@ TRAINING = (
     Check(training, _FLOAT32, needs="training"),
     Check(recomputed, _FLOAT32, needs="training and gradients"),
     Check(after_training, _FLOAT32, needs="training"),
+    Check(training_only, _FLOAT32, needs="training and training_only"),
 )

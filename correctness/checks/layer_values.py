@@ -45,7 +45,14 @@ def half_precision(bench: Bench) -> None:
 
 def double_precision(bench: Bench) -> None:
     """Return the right y in float64, where the budget leaves room for a router that works in float32."""
-    values(bench)
+    try:
+        values(bench)
+    except CheckFailed as failure:
+        if failure.__cause__ is None:
+            raise
+        others = ", ".join(str(dtype) for dtype in bench.subject.support.dtypes if dtype != bench.dtype)
+        declares = _declares(f"dtypes=({others},)", "takes no float64")
+        raise CheckFailed(f"{failure}\n  hint: {declares}") from failure.__cause__
 
 
 def strides(bench: Bench) -> None:

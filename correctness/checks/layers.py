@@ -57,9 +57,11 @@ from correctness.checks.layer_values import (
 )
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import Bench, Layer
-from correctness.judging.layer_why import cause_of, misread
-from correctness.problems.histories import History
+from correctness.judging.layer_why import cause_of, is_mixed, is_unsteady, misread
+from correctness.problems.histories import OF_LOGITS, History
 from correctness.problems.layers import LayerProblem
+from correctness.problems.problem import LOW_PRECISION
+from moe_impls.interface import dtype_name
 from moe_impls.layer_interface import LayerSupport
 from moe_impls.registry import one_line
 
@@ -114,8 +116,12 @@ def _fit(subject: Subject, check: Check, problem: LayerProblem) -> LayerProblem:
     return replace(problem, dtype=max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16)))
 
 
-def _unsupported(support: LayerSupport, problem: LayerProblem) -> str | None:
-    return None if problem.dtype in support.dtypes else f"dtype {problem.id} not declared"
+def _unsupported(support: LayerSupport, problem: LayerProblem | History) -> str | None:
+    if problem.dtype not in support.dtypes:
+        return f"dtype {dtype_name(problem.dtype)} not declared"
+    if isinstance(problem, History) and problem.dtype in LOW_PRECISION and problem.numbers in OF_LOGITS:
+        return "router_dtype float32 not declared" if support.router_dtype == "input" else None
+    return None
 
 
 def _explained(case: Case, failure: CheckFailed) -> CheckFailed:
@@ -132,9 +138,20 @@ def _with_cause(case: Case, failure: CheckFailed) -> CheckFailed:
     It does where the check passes for a layer of which `read` says what the cause is.
     """
     tested, check = case.subject.tested, case.check.function
+    is_of_numbers = str(failure).startswith(("y[", "the gradient of", "routing("))
+    if tested.support.deterministic and check is not evaluation and is_unsteady(tested):
+        unsteady = "two calls in eval mode on equal inputs differ"
+        if check is not values:
+            return CheckFailed(f"as 'evaluation' tells, {unsteady}") if is_of_numbers else failure
+        hints = [f"{unsteady}: is noise added there, too?", *misread(tested)]
+        return CheckFailed("".join([str(failure), *(f"\n  hint: {hint}" for hint in hints)]))
     cause = cause_of(tested)
     if check is values:
         hints = [*misread(tested), *([f"y is right with {cause.text}"] if cause else [])]
+        if cause is None and tested.routing is None and is_mixed(tested):
+            hints.append(
+                "y of a token changes with the other tokens of the call, as by a softmax over tokens"
+            )
         return CheckFailed("".join([str(failure), *(f"\n  hint: {hint}" for hint in hints)]))
     if cause is None:
         return failure

@@ -224,8 +224,17 @@ def _of_gates(weights: LayerWeights) -> Iterator[Cause]:
         again = oracle.gates(z, ids, probabilities).softmax(dim=1)
         return w.router.scale * again * oracle.slot_scale(ids, w, z)
 
+    def ranked(z: Tensor, ids: Tensor, w: LayerWeights) -> Tensor:
+        return plain(z, ids, w).sort(dim=1, descending=True).values
+
+    def last(z: Tensor, ids: Tensor, w: LayerWeights) -> Tensor:
+        return plain(z, ids, w) * (ids == ids.amax(dim=1, keepdim=True))
+
     if weights.router.top_k > 1:
         yield Cause("a second softmax, over the probabilities of the chosen experts", gates=twice)
+        yield Cause("the gates of each token in reverse", gates=lambda z, ids, w: plain(z, ids, w).flip(1))
+        yield Cause("the gates of each token sorted apart from its experts", gates=ranked)
+        yield Cause("the last expert of each token alone, as where it is written and not added", gates=last)
     yield Cause("every gate 1", gates=lambda z, ids, w: torch.ones_like(plain(z, ids, w)))
     yield Cause("each gate applied twice", gates=lambda z, ids, w: plain(z, ids, w).square())
     if weights.identity_experts:

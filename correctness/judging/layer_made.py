@@ -52,6 +52,16 @@ class Layer:
         return len(_touched(self.read, layer)) < len(dict(layer.named_buffers()))
 
     @functools.cached_property
+    def training_only(self) -> bool:
+        """Whether `read` names parameters that evaluation does not use."""
+        return bool(self.read(self.make()).training_only)
+
+    @functools.cached_property
+    def buffers_read(self) -> tuple[str, ...]:
+        """The buffers that `read` looks at."""
+        return _touched(self.read, self.make())
+
+    @functools.cached_property
     def merge(self) -> bool:
         """Whether the layer has methods merge and unmerge."""
         layer = self.make()

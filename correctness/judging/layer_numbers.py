@@ -42,7 +42,7 @@ NUMBERS = {
     "large tokens": Numbers(far=FAR),
     "small tokens": Numbers(far=1 / FAR),
     "large hidden values": Numbers(hidden=16),
-    "large logits": Numbers(router=lambda w: 8 * w),
+    "large logits": Numbers(router=lambda w: 4 * w),
     "logits below zero": Numbers(torch.abs, lambda w: -4 * w.abs()),
     "logits above zero": Numbers(torch.abs, lambda w: 4 * w.abs()),
     "tokens alike": Numbers(_alike),

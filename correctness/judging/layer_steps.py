@@ -64,8 +64,11 @@ def step(
     if not leaves:
         return Step(y, {})
     if not y.requires_grad:
+        if bench.subject.routing is not None and not bool(y.any()):  # every slot is dropped
+            return Step(y, dict.fromkeys(leaves))
         whose = "x and the parameters do" if x_wanted else "the parameters do, where x needs none"
-        raise CheckFailed(f"y does not require a gradient though {whose}: the graph is cut")
+        what = f"y of x {list(x.shape)} does not require a gradient"
+        raise CheckFailed(f"{what} though {whose}: the graph is cut")
     if between:
         kept = y.detach().clone()
         between()

@@ -211,6 +211,33 @@ def _in_words(shares: Tensor, factor: float) -> Cause | None:
     return Cause(f"other experts: {'; '.join(told)}") if told else None
 
 
+@functools.lru_cache(maxsize=32)
+def is_unsteady(subject: Layer) -> bool:
+    """Tell whether two calls in eval mode on equal tokens differ."""
+    if torch.float32 not in subject.support.dtypes:
+        return False
+    bench = Bench.of(subject, torch.float32)
+    x = bench.x.unflatten(0, (B, S))
+    try:
+        return not torch.equal(bench.call(x), bench.call(x))
+    except CheckFailed:
+        return False  # which says more than y could
+
+
+def is_mixed(subject: Layer) -> bool:
+    """Tell whether y of a token changes, beyond rounding, with the other tokens of its call."""
+    if torch.float32 not in subject.support.dtypes:
+        return False
+    bench = Bench.of(subject, torch.float32)
+    some = torch.arange(len(bench.x) // 2) * 2
+    try:
+        together, apart = (bench.call(x.unsqueeze(0)).squeeze(0) for x in (bench.x, bench.x[some]))
+    except CheckFailed:
+        return False
+    moved = (apart - together[some]).abs().cpu()
+    return bool((moved > bench.expected.allowed["y"][some]).any())
+
+
 def misread(subject: Layer) -> list[str]:
     """Say which parameters y depends on and `read` does not return, and of which y is independent instead."""
     if torch.float32 not in subject.support.dtypes or not subject.support.gradients:
@@ -228,7 +255,11 @@ def misread(subject: Layer) -> list[str]:
         n for t in oracle.tensors(subject.read(bench.layer)).values() for n in reached(bench.layer, t)
     }
     want, told = bench.expected.want, []
-    if forgotten := [name for name in parameters if name in depends - returned]:
+    forgotten = [name for name in parameters if name in depends - returned]
+    named = [name for name in forgotten if name in bench.expected.weights.training_only]
+    if named:
+        told.append(f"y in eval mode depends on {_listed(named)}, which training_only holds")
+    if forgotten := [name for name in forgotten if name not in named]:
         told.append(f"read(layer) returns nothing made of {_listed(forgotten)}, on which y depends")
     wanted = (name for name in parameters if name in want and bool(want[name].any()))
     if unread := [name for name in wanted if name not in depends]:

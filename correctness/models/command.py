@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", type=Path, metavar="FOLDER", help="a LoRA of PEFT: the reference with it merged")
     add("--weights", action="store_true", help="compare tensors only: no model is built")
     add("--no-gradients", action="store_true", help="run the models forward only")
-    add("--experts", metavar="NAME", help="experts_implementation of the judged model (default: eager)")
+    add("--experts", metavar="NAME", help=(
+        "experts_implementation of the judged model, such as grouped_mm or moe_impls:auto (default: eager)"
+    ))  # fmt: skip
     add("--dtype", choices=[*DTYPES], default="float32", help="of transformers:<family> (default: float32)")
     add("--seed", type=int, default=0, help="of the token ids (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write the verdict there, too")

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (  # pyright: ignore[reportMissingIm
 )
 
 from correctness.models.weights import OF_AN_EXPERT, Weight, Weights, of_files
+from moe_impls.transformers import register
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -78,6 +79,8 @@ def load(folder: Path, dtype: torch.dtype, experts: str | None = "eager") -> nn.
     transformers.logging.set_verbosity_error()
     given = {} if experts is None else {"experts_implementation": experts}
     kind = class_of(config)
+    if experts is not None and experts.startswith("moe_impls:"):
+        register()
     try:
         _, info = found = kind.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", output_loading_info=True,

@@ -37,6 +37,6 @@ def exit_status(session: pytest.Session) -> None:
     """Let a run that --exitfirst or --maxfail ended say that tests failed: pytest-xdist says interrupted."""
     workers = session.config.pluginmanager.getplugin("dsession")
     if workers and session.exitstatus == pytest.ExitCode.INTERRUPTED:
-        most: int = session.config.option.maxfail
+        most = session.config.option.maxfail or 0
         if 0 < most <= getattr(workers, "countfailures", 0):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -18,7 +18,7 @@ from correctness.checks.table import implementation
 from correctness.judging.finding import CheckFailed
 from correctness.problems import generated
 from correctness.problems.gates import GATES
-from correctness.problems.loads import LOADS
+from correctness.problems.loads import LOADS, TRAPS
 from correctness.problems.problem import possible, unsupported
 from moe_impls import sorted_dispatch
 from moe_impls.interface import (
@@ -123,7 +123,7 @@ def test_a_hundred_problems_reach_every_option() -> None:
         "combine": COMBINES,
         "bias": (True, False),
         "exact": (True, False),
-        "load": LOADS,
+        "load": LOADS | TRAPS,
         "gates": GATES,
     }.items():
         assert {getattr(problem, option) for problem in found} == set(declared)

@@ -24,6 +24,7 @@ from correctness.judging.layer_why import cause_of
 from correctness.oracle import layer as oracle
 from evidence.mutants import layer_deepseek, layer_gemma, layer_llama4, layer_switch
 from moe_impls import Experts, LayerSupport, LayerWeights, RouterSpec, Routing, Support
+from tests.correctness import mode_layers
 from tests.correctness.findings import findings
 
 
@@ -324,3 +325,83 @@ def test_a_layer_that_always_has_tokens_fails_by_that_alone() -> None:
     found = findings(subject(layer_gemma, make=Refuses), only("leading_dimensions", "no_tokens"))
     assert list(found) == ["no_tokens"]
     assert "hint: SUPPORT = LayerSupport(no_tokens=False)" in found["no_tokens"]
+
+
+def of_gates(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Subject:
+    """A layer that changes ids and gates after routing."""
+
+    class Changed(mode_layers.Plain):
+        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return change(*super().route(x))
+
+    return mode_layers.subject(Changed)
+
+
+def last_alone(ids: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    return ids, gates * (ids == ids.amax(dim=1, keepdim=True))
+
+
+def over_tokens(ids: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    return ids, gates.softmax(dim=0)
+
+
+def noisy(ids: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    return ids, gates * torch.rand_like(gates)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda ids, gates: (ids, gates.flip(1)), "y is right with the gates of each token in reverse"),
+        (last_alone, "y is right with the last expert of each token alone, as where it is written and not"),
+        (over_tokens, "y of a token changes with the other tokens of the call"),
+        (noisy, "two calls in eval mode on equal inputs differ"),
+    ],
+)
+def test_what_is_wrong_with_the_gates_is_told(change: Any, told: str) -> None:
+    assert f"hint: {told}" in findings(of_gates(change), only("values"))["values"]
+
+
+def test_noise_in_evaluation_is_told_once() -> None:
+    found = findings(of_gates(noisy), only("values", "gradients", "evaluation"))
+    assert "as 'evaluation' tells" in found["gradients"] and "differ" in found["evaluation"]
+
+
+def test_a_parameter_of_training_that_evaluation_depends_on_is_told_as_that() -> None:
+    class Scaled(mode_layers.Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def tokens(self, x: Tensor) -> Tensor:
+            return super().tokens(x) * self.scale
+
+    made = mode_layers.subject(
+        Scaled, read=lambda held: replace(mode_layers.read(held), training_only=("scale",))
+    )
+    told = findings(made, only("values"))["values"]
+    assert "hint: y in eval mode depends on scale, which training_only holds" in told
+
+
+def test_a_layer_that_drops_every_slot_of_a_small_call_is_right() -> None:
+    class Strict(layer_switch.Layer):
+        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            ids, gates = super().route(x)
+            return (ids, gates) if len(x) > 1 else (torch.full_like(ids, layer_switch.E), gates)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if x.numel() > layer_switch.D else torch.zeros_like(y).detach()
+
+    assert findings(subject(layer_switch, make=Strict), only("sizes")) == {}
+
+
+def test_what_a_layer_without_float64_declares_is_told() -> None:
+    class Low(mode_layers.Plain):
+        def tokens(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.float64:
+                raise RuntimeError("expected scalar type Float but found Double")
+            return super().tokens(x)
+
+    found = findings(mode_layers.subject(Low), only("double_precision"))["double_precision"]
+    assert "declares a layer that takes no float64" in found

@@ -686,7 +686,7 @@ def test_a_strangers_layer_is_run_alone(pytester: pytest.Pytester, tmp_path: Pat
     done = run_pytest(pytester, tmp_path / "right.py", FILE)
     assert done.ret == 0
     options = {"losses", "selection_bias", "autocast", "fullgraph", "exports", "merge", "placement"}
-    options |= {"moves_bias", "counters", "every_gradient"}
+    options |= {"moves_bias", "counters", "every_gradient", "training_only"}
     skipped = sum(len(c.problems) for c in CHECKS if options & {*c.needs.split(" and ")})
     done.assert_outcomes(passed=sum(len(c.problems) for c in CHECKS) - skipped, skipped=skipped)
 

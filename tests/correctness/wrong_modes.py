@@ -85,6 +85,26 @@ def _read_learnt(made: _LearntNoise) -> LayerWeights:
     return replace(read(made), training_only=("scale",))
 
 
+class _UnusedNoise(_LearntNoise):
+    """The noise has another scale than that parameter."""
+
+    def noise(self, z: Tensor) -> Tensor:
+        return torch.randn_like(z)
+
+
+class _UnknownBias(Biased):
+    """The choice depends on a buffer of zeros."""
+
+    offsets: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offsets", torch.zeros(self.E))
+
+    def choose(self, biased: Tensor) -> Tensor:
+        return super().choose(biased + self.offsets.float())
+
+
 class _OtherNoiseBack(torch.autograd.Function):
     """Multiplies by noise, and the gradient by noise that is drawn anew."""
 
@@ -197,6 +217,11 @@ WRONG: dict[str, tuple[Subject, str]] = {
     "evaluation reads a mean that read does not": (subject(_RunningMean), "after_training"),
     "the bias is in no state dict": (subject(_BiasIsNotSaved), "after_training"),
     "the noise's scale has no gradient": (subject(_LearntNoise, read=_read_learnt), "training"),
+    "a parameter for training alone has no effect": (
+        subject(_UnusedNoise, read=_read_learnt),
+        "training_only",
+    ),
+    "a bias that read does not know": (subject(_UnknownBias), "every_parameter_counts"),
     "the noise cuts the graph of x": (
         edit(Jitter, "jitter", lambda self, x: Jitter.jitter(self, x.detach()) + 0 * x),
         "training",
