@@ -91,13 +91,8 @@ class _Run:
         some, where = torch.tensor([*one]), torch.tensor([*one.values()])
         dy = torch.zeros(len(rows), right.dy.shape[1], dtype=right.dy.dtype)
         dy[where] = right.dy[some]
-        through = None
-        if call.way == "checkpoint" and not layer.training:
-
-            def through(x: Tensor) -> Tensor:
-                result = checkpoint(layer, x, use_reentrant=False)
-                return result[0] if isinstance(result, tuple) else result
-
+        is_recomputed = call.way == "checkpoint" and not layer.training
+        through = functools.partial(_recomputed, layer) if is_recomputed else None
         wanted = call.way != "backward without x"
         shaped = dy.to(bench.device).reshape(*x.shape[:-1], -1)
         found = step(bench, x, shaped, x_wanted=wanted, call=through)
@@ -210,6 +205,12 @@ def _rows(call: Call) -> Tensor:
         "mostly one token": lambda: torch.where(torch.arange(N) % 11 == 0, turns, 5),
     }
     return every[call.rows]()
+
+
+def _recomputed(layer: nn.Module, x: Tensor) -> Tensor:
+    """Call a layer under torch.utils.checkpoint."""
+    result = checkpoint(layer, x, use_reentrant=False)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -135,12 +135,13 @@ def test_the_readmes_plot_and_table_are_those_of_a_committed_report() -> None:
 def test_the_readmes_ratios_of_models_are_those_of_the_committed_run() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     cells = pd.read_csv(ROOT / "results" / "model.csv")
-    uses = [*dict.fromkeys(cells.use.sort_values())]
-    wanted = {
-        f"| {model}, E = {uses_of.E.iloc[0]} | "
-        + " | ".join(f"{c.ratio:.2f} ({c.low:.2f} to {c.high:.2f})" for c in uses_of.itertuples())
-        + " |"
-        for model, uses_of in cells.sort_values("use").groupby("model")
-    }
+    uses = sorted(set(cells.use))
+    wanted = set()
+    for model, of_model in cells.sort_values("use").groupby("model"):
+        texts = [
+            f"{cell['ratio']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
+            for cell in of_model.to_dict("records")
+        ]
+        wanted.add(f"| {model}, E = {of_model['E'].iloc[0]} | {' | '.join(texts)} |")
     assert f"| | {' | '.join(uses)} |" in readme.splitlines()
     assert {line for line in readme.splitlines() if ", E = " in line} == wanted
