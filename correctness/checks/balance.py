@@ -12,7 +12,7 @@ from correctness.checks.case import Check, Kind, Subject
 from correctness.judging.budget import STANDARD_ERRORS, require_close
 from correctness.judging.finding import CheckFailed
 from correctness.oracle import router as oracle
-from moe_impls.interface import DTYPES, Routing
+from moe_impls.interface import DTYPES, Routing, dtype_name
 from moe_impls.router_interface import RouterSpec
 
 EPS64, EPS32 = (torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32))
@@ -220,9 +220,18 @@ def load_balancing_values(load_balancing_loss: Callable[..., Tensor]) -> None:
     require_close(
         "the loss with one expert", load_balancing_loss(collapsed, torch.full((30, 1), 2)), 6.0, EPS32
     )
+    low = logits.bfloat16()
+    _require_float32("the loss", load_balancing_loss(low, balanced))
+    want = oracle.load_balancing_loss(low.double(), balanced, range(30))
+    require_close("the loss in bfloat16", load_balancing_loss(low, balanced), want, EPS32)
     none = load_balancing_loss(logits, balanced, mask=torch.zeros(30, dtype=torch.bool))
     require_close("the loss without tokens", none, 0.0, 0)
     _padding_invariant("load_balancing_loss", lambda z, m: load_balancing_loss(z, balanced[: len(z)], mask=m))
+
+
+def _require_float32(what: str, loss: Tensor) -> None:
+    if loss.dtype != torch.float32:
+        raise CheckFailed(f"{what} of bfloat16 logits is {dtype_name(loss.dtype)}; it must be float32")
 
 
 def z_loss_values(z_loss: Callable[..., Tensor]) -> None:
@@ -235,6 +244,10 @@ def z_loss_values(z_loss: Callable[..., Tensor]) -> None:
     large = torch.full((3, 4), 1e4)
     require_close("the loss of large logits", z_loss(large), (1e4 + math.log(4)) ** 2, EPS32)
     require_close("the loss without tokens", z_loss(logits[:0]), 0.0, 0)
+    require_close("the loss of one token", z_loss(torch.zeros(1, 8)), math.log(8) ** 2, EPS32)
+    low = logits.bfloat16()
+    _require_float32("the loss", z_loss(low))
+    require_close("the loss in bfloat16", z_loss(low), oracle.z_loss(low.double(), range(30)), EPS32)
     _gradcheck(lambda z: z_loss(z, mask=mask[:8]), logits[:8])
     _padding_invariant("z_loss", lambda z, m: z_loss(z, mask=m))
 

@@ -80,8 +80,13 @@ def training(bench: Bench) -> None:
 
 
 def training_only(bench: Bench) -> None:
-    """Depend in training on each parameter that training_only names, in y or in what comes with it."""
+    """Depend on each parameter that training_only names where noise decides what training computes.
+
+    In y, or in what is returned beside it. A layer whose noise is turned off may keep its parameters.
+    """
     layer = bench.layer.train()
+    if not is_noisy(bench):
+        return
     x, before = bench.x.repeat(8, 1).unsqueeze(0), held(layer)
     parameters, generator = dict(layer.named_parameters()), torch.Generator().manual_seed(9)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_impls import Routing, SparseDispatcher, sort_by_expert
+from moe_impls.functional import combine_slots
 
 
 @st.composite
@@ -130,6 +131,12 @@ def test_the_largest_output_is_that_of_a_gate_above_zero(gates: list[float], val
     assert y.item() == pytest.approx(value + math.log(gates[1]))
 
 
+@pytest.mark.parametrize("combine", ["sum", "logsumexp"])
+def test_slots_are_combined_into_the_dtype_of_outputs(combine: str) -> None:
+    y = combine_slots(torch.ones(3, 2, 4, dtype=torch.bfloat16), torch.ones(3, 2), combine)
+    assert y.dtype == torch.bfloat16
+
+
 def test_sums_are_kept_in_float32() -> None:
     """256 + 1 - 256 is 1; in bfloat16 256 + 1 is 256."""
     dispatcher = SparseDispatcher(3, torch.ones(1, 3, dtype=torch.bfloat16))
@@ -164,6 +171,11 @@ def test_gates_may_be_of_another_dtype_than_outputs(dtype: torch.dtype, combine:
             lambda: SparseDispatcher(2, torch.ones(2, 2)).dispatch(torch.ones(3, 1)),
             ValueError,
             r"inp has shape \[3, 1\]; its first dimension must be T = 2",
+        ),
+        (
+            lambda: SparseDispatcher(2, torch.ones(2, 2)).dispatch(torch.tensor(1.0)),
+            ValueError,
+            r"inp has shape \[\]; its first dimension must be T = 2",
         ),
         (
             lambda: SparseDispatcher(2, torch.eye(2)).combine([torch.ones(2, 1), torch.ones(0, 1)]),

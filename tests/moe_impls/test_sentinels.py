@@ -75,6 +75,11 @@ def test_dropped_slots_spread_over_the_experts() -> None:
     assert found[:, 1].bincount(minlength=E).max() <= 1.3 * T / E
 
 
+def test_the_expert_of_a_dropped_slot_is_the_first_after_the_number_of_its_token() -> None:
+    ids, _ = without_sentinels(Routing(torch.full((8, 1), E), torch.ones(8, 1)), E)
+    assert ids.flatten().tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+
+
 def test_no_tokens_and_every_expert_chosen_are_taken() -> None:
     ids, gates = without_sentinels(Routing(IDS[:0], GATES[:0]), E)
     assert ids.shape == gates.shape == (0, 3)
