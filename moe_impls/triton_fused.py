@@ -412,7 +412,7 @@ def _backward(
             rows, gates_of_rows = plan.token, gates
 
         hidden, d_pre = x.new_empty(T * K, H), x.new_empty(T * K, F)
-        parts = torch.empty(T * K, -(-H // plan.blocks.n), device=x.device)
+        parts = torch.empty(T * K, -(-H // plan.blocks.n), dtype=torch.float32, device=x.device)
         _kernels().hidden_grad_kernel[_grid(plan, H)](
             dy, rows, gates, plan.order, w_out, x if b_out is None else b_out, pre, hidden, d_pre, parts,
             *plan.tiles, len(plan.tile_expert), E, O, H, *w_out.stride(), *_strides(b_out), *clamp,
@@ -420,7 +420,7 @@ def _backward(
             HAS_GATES=gates_of_rows is not None, GROUP=GROUP, **plan.blocks.launch,
         )  # fmt: skip
         if gates_of_rows is not None:
-            of_slots = torch.empty(T * K, device=x.device)
+            of_slots = torch.empty(T * K, dtype=torch.float32, device=x.device)
             grads[1] = of_slots.scatter_(0, plan.order, parts.sum(1)).view(T, K).to(gates.dtype)
         if wanted[0]:
             grads[0] = _product(d_pre, plan, w_in).view(T, K, D).sum(1)
@@ -447,7 +447,11 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> No
     ctx.set_materialize_grads(False)  # of what is kept there are none, and zeros would take as much memory
 
 
-def _gradients(ctx: Any, dy: Tensor, d_pre: Tensor, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, dy: Tensor | None, d_pre: Tensor | None, d_outputs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dy is None:  # y went into what gives it no gradient
+        return (None,) * (8 + len(ctx.options))
     x_wanted, _, *rest = ctx.needs_input_grad[:7]
     wanted = [x_wanted, *rest]
     dx, *grads = [

@@ -424,3 +424,63 @@ def test_weights_may_lie_further_apart_than_32_bits_count(activation: str, name:
     want, results = (calling.run(triton_fused.forward, i, TINY.combine) for i in (inputs, moved))
     for tensor in want:
         assert torch.equal(results[tensor], want[tensor]), tensor
+
+
+SMALL = replace(catalogue.SMALL, device=DEVICE)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["integers_gated", "integers_clamped", "zero_gates"])
+def test_what_few_combinations_of_options_leave_out_is_right(name: str) -> None:
+    """Gates and hidden values of zero, values at a limit: not tried of what compiles for each combination."""
+    problem = replace(catalogue.named(name), device=DEVICE)
+    compare.require_right(calling.run(triton_fused.forward, make_inputs(problem), problem.combine), problem)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["b_in", "b_out", "gates"])
+def test_one_gradient_alone_is_what_it_is_beside_the_others(name: str) -> None:
+    inputs = make_inputs(SMALL)
+    every = calling.run(triton_fused.forward, inputs, SMALL.combine)
+    alone = calling.run(triton_fused.forward, inputs, SMALL.combine, wanted=(name,))
+    assert torch.equal(alone[name], every[name])
+
+
+@runs_kernels
+def test_the_gradient_of_the_gates_is_summed_in_float32_whatever_the_default_dtype_is() -> None:
+    inputs = make_inputs(SMALL)
+    right = calling.run(triton_fused.forward, inputs, SMALL.combine)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = calling.run(triton_fused.forward, inputs, SMALL.combine)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found["gates"], right["gates"])
+
+
+class _GivesNoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None: ...  # type: ignore[override]
+
+
+@runs_kernels
+def test_no_gradient_of_y_is_none_of_x() -> None:
+    x, routing, experts, _ = make_inputs(SMALL)
+    x.requires_grad_()
+    _GivesNoGradient.apply(triton_fused.forward(x, routing, experts)).sum().backward()  # pyright: ignore
+    assert x.grad is None
+
+
+@runs_kernels
+def test_a_nan_of_the_first_token_stays_out_of_the_weights_of_experts_it_does_not_visit() -> None:
+    inputs = make_inputs(SMALL)
+    inputs.x[0] = torch.nan
+    found = calling.run(triton_fused.forward, inputs, SMALL.combine)
+    others = torch.ones(SMALL.E, dtype=torch.bool)
+    others[inputs.routing.expert_ids[0].cpu()] = False
+    for name in ("w_in", "w_out"):
+        assert bool(found[name].cpu()[others].isfinite().all()), name
