@@ -221,17 +221,18 @@ def load_balancing_values(load_balancing_loss: Callable[..., Tensor]) -> None:
         "the loss with one expert", load_balancing_loss(collapsed, torch.full((30, 1), 2)), 6.0, EPS32
     )
     low = logits.bfloat16()
-    _require_float32("the loss", load_balancing_loss(low, balanced))
     want = oracle.load_balancing_loss(low.double(), balanced, range(30))
-    require_close("the loss in bfloat16", load_balancing_loss(low, balanced), want, EPS32)
+    _require_in_float32(load_balancing_loss(low, balanced), want)
     none = load_balancing_loss(logits, balanced, mask=torch.zeros(30, dtype=torch.bool))
     require_close("the loss without tokens", none, 0.0, 0)
     _padding_invariant("load_balancing_loss", lambda z, m: load_balancing_loss(z, balanced[: len(z)], mask=m))
 
 
-def _require_float32(what: str, loss: Tensor) -> None:
+def _require_in_float32(loss: Tensor, want: float) -> None:
+    """Raise CheckFailed unless the loss of bfloat16 logits is right, and float32."""
     if loss.dtype != torch.float32:
-        raise CheckFailed(f"{what} of bfloat16 logits is {dtype_name(loss.dtype)}; it must be float32")
+        raise CheckFailed(f"the loss of bfloat16 logits is {dtype_name(loss.dtype)}; it must be float32")
+    require_close("the loss in bfloat16", loss, want, EPS32)
 
 
 def z_loss_values(z_loss: Callable[..., Tensor]) -> None:
@@ -246,8 +247,7 @@ def z_loss_values(z_loss: Callable[..., Tensor]) -> None:
     require_close("the loss without tokens", z_loss(logits[:0]), 0.0, 0)
     require_close("the loss of one token", z_loss(torch.zeros(1, 8)), math.log(8) ** 2, EPS32)
     low = logits.bfloat16()
-    _require_float32("the loss", z_loss(low))
-    require_close("the loss in bfloat16", z_loss(low), oracle.z_loss(low.double(), range(30)), EPS32)
+    _require_in_float32(z_loss(low), oracle.z_loss(low.double(), range(30)))
     _gradcheck(lambda z: z_loss(z, mask=mask[:8]), logits[:8])
     _padding_invariant("z_loss", lambda z, m: z_loss(z, mask=m))
 

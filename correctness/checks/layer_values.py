@@ -45,14 +45,9 @@ def half_precision(bench: Bench) -> None:
 
 def double_precision(bench: Bench) -> None:
     """Return the right y in float64, where the budget leaves room for a router that works in float32."""
-    try:
+    others = ", ".join(str(dtype) for dtype in bench.subject.support.dtypes if dtype != bench.dtype)
+    with _told(bool(others), _declares(f"dtypes=({others},)", "takes no float64"), if_raised=True):
         values(bench)
-    except CheckFailed as failure:
-        if failure.__cause__ is None:
-            raise
-        others = ", ".join(str(dtype) for dtype in bench.subject.support.dtypes if dtype != bench.dtype)
-        declares = _declares(f"dtypes=({others},)", "takes no float64")
-        raise CheckFailed(f"{failure}\n  hint: {declares}") from failure.__cause__
 
 
 def strides(bench: Bench) -> None:
@@ -87,12 +82,12 @@ def no_tokens(bench: Bench) -> None:
 
 
 @contextlib.contextmanager
-def _told(applies: bool, hint: str) -> Iterator[None]:
-    """Add to a finding what would make it none."""
+def _told(applies: bool, hint: str, *, if_raised: bool = False) -> Iterator[None]:
+    """Add to a finding what would make it none; with ``if_raised`` only where the layer raised."""
     try:
         yield
     except CheckFailed as failure:
-        if not applies:
+        if not applies or (if_raised and failure.__cause__ is None):
             raise
         raise CheckFailed(f"{failure}\n  hint: {hint}") from failure.__cause__
 

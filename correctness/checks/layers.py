@@ -139,19 +139,17 @@ def _with_cause(case: Case, failure: CheckFailed) -> CheckFailed:
     """
     tested, check = case.subject.tested, case.check.function
     is_of_numbers = str(failure).startswith(("y[", "the gradient of", "routing("))
-    if tested.support.deterministic and check is not evaluation and is_unsteady(tested):
-        unsteady = "two calls in eval mode on equal inputs differ"
-        if check is not values:
-            return CheckFailed(f"as 'evaluation' tells, {unsteady}") if is_of_numbers else failure
-        hints = [f"{unsteady}: is noise added there, too?", *misread(tested)]
-        return CheckFailed("".join([str(failure), *(f"\n  hint: {hint}" for hint in hints)]))
-    cause = cause_of(tested)
+    unsteady = "two calls in eval mode on equal inputs differ"
+    differs = tested.support.deterministic and check is not evaluation and is_unsteady(tested)
+    if differs and check is not values:
+        return CheckFailed(f"as 'evaluation' tells, {unsteady}") if is_of_numbers else failure
+    cause = None if differs else cause_of(tested)
     if check is values:
-        hints = [*misread(tested), *([f"y is right with {cause.text}"] if cause else [])]
-        if cause is None and tested.routing is None and is_mixed(tested):
-            hints.append(
-                "y of a token changes with the other tokens of the call, as by a softmax over tokens"
-            )
+        hints = [f"{unsteady}: is noise added there, too?"] * differs
+        hints += [*misread(tested), *([f"y is right with {cause.text}"] if cause else [])]
+        if not differs and cause is None and tested.routing is None and is_mixed(tested):
+            mixed = "y of a token changes with the other tokens of the call"
+            hints.append(f"{mixed}, as by a softmax over tokens")
         return CheckFailed("".join([str(failure), *(f"\n  hint: {hint}" for hint in hints)]))
     if cause is None:
         return failure

@@ -48,8 +48,7 @@ class Layer:
     @functools.cached_property
     def counters(self) -> bool:
         """Whether the layer has buffers that `read` does not look at, such as loads."""
-        layer = self.make()
-        return len(_touched(self.read, layer)) < len(dict(layer.named_buffers()))
+        return len(self.buffers_read) < len(dict(self.make().named_buffers()))
 
     @functools.cached_property
     def training_only(self) -> bool:

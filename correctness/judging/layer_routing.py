@@ -42,7 +42,6 @@ def dropped_slots(
     except Exception as error:
         raise CheckFailed(f"routing(layer, x) with x {list(x.shape)} raises {one_line(error)}") from error
     sentinel = len(weights.router_weight)
-    dropped_ids = reported == sentinel
     for name, tensor in (("expert_ids", reported), ("gates", gates)):
         if tensor.shape != ids.shape:
             raise CheckFailed(
@@ -60,7 +59,9 @@ def dropped_slots(
         t = int((wrong & where).nonzero()[0])
         raise CheckFailed(
             f"routing(layer, x) says that token {t} visits {reported[t].tolist()}; right are "
-            f"{ids[t].tolist()}" + f", any of them {sentinel} if it is dropped" * bool(dropped_ids.any())
+            f"{ids[t].tolist()}"
+            + f", any of them {sentinel} if it is dropped"
+            * bool((reported == sentinel).any())
         )
     _require_gates(x, ids, weights, logits_dtype, gates, same, where)
     _require_some(ids[where], dropped[where])

@@ -70,13 +70,17 @@ def test_a_step_whose_time_is_up_is_ended_and_done_again_and_one_that_fails_is_t
     assert second == ["wrong: finished", "slow: stopped", "finding: failed before"]
 
 
-def test_a_step_that_would_begin_again_waits_for_those_that_were_not_begun(tmp_path: Path) -> None:
+def begun(folder: Path, *rows: cuda.Done) -> None:
+    """A folder of a run on the CPU that was left with these rows."""
     made = cuda.environment("cpu")
-    with journal.opened(
-        tmp_path / cuda.STEPS, cuda.Done, {n: made[n] for n in ("device", "device_name")}
-    ) as steps:
-        steps.append(cuda.Done("first", "begun", 0.0))
-        steps.append(cuda.Done("first", "stopped", 9.0))
+    device = {name: made[name] for name in ("device", "device_name")}
+    with journal.opened(folder / cuda.STEPS, cuda.Done, device) as steps:
+        for row in rows:
+            steps.append(row)
+
+
+def test_a_step_that_would_begin_again_waits_for_those_that_were_not_begun(tmp_path: Path) -> None:
+    begun(tmp_path, cuda.Done("first", "begun", 0.0), cuda.Done("first", "stopped", 9.0))
     told: list[str] = []
     quick = ("timeit", "-n1", "-r1", "1")
     cuda.do_steps(
@@ -88,16 +92,8 @@ def test_a_step_that_would_begin_again_waits_for_those_that_were_not_begun(tmp_p
 def test_a_sweep_that_was_killed_goes_on_with_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = cuda.environment("cpu")
-    with journal.opened(
-        tmp_path / cuda.STEPS, cuda.Done, {n: made[n] for n in ("device", "device_name")}
-    ) as steps:
-        for row in (
-            cuda.Done("one", "begun", 0.0),
-            cuda.Done("one", "stopped", 9.0, None, "a.csv"),
-            cuda.Done("two", "begun", 0.0),
-        ):
-            steps.append(row)
+    stopped = cuda.Done("one", "stopped", 9.0, None, "a.csv")
+    begun(tmp_path, cuda.Done("one", "begun", 0.0), stopped, cuda.Done("two", "begun", 0.0))
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).touch()
     goes_on: dict[str, str] = {}
