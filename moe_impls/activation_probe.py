@@ -47,7 +47,7 @@ def activation_of(
     Raises:
         UnknownActivation: it computes none of them, or cannot be run.
     """
-    gate, up = (t.to(device) for t in (_gated_points() if gated else (_points(), torch.zeros(0))))
+    gate, up = (t.to(device) for t in (_gated_points() if gated else (_points(), _points()[:0])))
     found = _run(function, gate, up, gated, interleaved)
     rounded = bool((found == found.float().double()).all())
     clamp = _measure_clamp(function, interleaved, tuple(numbers), device) if gated else None
@@ -73,15 +73,15 @@ def activation_of(
 
 def _points() -> Tensor:
     """Arguments, [N]: dense where activations bend, sparse far out; N is a multiple of WIDTH."""
-    far = torch.tensor([20.0, 50.0, 100.0, 1e3, 1e4], dtype=torch.float64)
-    near = torch.linspace(-12.5, 12.5, 242, dtype=torch.float64)
+    far = torch.tensor([20.0, 50.0, 100.0, 1e3, 1e4], dtype=torch.float64, device="cpu")
+    near = torch.linspace(-12.5, 12.5, 242, dtype=torch.float64, device="cpu")
     return torch.cat([-far, near, far])
 
 
 def _gated_points() -> tuple[Tensor, Tensor]:
     """Every pair of gates and of values that they multiply: two of [N], N a multiple of WIDTH."""
-    ups = torch.tensor([-1e4, -60.0, -11, -6.5, -2.7, -0.4, 0, 0.9, 3.1, 6.9, 8.5, 11, 60.0, 1e4])
-    gate, up = torch.meshgrid(_points(), ups.double(), indexing="ij")
+    ups = [-1e4, -60.0, -11, -6.5, -2.7, -0.4, 0, 0.9, 3.1, 6.9, 8.5, 11, 60.0, 1e4]
+    gate, up = torch.meshgrid(_points(), _points().new_tensor(ups), indexing="ij")
     return gate.flatten(), up.flatten()
 
 

@@ -78,7 +78,8 @@ def around(inner: Implementation) -> Implementation:
 
         arrived = move(x.to(wide)[token], plan.sent, plan.received, plan.group, sending=x.dtype)  # [N, D]
         told = move(told, slots_sent, slots_received.tolist(), plan.group)  # [M, 2]
-        first = torch.tensor([0, *plan.received[:-1]]).cumsum(0).repeat_interleave(slots_received)
+        before = slots_received.new_tensor([0, *plan.received[:-1]]).cumsum(0)
+        first = before.repeat_interleave(slots_received)
         row = told[:, 1].detach().long() + first.to(x.device)  # [M], the row of each slot
         outputs = compute(inner, arrived[row].to(x.dtype), plan.counts, experts).to(wide)  # [M, O]
         sums = outputs.new_zeros(len(arrived), outputs.shape[1]).index_add(0, row, told[:, :1] * outputs)

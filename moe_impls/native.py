@@ -149,7 +149,7 @@ def _pointer(t: Tensor | None, first: int = 0) -> int | None:
 def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
     """Find where each expert's slots begin [E + 1], the slot of each place and its token [T * K]."""
     T, K = expert_ids.shape
-    found = torch.empty(E + 1 + 2 * T * K, dtype=torch.int64)
+    found = expert_ids.new_empty(E + 1 + 2 * T * K)
     ids = expert_ids.contiguous()
     if not library().sort_slots(_pointer(ids), T * K, E, K, _pointer(found)):
         raise ValueError(f"expert_ids holds an id that is not in [0, {E})")
@@ -180,7 +180,7 @@ def _groups(begin: Tensor, places: int, width: int) -> list[_Group]:
     first, cuts = 0, [0]
 
     def end() -> None:
-        groups.append(_Group(first, cuts[0], cuts[-1], torch.tensor(cuts)))
+        groups.append(_Group(first, cuts[0], cuts[-1], begin.new_tensor(cuts)))
 
     for e, stop in enumerate(begin[1:].tolist()):
         while stop - cuts[0] > most:
@@ -200,8 +200,8 @@ def _products(
     first, start, stop, begin = group
     (_, features, D), experts, count = weight.shape, len(begin) - 1, stop - start
     kernels = library()
-    out = torch.empty(count, features, dtype=torch.float32)
-    packed = torch.empty(kernels.packed_numbers(experts, count, D), dtype=rows.dtype)
+    out = rows.new_empty(count, features, dtype=torch.float32)
+    packed = rows.new_empty(kernels.packed_numbers(experts, count, D))
     of_weight, of_bias = _pointer(weight, first * features * D), _pointer(bias, first * features)
     pointers = _pointer(rows), _pointer(index, start), _pointer(begin), of_weight, of_bias
     products = getattr(kernels, f"products_{dtype_name(weight.dtype)}")
@@ -232,7 +232,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
     positive = experts.output_activation == "relu"
     sums = combine == "sum"
-    y = torch.empty(T if sums else T * K, O, dtype=torch.float32)  # of tokens, or of their slots
+    y = x.new_empty(T if sums else T * K, O, dtype=torch.float32)  # of tokens, or of their slots
     for group in _groups(begin, T * K, max(D, F)):
         h = _products(rows, tokens, w_in, b_in, group)
         hidden = _rows(activate(h, experts.activation, experts.clamp), w_out.dtype)

@@ -74,7 +74,7 @@ class _Sum(torch.autograd.Function):
         slot_gates = gates.flatten()[order].to(wide).unsqueeze(1)  # [T * K, 1]
         kept = x.new_empty(len(order) if keep else 0, w_in.shape[1])  # h, [T * K, F]
         kept_parts = kept.split(sizes) if keep else [None] * len(sizes)
-        y = torch.zeros(len(x), w_out.shape[1], dtype=wide)
+        y = x.new_zeros(len(x), w_out.shape[1], dtype=wide)
         of_in, of_out = _Weights(w_in), _Weights(w_out)
         parts = zip((order // K).split(sizes), slot_gates.split(sizes), kept_parts, strict=True)
         for e, (tokens, gate, kept_part) in enumerate(parts):
@@ -102,10 +102,10 @@ class _Sum(torch.autograd.Function):
         wants_x, wants_gates, wants_w_in, wants_b_in, wants_w_out, wants_b_out, *_ = ctx.needs_input_grad
         wide = slot_gates.dtype
         dx = torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format)
-        d_slot_gates = torch.zeros(len(order), dtype=wide)
+        d_slot_gates = x.new_zeros(len(order), dtype=wide)
         dw_in = take(w_in.shape if wants_w_in else [0], w_in.dtype)
         dw_out = take(w_out.shape if wants_w_out else [0], w_out.dtype)
-        db_in, db_out = (torch.zeros(w.shape[:2], dtype=w.dtype) for w in (w_in, w_out))
+        db_in, db_out = (w.new_zeros(w.shape[:2]) for w in (w_in, w_out))
         of_in, of_out = _Weights(w_in), _Weights(w_out)
         per_slot = (order // ctx.K, slot_gates, kept, d_slot_gates)
         parts = zip(*(t.split(ctx.sizes) for t in per_slot), strict=True)

@@ -137,6 +137,7 @@ def compute(inner: Implementation, rows: Tensor, counts: Tensor, experts: Expert
     if len(experts.w_in) == 0:
         nothing = sum((weight.sum() for weight in experts.tensors.values()), rows.sum())
         return rows.new_zeros(0, experts.w_out.shape[1]) + nothing
-    ids = torch.arange(counts.shape[1]).repeat(len(counts)).repeat_interleave(counts.flatten())
+    every = torch.arange(counts.shape[1], device=counts.device)
+    ids = every.repeat(len(counts)).repeat_interleave(counts.flatten())
     gates = rows.new_ones(len(rows), 1, dtype=accumulation_dtype(rows.dtype))
     return inner.forward(rows, Routing(ids.to(rows.device).unsqueeze(1), gates), experts)

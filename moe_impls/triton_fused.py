@@ -323,6 +323,18 @@ def _needs_outputs(output_activation: str, combine: str) -> bool:
     return output_activation == "relu" or combine != "sum"
 
 
+def _unwritten(
+    x: Tensor, expert_ids: Tensor, w_in: Tensor, w_out: Tensor,
+    output_activation: str, combine: str, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Make what `_forward` returns, with nothing written."""
+    (T, D), N = x.shape, expert_ids.numel()
+    (_, O, H), F = w_out.shape, w_in.shape[1]
+    pre = x.new_empty(N, F) if keep and _keeps_pre(D, F, H) else x.new_empty(0)
+    outputs = x.new_empty(N, O) if keep and _needs_outputs(output_activation, combine) else x.new_empty(0)
+    return x.new_empty(T, O), pre, outputs
+
+
 @torch.library.custom_op("moe_impls::triton_fused", mutates_args=())
 def _forward(
     x: Tensor, expert_ids: Tensor, gates: Tensor,
@@ -335,7 +347,7 @@ def _forward(
     E, O, H = w_out.shape
     _check(x, E)
     if T == 0:
-        return x.new_empty(0, O), x.new_empty(0), x.new_empty(0)
+        return _unwritten(x, expert_ids, w_in, w_out, output_activation, combine, keep)
     x, gates = x.contiguous(), gates.contiguous()
     with _on(x):
         blocks = _blocks_for(x, expert_ids, w_in, b_in, w_out, b_out, activation, clamp)
@@ -358,12 +370,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, expert_ids, gates, w_in, b_in, w_out, b_out, *options):
-    *_, output_activation, combine, keep = options
-    (T, D), N = x.shape, expert_ids.numel()
-    (_, O, H), F = w_out.shape, w_in.shape[1]
-    pre = x.new_empty(N, F) if keep and _keeps_pre(D, F, H) else x.new_empty(0)
-    outputs = x.new_empty(N, O) if keep and _needs_outputs(output_activation, combine) else x.new_empty(0)
-    return x.new_empty(T, O), pre, outputs
+    return _unwritten(x, expert_ids, w_in, w_out, *options[-3:])
 
 
 def _combine_grads(dy: Tensor, outputs: Tensor, gates: Tensor, combine: str) -> tuple[Tensor, Tensor]:

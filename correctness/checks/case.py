@@ -84,6 +84,8 @@ class Subject:
 
     tested: an Implementation, a router's function, a Layer, or a module with balance losses.
     support: what it declares, a Support or LayerSupport; nothing else is skipped.
+    share: of the examples of a check whose problems are drawn, how many are tried: several subjects may be
+        one piece of code.
     """
 
     kind: Kind
@@ -91,6 +93,7 @@ class Subject:
     tested: Any
     support: Any = Support()
     device: str = "cpu"
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,8 @@ class Case:
         """
         check, kind = self.check, self.subject.kind
         if check.drawn and self.problem is None:
-            drawn = check.drawn(self.subject.support)
-            search(lambda problem: replace(self, problem=problem).run(), drawn, check.share)
+            drawn, share = check.drawn(self.subject.support), check.share * self.subject.share
+            search(lambda problem: replace(self, problem=problem).run(), drawn, share)
             return {}
         where = "" if self.problem is None else kind.where(self.problem)
         with as_finding(f"{self.subject.name} fails {check.name!r}{where}", self.code()):

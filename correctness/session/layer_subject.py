@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,9 +91,10 @@ def _moe(name: str, router: RouterSpec | None = None, in_graphs: bool = False, *
     options = sizes | {"noisy_gating": router is None, "router": router} | options
     make, support = functools.partial(MoE, **options), LayerSupport(fullgraph=in_graphs, exports=in_graphs)
     made = Layer(make, read_moe, moe_losses, support, routing=None if router else moe_routing)
-    return layer(f"moe_{name}", made)
+    return replace(layer(f"moe_{name}", made), share=OWN_SHARE)
 
 
+OWN_SHARE = 1 / 3  # of the drawn histories: one class in seven forms
 _SWIGLU: dict[str, Any] = {"activation": "swiglu", "output_activation": "none"}
 _GROUPS: dict[str, Any] = {"groups": 4, "keep_groups": 2, "group_score": "top2_sum"}
 

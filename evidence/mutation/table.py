@@ -32,34 +32,36 @@ EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 SEED, NUMBER = 19, 700
 KILLED, SURVIVED, SAME = "killed", "survived", "equivalent"
 
+EACH = "test_each_implementation.py"
 _ROUTER, _LAYERS, _LOSSES = ("router", "moe_impls.router:route"), ("layers", ""), ("losses", "moe_impls")
 
 
 def _of(*implementations: str, tests: str = "", named: str = "", interpreted: bool = False) -> Judges:
     subjects = tuple(("implementation", name) for name in implementations)
-    return Judges(subjects, (tests,) if tests else (), named, interpreted)
+    own = (EACH, tests) if tests else (EACH,)
+    return Judges(subjects, own, named or " or ".join(implementations), interpreted)
 
 
 # Which files are mutated, and what each is held to: those subjects that use it.
 JUDGES: dict[str, Judges] = {
     "functional": _of("index_add", "sorted_dispatch", "recompute"),
-    "dispatcher": _of("sorted_dispatch", tests="test_dispatcher.py"),
+    "dispatcher": _of("sorted_dispatch", tests="test_dispatcher.py", named="dispatcher or sorted_dispatch"),
     "router": Judges((_ROUTER, _LOSSES, _LAYERS), ("test_layer.py", "test_sentinels.py")),
     "losses": Judges((_LOSSES, _LAYERS), ("test_losses.py",)),
-    "layer": Judges((_LAYERS,), ("test_layer.py",)),
-    "compiled": _of("compiled"),
-    "compiling": _of("compiled"),
+    "layer": Judges((_LAYERS,), ("test_layer.py", "test_layer_on_a_mesh.py")),
+    "compiled": Judges((("implementation", "compiled"),)),
+    "compiling": Judges((("implementation", "compiled"),)),
     "dense_mask": _of("dense_mask"),
     "gathered": _of("gathered"),
     "grouped_mm": _of("grouped_mm"),
     "index_add": _of("index_add"),
-    "native": _of("native", tests="test_fast_paths.py", named="native"),
+    "native": _of("native", tests="test_fast_paths.py"),
     "packed": _of("packed+prepared", tests="test_fast_paths.py", named="packed"),
     "padded": _of("padded"),
-    "recompute": _of("recompute", tests="test_fast_paths.py", named="recompute"),
+    "recompute": _of("recompute", tests="test_fast_paths.py"),
     "sorted_dispatch": _of("sorted_dispatch"),
-    "triton_fused": _of("triton_fused", tests="test_triton.py", interpreted=True),
-    "triton_kernels": _of("triton_fused", tests="test_triton.py", interpreted=True),
+    "triton_fused": _of("triton_fused", tests="test_triton.py", named="triton", interpreted=True),
+    "triton_kernels": _of("triton_fused", tests="test_triton.py", named="triton", interpreted=True),
 }
 # Functions that only a GPU, an installation or a compiler can judge, not a result on a CPU.
 LEFT_OUT: dict[str, tuple[str, ...]] = {

@@ -205,6 +205,18 @@ def test_what_an_implementation_does_not_declare_is_refused(options: dict, messa
         layer(implementation=mine).bfloat16()(tokens(4, dtype=torch.bfloat16))
 
 
+def test_a_device_that_an_implementation_does_not_declare_is_refused() -> None:
+    mine = Implementation("mine", resolve("sorted_dispatch").forward, Support(devices=("cuda",)))
+    with pytest.raises(ValueError, match="device of implementation mine is 'cpu'; valid are cuda"):
+        layer(implementation=mine)(tokens(4))
+
+
+def test_a_token_visits_four_experts_unless_told_otherwise() -> None:
+    made = MoE(5, 3, 6, 7)
+    assert made.k == 4
+    assert made.gate(tokens(2))[0].expert_ids.shape == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [

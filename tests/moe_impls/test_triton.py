@@ -68,7 +68,12 @@ def test_more_programs_than_a_grid_holds_are_refused() -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    "problem", [catalogue.SMALL, replace(catalogue.SMALL, output_activation="relu", combine="logsumexp")]
+    "problem",
+    [
+        catalogue.SMALL,
+        replace(catalogue.SMALL, T=0),
+        replace(catalogue.SMALL, output_activation="relu", combine="logsumexp"),
+    ],
 )
 def test_both_operators_are_to_torch_what_they_declare(problem: Problem) -> None:
     x, routing, experts, dy = make_inputs(problem)
