@@ -11,17 +11,17 @@ import subprocess
 import sys
 import time
 
+from evidence.mutation.trial import LARGER
 from reporting.provenance import ROOT
 
 WORKERS = f"-n{min(os.cpu_count() or 1, 8)}"
 OWN_TESTS = ("tests/moe_impls/test_triton.py", "tests/moe_impls/test_each_implementation.py")
 INTERPRETED = {"TRITON_INTERPRET": "1"}
-SMALLER = "not generated and not power_of_two and not 4096_tokens and not 8192_tokens"
 # The arguments of pytest, and what is added to the environment.
 PARTS: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
     (("correctness",), {}),
     # Without the search for problems and the largest: the interpreter takes minutes for each.
-    (("correctness", "--impl=triton_fused", "-k", SMALLER, WORKERS), INTERPRETED),
+    (("correctness", "--impl=triton_fused", "-k", f"not ({' or '.join(LARGER)})", WORKERS), INTERPRETED),
     ((*OWN_TESTS, "-k=triton", WORKERS), INTERPRETED),
 )
 CLOSING = re.compile(r"=+ (.* in [\d.]+s.*?) =+")

@@ -46,7 +46,7 @@ def _of(*implementations: str, tests: str = "", named: str = "", interpreted: bo
 JUDGES: dict[str, Judges] = {
     "functional": _of("index_add", "sorted_dispatch", "recompute"),
     "dispatcher": _of("sorted_dispatch", tests="test_dispatcher.py", named="dispatcher or sorted_dispatch"),
-    "router": Judges((_ROUTER, _LOSSES, _LAYERS), ("test_layer.py", "test_sentinels.py")),
+    "router": Judges((_ROUTER, _LOSSES, _LAYERS), ("test_sentinels.py", "test_layer.py")),
     "losses": Judges((_LOSSES, _LAYERS), ("test_losses.py",)),
     "layer": Judges((_LAYERS,), ("test_layer.py", "test_layer_on_a_mesh.py")),
     "compiled": Judges((("implementation", "compiled"),)),

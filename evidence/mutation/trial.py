@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PROJECT = ("moe_impls", "correctness", "reporting", "tests", "pyproject.toml")  # what is copied
+# In the names of cases for which Triton's interpreter takes minutes.
+LARGER = ("generated", "power_of_two", "4096_tokens", "8192_tokens")
 TEST_S, SEARCH_S = 120.0, 360.0  # of processor time, as `pytest correctness` gives each
 WAITING_S = 1200.0  # that a check may wait on a busy machine, whatever it computes
 HANGING_S = 7200.0  # until a process that cannot be interrupted is killed
@@ -31,7 +33,7 @@ class Judges(NamedTuple):
     subjects: (kind, name) of those that use it: of `correctness.session.subjects.FIND`, or ("layers", "").
     tests: files of tests/moe_impls that hold its checks of arguments and what else is its own.
     named: those of the tests, by pytest's -k; all if empty.
-    interpreted: Triton's kernels are interpreted, without the search for problems, which would take hours.
+    interpreted: Triton's kernels are interpreted, without the cases that LARGER names.
     """
 
     subjects: tuple[tuple[str, str], ...]
@@ -138,7 +140,7 @@ def _judge(connection: Any, parent: int, folder: str, judges: Judges) -> None:
 def _first_finding(judges: Judges) -> tuple[str, str]:
     """Run the cases of the subjects and the tests until one fails: its name and what it says.
 
-    What takes longest comes last: what is drawn, and layers with unusual numbers.
+    First come cases that tell most for their time, then the tests, and last what takes longest.
     """
     from correctness.session.limits import limited
 
@@ -146,16 +148,15 @@ def _first_finding(judges: Judges) -> tuple[str, str]:
     try:
         with limited(TEST_S, None, wall_s=WAITING_S):
             found = _cases(judges)
-        last = [case for case in found if case.check.drawn or case.check.name == "unusual_numbers"]
-        for case in found:
-            if case not in last:
-                check = case.id
-                _run(case)
+        first = dict.fromkeys(case for case in found if _tells_for_its_time(case, found[0].subject))
+        for case in first:
+            check = case.id
+            _run(case)
         check = "tests"
-        first, finding = _first_failure(judges) if judges.tests else ("", "")
-        if first:
-            return first, finding
-        for case in last:
+        failed, finding = _first_failure(judges) if judges.tests else ("", "")
+        if failed:
+            return failed, finding
+        for case in sorted((case for case in found if case not in first), key=_is_long):
             check = case.id
             _run(case)
         return "", ""
@@ -191,16 +192,25 @@ def _cases(judges: Judges) -> list[Any]:
     for kind, name in judges.subjects:
         subjects += own_layers() if kind == "layers" else [FIND[kind](name, "cpu")]
     listed = [case for case in cases(subjects) if case.skip is None]
-    listed = [case for case in listed if not (case.check.drawn and judges.interpreted)]
-    return sorted(listed, key=lambda case: not _tells_for_its_time(case))
+    return [case for case in listed if not (judges.interpreted and any(name in case.id for name in LARGER))]
 
 
-def _tells_for_its_time(case: Any) -> bool:
-    """Tell whether a case is one of all options on a small problem, which come first."""
-    if case.subject.kind.name != "implementation" or case.check.name not in ("exact", "values"):
-        return False
-    problem = case.problem
-    return problem.T * problem.K <= 256 and max(problem.D, problem.F, problem.O, problem.E) <= 64
+def _is_long(case: Any) -> bool:
+    return bool(case.check.drawn) or case.check.name == "unusual_numbers"
+
+
+def _tells_for_its_time(case: Any, first: Any) -> bool:
+    """Tell whether a case is one of all options on a small problem, or the first of its check elsewhere.
+
+    first: the subject whose cases they are, if it is no implementation.
+    """
+    check, problem = case.check, case.problem
+    if case.subject.kind.name == "implementation":
+        if check.name not in ("exact", "values"):
+            return False
+        return problem.T * problem.K <= 256 and max(problem.D, problem.F, problem.O, problem.E) <= 64
+    is_slow = _is_long(case) or check.needs in ("fullgraph", "exports")
+    return case.subject == first and problem in (None, check.problems[0]) and not is_slow
 
 
 def _first_failure(judges: Judges) -> tuple[str, str]:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from correctness.checks import balance
-from correctness.checks.routers import CHECKS, Route, right_choices, router
+from correctness.checks.routers import CHECKS, router
 from correctness.judging.finding import CheckFailed
+from correctness.judging.router_calls import Route, right_choices
 from correctness.problems.routers import PROBLEMS, RouterProblem
 from evidence.notebook import uniform_noise_gating
 from moe_impls import RouterSpec, Routing, noisy_top_k, route, smooth_load
