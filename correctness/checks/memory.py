@@ -10,11 +10,12 @@ from dataclasses import replace
 import torch
 import torch.utils.deterministic as torch_deterministic
 
-from correctness.judging.calling import finish, run_both_ways, start
+from correctness.judging.calling import assemble, finish, run_both_ways, start
 from correctness.judging.compare import require_right, require_right_calls
+from correctness.judging.fences import Fences
 from correctness.judging.finding import CheckFailed, what
 from correctness.problems.inputs import make_inputs
-from correctness.problems.problem import Problem
+from correctness.problems.problem import Inputs, Problem
 from moe_impls.interface import Implementation, Routing
 from moe_impls.registry import one_line
 
@@ -57,6 +58,21 @@ def recycled_memory(subject: Implementation, problem: Problem) -> None:
         ]
         del blocks
         require_right_calls(subject, problem)
+
+
+def within_bounds(subject: Implementation, problem: Problem) -> None:
+    """Read and write no memory beyond inputs and beyond what is made in a call, with gradients or without."""
+    inputs = make_inputs(problem)
+    for beyond in (torch.nan, 3.0):
+        fences = Fences(beyond)
+        named = {name: fences.around(tensor, name) for name, tensor in inputs.tensors.items()}
+        x, (ids, gates), experts = assemble(inputs, named)
+        routing, dy = Routing(fences.around(ids, "expert_ids"), gates), fences.around(inputs.dy, "dy")
+        with fences:
+            found = list(run_both_ways(subject, problem, Inputs(x, routing, experts, dy)))
+        fences.require_intact()
+        for results in found:
+            require_right(results, problem)
 
 
 def inputs_unchanged(subject: Implementation, problem: Problem) -> None:

@@ -85,6 +85,7 @@ CHECKS: tuple[Check, ...] = (
         non_finite_contained,
         (_ZIPF, replace(_ZIPF, K=1, bias=False), _LOG, _INTEGERS, *_CONTAINED, _MANY_TOKENS, *_RELU_OUTPUT),
     ),
+    Check(memory.within_bounds, _VARIED),
     Check(memory.dirty_memory, _VARIED),
     Check(memory.recycled_memory, _VARIED),
     Check(repeated_calls.another_thread, (_ZIPF, _INTEGERS)),

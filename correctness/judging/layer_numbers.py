@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from correctness.judging.layer_bench import Bench, T, expected_of, reached
+from correctness.judging.layer_bench import Bench, Expected, Layer, T, expected_of, reached
 
 FAR = 512.0  # times: a token's square is out of the range of float16, or below an epsilon of 1e-6
 
@@ -73,7 +75,43 @@ def set_numbers(bench: Bench, name: str) -> None:
 
 def as_it_is_with(bench: Bench, name: str, gradients: bool) -> Bench:
     """Draw tokens as `NUMBERS` says, and make what is right for them with what the layer holds now."""
-    numbers = NUMBERS[name]
+    right = _right if _size(bench.layer) <= KEPT_SIZE else _right.__wrapped__
+    held = _Held(bench, bench.subject, bench.dtype, _digest(bench.layer))
+    return replace(bench, expected=right(held, name, gradients))
+
+
+KEPT_SIZE = 2**16  # numbers of a layer for which what is right is kept
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A layer that is under test in a dtype, equal to another of its subject that holds the same."""
+
+    bench: Bench = field(compare=False)
+    subject: Layer
+    dtype: torch.dtype
+    digest: str
+
+
+@functools.lru_cache(maxsize=128)
+def _right(held: _Held, name: str, gradients: bool) -> Expected:
+    bench, numbers = held.bench, NUMBERS[name]
     arguments = (bench.subject, bench.twin(), bench.dtype, gradients, T)
-    right = expected_of(*arguments, like=lambda x: numbers.far * numbers.tokens(x))
-    return replace(bench, expected=right)
+    return expected_of(*arguments, like=lambda x: numbers.far * numbers.tokens(x))
+
+
+def _state(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*layer.named_parameters(), *layer.named_buffers()]
+
+
+def _size(layer: nn.Module) -> int:
+    return sum(tensor.numel() for _, tensor in _state(layer))
+
+
+def _digest(layer: nn.Module) -> str:
+    """Make a name for all that a layer holds."""
+    found = hashlib.sha256()
+    for name, tensor in _state(layer):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -44,7 +44,13 @@ def _of(*implementations: str, tests: str = "", named: str = "", interpreted: bo
 
 # Which files are mutated, and what each is held to: those subjects that use it.
 JUDGES: dict[str, Judges] = {
-    "functional": _of("index_add", "sorted_dispatch", "recompute"),
+    "functional": _of(
+        "index_add",
+        "sorted_dispatch",
+        "recompute",
+        tests="test_functional.py",
+        named="index_add or sorted_dispatch or recompute or functional",
+    ),
     "dispatcher": _of("sorted_dispatch", tests="test_dispatcher.py", named="dispatcher or sorted_dispatch"),
     "router": Judges((_ROUTER, _LOSSES, _LAYERS), ("test_sentinels.py", "test_layer.py")),
     "losses": Judges((_LOSSES, _LAYERS), ("test_losses.py",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 import time
@@ -464,6 +465,23 @@ def falls_back(x: Tensor, routing: Routing, experts: Experts, *, combine: str) -
         return sorted_dispatch.forward(x, routing, experts, combine=combine)
 
 
+def beyond_a_new_tensor(offset: Callable[[Tensor], int]) -> Forward:
+    """Copies its result into new memory, and writes four bytes at an offset from that."""
+
+    def copied(y: Tensor, x: Tensor) -> Tensor:
+        memory = torch.empty_like(y.detach())
+        ctypes.memset(memory.data_ptr() + offset(memory), 0, 4)
+        return y + memory.zero_()
+
+    return with_result(copied)
+
+
+def reads_beyond_x(y: Tensor, x: Tensor) -> Tensor:
+    """Adds 0 times the number after x."""
+    after = (ctypes.c_byte * 8).from_address(x.data_ptr() + x.nbytes)
+    return y + 0 * torch.frombuffer(bytearray(after), dtype=x.dtype)[0]
+
+
 BUGS = {
     "after_inference": (*NULL_IMPLEMENTATIONS, with_inputs(kept_index())),
     "inputs_unchanged": (
@@ -471,6 +489,13 @@ BUGS = {
         in_inference(with_result(writes_to_x)),
         in_inference(with_result(writes_to_x_and_back)),
         in_inference(with_result(answers_in_x)),
+    ),
+    "within_bounds": (
+        *NULL_IMPLEMENTATIONS,
+        beyond_a_new_tensor(lambda memory: memory.nbytes),
+        beyond_a_new_tensor(lambda memory: -4),
+        in_inference(beyond_a_new_tensor(lambda memory: memory.nbytes + 64)),
+        with_result(reads_beyond_x),
     ),
     "values": (*NULL_IMPLEMENTATIONS, in_inference(zeros)),
     "exact": (*NULL_IMPLEMENTATIONS, in_inference(zeros)),

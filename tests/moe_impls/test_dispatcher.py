@@ -123,6 +123,17 @@ def test_a_zero_gate_of_a_routing_has_a_gradient() -> None:
     assert grad.tolist() == [[7.0, 5.0]]
 
 
+@pytest.mark.parametrize(("above", "counted"), [(79.5, 79.5), (80.5, 80.0), (1000.0, 80.0)])
+def test_a_zero_gate_has_the_gradient_of_an_output_at_most_80_above_the_others(
+    above: float, counted: float
+) -> None:
+    gates = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    dispatcher = SparseDispatcher.from_routing(Routing(torch.tensor([[0, 1]]), gates), 2)
+    y = dispatcher.combine([torch.tensor([[above]]), torch.tensor([[0.0]])], combine="logsumexp")
+    (grad,) = torch.autograd.grad(y.sum(), gates)
+    torch.testing.assert_close(grad, torch.tensor([[math.exp(counted), 1.0]]), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("value", [-1000.0, 1000.0])
 @pytest.mark.parametrize("gates", [[0.0, 0.5], [0.0, 1.0]])
 def test_the_largest_output_is_that_of_a_gate_above_zero(gates: list[float], value: float) -> None:

@@ -84,8 +84,23 @@ def test_both_operators_are_to_torch_what_they_declare(problem: Problem) -> None
     torch.library.opcheck(triton_fused._forward, (*tensors, *options, True))
     detached = [None if t is None else t.detach() for t in tensors]
     _, *kept = triton_fused._forward(*detached, *options, True)
-    wanted = [leaf is not None for leaf in leaves]
-    torch.library.opcheck(triton_fused._backward, (dy.float(), *detached, *kept, *options, wanted))
+    for wanted in ([leaf is not None for leaf in leaves], [leaf is x for leaf in leaves]):
+        torch.library.opcheck(triton_fused._backward, (dy.float(), *detached, *kept, *options, wanted))
+
+
+@interpreted
+def test_tiles_are_chosen_for_the_arguments_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, routing, experts, _ = make_inputs(replace(catalogue.SMALL, activation="swiglu_clamped"))
+    experts = replace(experts, clamp=Clamp(2.0))
+    asked: list[tuple[Any, ...]] = []
+    blocks = triton_fused._blocks_for
+    monkeypatch.setattr(triton_fused, "_blocks_for", lambda *given: asked.append(given) or blocks(*given))
+    triton_fused.forward(x.requires_grad_(), routing, experts).sum().backward()
+    named = (x, routing.expert_ids, experts.w_in, experts.b_in, experts.w_out, experts.b_out)
+    assert len(asked) == 2  # forward and backward
+    for *tensors, activation, clamp in asked:
+        assert [t.data_ptr() for t in tensors] == [t.data_ptr() for t in named if t is not None]
+        assert (activation, clamp) == ("swiglu_clamped", Clamp(2.0))
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 300, 1], [0, 0, 0, 64], [128, 128], [1]])
