@@ -163,7 +163,12 @@ def test_the_finding_of_a_page_is_what_the_command_finds(tmp_path: Path) -> None
     (command,) = commands(blocks(ROOT / page, "sh")[0].code)
     done = verified(page, "--impl=kernel.py:forward", tmp_path, *command[command.index("-x") :])
     assert done.returncode == 1
-    assert shown in done.stdout.replace(f"{tmp_path}/", "")
+
+    def on_any_processor(text: str) -> str:
+        """Leave out the last digits of a budget: what a plain computation loses depends on how it sums."""
+        return re.sub(r"(budget \d)[\d.]*e", r"\1e", text)
+
+    assert on_any_processor(shown) in on_any_processor(done.stdout.replace(f"{tmp_path}/", ""))
 
 
 # Shell
