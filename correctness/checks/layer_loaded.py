@@ -150,7 +150,8 @@ def _load_bare(layer: nn.Module, source: nn.Module) -> None:
 def _take_data(layer: nn.Module, source: nn.Module) -> None:
     copies = held(source)
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        tensor.data = copies[name]
+        if name in copies:  # or it is made by a call, as is what the layer keeps of its tokens
+            tensor.data = copies[name]
 
 
 def cast(bench: Bench) -> None:

@@ -1,15 +1,17 @@
-"""The check of the balance losses of a whole layer."""
+"""The checks of the balance losses of a whole layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from correctness.judging.budget import entry_budgets
+from correctness.checks.layer_balance import BEYOND
+from correctness.judging.budget import entry_budgets, eps, roundings
 from correctness.judging.finding import CheckFailed
 from correctness.judging.layer_bench import B, Bench, S, T, build, onto_parameters, trained, weights_of
 from correctness.oracle import layer_losses as oracle
 from correctness.oracle.layer_losses import LOSSES
+from moe_impls.interface import dtype_name
 from moe_impls.registry import one_line
 
 
@@ -51,3 +53,31 @@ def losses(bench: Bench) -> None:
                     )
                 elif grad is not None and bool(grad.any()):
                     raise CheckFailed(f"{name} gives {parameter} a gradient; only the router is to have one")
+
+
+def losses_of_many_visits(bench: Bench) -> None:
+    """Count beyond 256 visits of an expert in 16 bits, in the losses, too.
+
+    Of the same tokens many times over, a loss is what it is of them once, as far as the oracle's is.
+    """
+    subject, right = bench.subject, bench.expected
+    assert subject.losses
+    weights = right.weights
+    E, K = len(weights.router_weight), weights.router.top_k
+    times = -(-BEYOND * E // (K * T))
+    with torch.no_grad():
+        once, many = (
+            subject.losses(bench.layer, bench.x.repeat(n, 1).unflatten(0, (-1, S)), None) for n in (1, times)
+        )
+    for name, got in many.items():
+        few, all_ = (
+            oracle.loss(name, right.x.double().repeat(n, 1), right.ids.repeat(n, 1), weights)
+            for n in (1, times)
+        )
+        moved = float(got) - float(once[name])
+        allowed = 2 * roundings(eps(bench.dtype)) * float(all_.scale["loss"])
+        if not abs(moved - float(all_.values["loss"] - few.values["loss"])) <= allowed:
+            raise CheckFailed(
+                f"{name} is {float(once[name]):.4g} of {T} tokens in {dtype_name(bench.dtype)}, and "
+                f"{float(got):.4g} of the same {times} times over: does a count stop at 256?"
+            )

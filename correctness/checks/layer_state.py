@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,7 @@ from correctness.judging.layer_bench import (
     judged,
     weights_of,
 )
-from correctness.judging.layer_steps import is_noisy, require_own_gradients, same
+from correctness.judging.layer_steps import is_noisy, require_own_gradients, same, seeded
 from correctness.oracle import layer as oracle
 from moe_impls.registry import one_line
 
@@ -136,22 +137,46 @@ def without_gradients(bench: Bench) -> None:
 
 
 def inputs_unchanged(bench: Bench) -> None:
-    """Write to neither x nor a parameter, and in eval mode to no buffer that `read` returns."""
+    """Write to neither x nor a parameter, and in eval mode to no buffer that `read` returns.
+
+    With gradients and without, and with one token as with many.
+    """
 
     def held() -> dict[str, Tensor]:
         return {**dict(bench.layer.named_parameters()), **oracle.tensors(bench.subject.read(bench.layer))}
 
-    for training in (False, True)[: 1 + bench.subject.support.training]:
+    turns = [(False, way) for way in (torch.enable_grad, torch.no_grad, torch.inference_mode)]
+    turns += [(True, torch.enable_grad)] * bench.subject.support.training
+    for (training, way), rows in itertools.product(turns, (slice(0, T), slice(5, 6))):
         bench.layer.train(training)
-        x, before = bench.x, {name: tensor.detach().clone() for name, tensor in held().items()}
-        bench.call(x.unsqueeze(0))
-        mode = "training" if training else "eval"
-        if not torch.equal(x, bench.x):
-            raise CheckFailed(f"x was written to by a call in {mode} mode")
+        x, before = bench.x[rows], {name: tensor.detach().clone() for name, tensor in held().items()}
+        with way():
+            bench.call(x.unsqueeze(0))
+        mode = f"{'training' if training else 'eval'} mode under {way.__name__}, with {len(x)} tokens"
+        if not torch.equal(x, bench.x[rows]):
+            raise CheckFailed(f"x was written to by a call in {mode}")
         for name, tensor in held().items():
             may_move = training and name == "selection_bias"
             if name not in before or not (may_move or torch.equal(tensor, before[name])):
-                raise CheckFailed(f"{name} was written to by a call in {mode} mode")
+                raise CheckFailed(f"{name} was written to by a call in {mode}")
+
+
+def generator_goes_on(bench: Bench) -> None:
+    """Leave torch's random generator where it stands or farther on: no call seeds it or sets it back."""
+    for training in (False, True)[: 1 + bench.subject.support.training]:
+        bench.layer.train(training)
+        states = []
+        for drawn in (1, 2):
+            with seeded(bench.layer, 0):
+                torch.rand(drawn)
+                bench.call(bench.x.unsqueeze(0))
+                states.append(torch.get_rng_state())
+        if torch.equal(*states):
+            mode = "training" if training else "eval"
+            raise CheckFailed(
+                f"after a call in {mode} mode torch's random generator is where it is whatever was drawn "
+                "before: is it seeded in the layer, or set back?"
+            )
 
 
 def _state(layer: nn.Module) -> dict[str, Tensor]:

@@ -31,13 +31,14 @@ from correctness.checks.layer_gradients import (
 )
 from correctness.checks.layer_history import HISTORY
 from correctness.checks.layer_loaded import LOADED
-from correctness.checks.layer_losses import losses
+from correctness.checks.layer_losses import losses, losses_of_many_visits
 from correctness.checks.layer_modes import MODES
 from correctness.checks.layer_reuse import REUSE
 from correctness.checks.layer_sizes import SIZES
 from correctness.checks.layer_state import (
     evaluation,
     every_parameter_counts,
+    generator_goes_on,
     inputs_unchanged,
     mode_switched,
     state,
@@ -89,10 +90,12 @@ CHECKS = (
     Check(evaluation, _FLOAT32, needs="deterministic"),
     Check(without_gradients, _FLOAT32),
     Check(inputs_unchanged, _FLOAT32),
+    Check(generator_goes_on, _FLOAT32),
     Check(tokens_apart, _FLOAT32),
     Check(nan_contained, _FLOAT32),
     Check(state, _FLOAT32),
     Check(losses, _FLOAT32, needs="losses"),
+    Check(losses_of_many_visits, _BFLOAT16, needs="losses", fits=False),
     *BALANCE,
     *LOADED,
     *REUSE,

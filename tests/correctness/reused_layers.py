@@ -53,6 +53,35 @@ class StaysInFloat32(Biased):
         return self
 
 
+class MakesABufferInACall(Biased):
+    """Which expert belongs to which group is a buffer that the first call makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("group_of", None, persistent=False)
+
+    def choose(self, biased: Tensor) -> Tensor:
+        if self.group_of is None:
+            self.group_of = torch.arange(self.E) // 2
+        return super().choose(biased)
+
+
+class LogsItsLastStep(Plain):
+    """A buffer holds the load of the last step alone."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(self.E, dtype=torch.int64))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, gates = super().route(x)
+        if self.training:
+            self.seen.copy_(ids.flatten().bincount(minlength=self.E))
+        return ids, gates
+
+
 class _Frees(torch.autograd.Function):
     """Frees in its backward what it saved, and refuses a second one."""
 
@@ -91,6 +120,8 @@ RIGHT: dict[str, Subject] = {
     "a loss is kept with its graph": subject(KeepsItsLoss),
     "counts in integers": subject(CountsInIntegers),
     "bias and counts stay in float32": subject(StaysInFloat32),
+    "a buffer is made in the first call": subject(MakesABufferInACall),
+    "a log holds the last step alone": subject(LogsItsLastStep),
     "a second backward through one call is refused": subject(RefusesASecondBackward),
     "a second merge and a load into a merged layer are refused": subject(RefusesToMergeTwice),
     "a merge that nothing guards": edit(
@@ -119,6 +150,44 @@ class _CountsForALog(Plain):
         if self.training:
             self.seen.index_add_(0, ids.flatten(), torch.ones(ids.numel()).to(self.seen))
         return ids, gates
+
+
+class _CountsNewTokens(CountsInIntegers):
+    """Takes x at the address and in the version of the last call for a recomputation."""
+
+    last: tuple[int, int] | None = None
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.now = x.data_ptr(), 0 if x.is_inference() else x._version
+        return super().route(x)
+
+    def count(self, ids: Tensor, gates: Tensor) -> None:
+        if self.now != self.last:
+            super().count(ids, gates)
+        self.last = self.now
+
+
+def _seeds(self: Plain, x: Tensor) -> Tensor:
+    if self.training:
+        torch.manual_seed(1)
+    return Plain.logits(self, x)
+
+
+def _sets_back(self: Plain, x: Tensor) -> Tensor:
+    torch.manual_seed(torch.initial_seed())
+    return Plain.logits(self, x)
+
+
+def _answers_in_x(self: Plain, x: Tensor) -> Tensor:
+    y = Plain.forward(self, x)
+    return x.copy_(y) if torch.is_inference_mode_enabled() and x.numel() == self.D else y
+
+
+def _load_in_16_bits(plain: Plain, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    z = plain.logits(x if mask is None else x[mask]).flatten(0, -2)
+    ids = z.topk(plain.spec.top_k, -1).indices.flatten()
+    load = torch.zeros(plain.E, dtype=x.dtype).index_add(0, ids, torch.ones(len(ids), dtype=x.dtype))
+    return {"load_balancing_loss": plain.E * (load.float() / len(ids) * z.softmax(-1).mean(0)).sum()}
 
 
 class _ByAddress(Plain):
@@ -316,6 +385,14 @@ WRONG: dict[str, tuple[Subject, str]] = {
         "counts",
     ),
     "in bfloat16 a log stops at 256": (subject(_CountsForALog), "counts"),
+    "of two calls with the same x one is counted": (subject(_CountsNewTokens), "counts"),
+    "in bfloat16 the loss counts to 256": (
+        edit(Plain, "logits", Plain.logits, losses=_load_in_16_bits),
+        "losses_of_many_visits",
+    ),
+    "a call in training seeds the generator": (edit(Plain, "logits", _seeds), "generator_goes_on"),
+    "a call sets the generator back": (edit(Plain, "logits", _sets_back), "generator_goes_on"),
+    "one token in inference is overwritten": (edit(Plain, "forward", _answers_in_x), "inputs_unchanged"),
     "without tokens the graph is cut": (
         edit(Plain, "tokens", lambda self, x: Plain.tokens(self, x) if len(x) else 0 * x.detach(), **EVERY),
         "every_gradient",
