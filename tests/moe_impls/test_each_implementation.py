@@ -52,6 +52,18 @@ def test_an_output_with_almost_no_gate_has_almost_no_gradient_though_it_is_the_l
 
 
 @pytest.mark.parametrize(
+    "taken", [taken for taken in HERE if taken.support.gradients], ids=lambda taken: taken.name
+)
+def test_an_expert_that_no_token_visits_may_overflow(taken: Implementation) -> None:
+    experts = replace(of_biases(1.0, 2.0), activation="relu2")
+    experts.w_in[1] = 1e30
+    leaves = [leaf.requires_grad_() for leaf in (torch.ones(1, 1), *experts.tensors.values())]
+    y = taken.forward(leaves[0], Routing(torch.tensor([[0]]), torch.ones(1, 1)), experts)
+    grads = torch.autograd.grad(y.sum(), leaves, allow_unused=True)
+    assert all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
+
+
+@pytest.mark.parametrize(
     ("taken", "combine"),
     [pytest.param(taken, c, id=f"{taken.name}-{c}") for taken in HERE for c in taken.support.combines],
 )
