@@ -83,6 +83,7 @@ def test_both_operators_are_to_torch_what_they_declare(problem: Problem) -> None
     options = (problem.activation, *problem.clamp, problem.output_activation, problem.combine)
     torch.library.opcheck(triton_fused._forward, (*tensors, *options, True))
     detached = [None if t is None else t.detach() for t in tensors]
+    torch.library.opcheck(triton_fused._forward, (*detached, *options, False))
     _, *kept = triton_fused._forward(*detached, *options, True)
     for wanted in ([leaf is not None for leaf in leaves], [leaf is x for leaf in leaves]):
         torch.library.opcheck(triton_fused._backward, (dy.float(), *detached, *kept, *options, wanted))
