@@ -7,6 +7,7 @@ from time import process_time
 
 import torch
 
+import correctness.session.profiles  # noqa: F401  # of Hypothesis
 from correctness.checks.case import Subject, cases
 from correctness.checks.layers import layer
 from correctness.judging.budget import relative_errors

@@ -32,7 +32,9 @@ def search(holds: Callable[[P], object], problems: SearchStrategy[P], share: flo
     failing: set[P] = set()
     end = math.inf
 
-    @settings(report_multiple_bugs=False, max_examples=max(1, round(share * settings().max_examples)))
+    examples = max(1, round(share * settings().max_examples))
+
+    @settings(report_multiple_bugs=False, deadline=None, max_examples=examples)
     @given(problems)
     def no_problem_fails(problem: P) -> None:
         nonlocal end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import correctness.session.profiles  # noqa: F401  # of Hypothesis, for checks whose problems are drawn
 import moe_impls
 from correctness.checks.balance import losses
 from correctness.checks.case import Subject, cases

@@ -7,7 +7,9 @@ import torch
 
 from moe_impls import Experts, LayerSupport, LayerWeights, RouterSpec
 
-SUPPORT = LayerSupport(dtypes=(torch.bfloat16,), leading="batch_sequence", router_dtype="input")
+SUPPORT = LayerSupport(
+    dtypes=(torch.bfloat16,), leading="batch_sequence", router_dtype="input", no_tokens=False
+)
 D, H, E, K = 16, 24, 8, 2
 
 
