@@ -26,7 +26,6 @@ CAUSES = {
     "axk2": "experts of other groups have the score 0, not minus infinity: negative biases choose them "
     "([script](../evidence/layers/reproductions/groups_masked_with_zero.py))",
     "nllb_moe": "the mask [T, E] of the best experts is taken for expert ids: only experts 0 and 1 are used",
-    "phimoe": "a limit of the suite: it finds no 16-bit tokens whose sparsemixer choice is clear",
     "switch_transformers": "the choice is made among probabilities rounded to 16 bits; noise, on by default, "
     "is written into the caller's x in training",
 }
