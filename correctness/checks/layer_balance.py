@@ -84,10 +84,10 @@ def _of_the_least(visits: Tensor, mass: Tensor) -> Tensor:
     return of & (of.cumsum(0) <= 2)
 
 
-def _train(bench: Bench, pick: Callable[[Tensor, Tensor], Tensor], least: int = 0, steps: int = 1) -> Tensor:
-    """Do training steps on tokens whose choice is clear, as picked, and count their visits: [E].
+def _train(bench: Bench, pick: Callable[[Tensor, Tensor], Tensor], least: int = 0, calls: int = 1) -> Tensor:
+    """Do a training step on tokens whose choice is clear, as picked, and count their visits: [E].
 
-    least: tokens of a step; those that are picked are repeated. steps: each with the same x.
+    least: tokens of the step; those that are picked are repeated. calls: of the step, with the same x.
     """
     weights, rows = weights_of(bench.subject, bench.layer), bench.expected.x
     ids, clear = oracle.choose(rows, weights)
@@ -98,17 +98,16 @@ def _train(bench: Bench, pick: Callable[[Tensor, Tensor], Tensor], least: int = 
     picked = pick(visits, empty.scatter(1, ids, gates)).nonzero().squeeze(1)
     picked = picked.repeat(max(1, -(-least // len(picked))))
     x = rows[picked].unsqueeze(0).to(bench.device)
-    for _ in range(steps):
-        with during("a step in training mode"), seeded(bench.layer, 0):
-            if not bench.subject.support.gradients:
-                bench.call(x)
-            elif steps == 1:
-                step(bench, x, dy[picked])
-            else:  # of which x is the same tensor
-                y = bench.call(x)
-                y.backward(dy[picked].to(y).view_as(y))
-                bench.layer.zero_grad()
-    return steps * visits[picked].sum(dim=0)
+
+    def called(given: Tensor) -> Tensor:
+        return torch.stack([bench.call(given) for _ in range(calls)]).sum(dim=0)
+
+    with during("a step in training mode"), seeded(bench.layer, 0):
+        if bench.subject.support.gradients:
+            step(bench, x, dy[picked], call=called)
+        else:
+            called(x)
+    return calls * visits[picked].sum(dim=0)
 
 
 def _require_moved(
@@ -158,14 +157,14 @@ def counts(bench: Bench) -> None:
     E, K = len(bench.expected.weights.router_weight), bench.expected.weights.router.top_k
     found: dict[str, Tensor] = {}
     turns = [(wide, 0, "")]
-    if subject.update_bias or not subject.moves_bias:  # by which a second step would choose other experts
-        turns.append((wide, 0, " of two steps on the same tokens and one on some of them"))
+    if subject.update_bias or not subject.moves_bias:  # by which a second call would choose other experts
+        turns.append((wide, 0, " of two calls on the same tokens and one on some of them"))
     if bench.dtype in LOW_PRECISION:
         turns.append((bench.dtype, BEYOND * E // K, ""))
     for dtype, least, again in turns:
         counting = Bench.of(subject, dtype)
         before = held(counting.layer.train())
-        loads = [_train(counting, _all, least, steps=1 + bool(again))]
+        loads = [_train(counting, _all, least, calls=1 + bool(again))]
         if again:
             loads.append(_train(counting, _uneven))
         after, load = held(counting.layer), torch.stack(loads).sum(0)

@@ -30,9 +30,6 @@ from moe_impls.router_interface import RouterSupport
 _NO_EXTREMES = f"{HINT}a router that never meets such logits declares extremes=False"
 
 
-THREADS, ROUNDS = 3, 20
-
-
 def values(route: Router, problem: RouterProblem) -> None:
     """Choose the right experts for each token whose choice is clear, and give each token the right gates."""
     logits, bias, _ = make_router_inputs(problem)

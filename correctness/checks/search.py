@@ -32,9 +32,7 @@ def search(holds: Callable[[P], object], problems: SearchStrategy[P], share: flo
     failing: set[P] = set()
     end = math.inf
 
-    examples = max(1, round(share * settings().max_examples))
-
-    @settings(report_multiple_bugs=False, deadline=None, max_examples=examples)
+    @settings(report_multiple_bugs=False, max_examples=max(1, round(share * settings().max_examples)))
     @given(problems)
     def no_problem_fails(problem: P) -> None:
         nonlocal end

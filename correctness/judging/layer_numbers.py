@@ -75,8 +75,9 @@ def set_numbers(bench: Bench, name: str) -> None:
 
 def as_it_is_with(bench: Bench, name: str, gradients: bool) -> Bench:
     """Draw tokens as `NUMBERS` says, and make what is right for them with what the layer holds now."""
-    right = _right if _size(bench.layer) <= KEPT_SIZE else _right.__wrapped__
-    held = _Held(bench, bench.subject, bench.dtype, _digest(bench.layer))
+    is_kept = _size(bench.layer) <= KEPT_SIZE
+    held = _Held(bench, bench.subject, bench.dtype, _digest(bench.layer) if is_kept else "")
+    right = _right if is_kept else _right.__wrapped__
     return replace(bench, expected=right(held, name, gradients))
 
 

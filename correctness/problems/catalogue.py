@@ -247,15 +247,13 @@ REPRESENTATIVE = tuple(
         ("reglu", "none", "sum", True, torch.bfloat16),
     )
 )
-# And every other activation, the clamped one with the numbers of both models.
+# And every other activation, with biases and without, the clamped one with the numbers of both models.
 REPRESENTATIVE += tuple(
-    {
-        (p.activation, p.clamp): p
-        for p in OPTIONS
-        if p.activation not in {other.activation for other in REPRESENTATIVE}
-        and (p.output_activation, p.combine) == ("none", "sum")
-        and p.dtype in (torch.float32, torch.float64)
-    }.values()
+    p
+    for p in OPTIONS
+    if p.activation not in {other.activation for other in REPRESENTATIVE}
+    and (p.output_activation, p.combine) == ("none", "sum")
+    and p.dtype in (torch.float32, torch.float64)
 )
 
 

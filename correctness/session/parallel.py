@@ -16,10 +16,8 @@ def use_workers(config: pytest.Config) -> None:
     """Make pytest-xdist run the tests, one thread for each process, if all of them are to be run."""
     if is_whole(config) and config.pluginmanager.hasplugin("xdist"):
         config.option.numprocesses = min(torch.get_num_threads(), MOST_WORKERS)
-        if (
-            config.option.dist == "no"
-        ):  # subjects take turns on each problem, whose oracle a process makes once
-            config.option.dist = "worksteal"
+        if config.option.dist == "no":
+            config.option.dist = "worksteal"  # neighbours in one process, which makes their oracle once
         os.environ["OMP_NUM_THREADS"] = "1"  # of each worker
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from correctness.checks.case import Case, Check
 from correctness.checks.generated import generated_values
-from correctness.checks.search import P, search
+from correctness.checks.search import P
 from correctness.checks.table import implementation
 from correctness.judging.finding import CheckFailed
 from correctness.problems import generated
@@ -129,12 +127,3 @@ def test_a_hundred_problems_reach_every_option() -> None:
         "gates": GATES,
     }.items():
         assert {getattr(problem, option) for problem in found} == set(declared)
-
-
-def test_a_slow_problem_is_no_failure_in_a_process_with_other_settings() -> None:
-    times = itertools.chain([0.3], itertools.repeat(0.0))  # more than the deadline of Hypothesis' own profile
-    settings.load_profile("default")
-    try:
-        search(lambda problem: time.sleep(next(times)), st.just(1), share=0.02)
-    finally:
-        settings.load_profile("ci")
