@@ -32,7 +32,7 @@ from benchmarks.timing.measure import Call
 from benchmarks.workloads import MODELS
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
-from moe_impls.interface import Implementation, dtype_name
+from moe_impls.interface import Implementation, check_choice, dtype_name
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, is_installed, resolve
 from reporting import provenance
 from reporting.pages import check_writable, markdown_table, write_atomically
@@ -136,6 +136,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"plots; what an interrupted run has measured is in {PART}, and the same command goes on from there."
     )
     parser.add_argument("--quick", action="store_true", help="a subset of every regime")
+    parser.add_argument("--dtype", metavar="NAME", help=(
+        f"only this of {', '.join(map(dtype_name, DTYPES))}; bfloat16 takes most of the time on a CPU "
+        "without instructions for it"
+    ))  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=(
         f"{RESULTS.name}/ unless given, over what it has of an earlier run"
     ))  # fmt: skip
@@ -143,8 +147,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_writable("--out", options.out / "peers.csv")
-    cells = measure_all(options.out, options.quick)
-    print(*write(options.out, cells, measure_growth(options.quick), options.quick), sep="\n")
+    dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
+    if options.dtype is not None:
+        check_choice("--dtype", options.dtype, tuple(dtypes))
+        dtypes = {options.dtype: dtypes[options.dtype]}
+    made = _made(options.quick, tuple(dtypes))
+    cells = measure_all(options.out, tuple(dtypes.values()), made)
+    print(*write(options.out, cells, measure_growth(options.quick), made), sep="\n")
     return 0
 
 
@@ -250,25 +259,29 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def planned(quick: bool) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
+def planned(quick: bool, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
     """List each layer and dtype with its most tokens, and the regimes and numbers of tokens to measure."""
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for layer in QUICK_LAYERS if quick else LAYERS:
             cells = [(r, T) for r in REGIMES for T in (r.quick if quick else r.tokens)]
             yield replace(layer, dtype=dtype, T=max(T for _, T in cells)), cells
 
 
-def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
+def measure_all(folder: Path, dtypes: Sequence[torch.dtype], made: dict[str, object]) -> pd.DataFrame:
     """Measure every cell of every regime. Each is in ``folder`` at once, and a run is continued there.
+
+    Args:
+        folder: where the rows go.
+        dtypes: of the layers.
+        made: by what the rows are made, as by `_made`; columns of the table.
 
     Raises:
         RecordError: what was begun there is of another version, machine, set of peers or choice of cells.
     """
     ours, peers = subjects()
-    made = _made(quick)
     with journal.opened(folder / PART, Cell, made) as begun:
         done = {(cell.regime, cell.layer, cell.dtype, cell.T) for cell in begun.rows}
-        for whole, cells in track(list(planned(quick)), "layers"):
+        for whole, cells in track(list(planned(bool(made["quick"]), dtypes)), "layers"):
             dtype = dtype_name(whole.dtype)
             left = [(regime, T) for regime, T in cells if (regime.name, whole.name, dtype, T) not in done]
             inputs = make_inputs(whole) if left else None
@@ -279,8 +292,14 @@ def measure_all(folder: Path, quick: bool) -> pd.DataFrame:
         return pd.DataFrame([made | asdict(cell) for cell in begun.rows])
 
 
-def _made(quick: bool) -> dict[str, object]:
-    return {**provenance.columns(), **record.threads(), "peers": " ".join(compared()), "quick": quick}
+def _made(quick: bool, dtypes: Sequence[str]) -> dict[str, object]:
+    ours = {"peers": " ".join(compared()), "dtypes": " ".join(dtypes), "quick": quick}
+    return {**provenance.columns(), **record.threads(), **ours}
+
+
+def _options(made: dict[str, object]) -> str:
+    dtypes = str(made["dtypes"]).split()
+    return " --quick" * bool(made["quick"]) + f" --dtype {dtypes[0]}" * (len(dtypes) < len(DTYPES))
 
 
 def _csv(table: pd.DataFrame) -> bytes:
@@ -313,9 +332,8 @@ def measure_growth(quick: bool) -> list[Growth]:
     return found
 
 
-def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -> list[Path]:
+def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], made: dict[str, object]) -> list[Path]:
     """Write peers.csv, peers-growth.csv, their page and its plots; remove what was kept of the run so far."""
-    made = _made(quick)
     growth = pd.DataFrame([made | asdict(point) for point in grown])
     share = report.quadratic_share(growth)
     shown = ["regime", "layer", "dtype", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "auto_took",
@@ -323,7 +341,7 @@ def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], quick: bool) -
     commit = str(made["git_commit"])[:12]
     page = f"""# Beside other libraries
 
-Written by `python -m benchmarks peers{" --quick" * quick}` at commit {commit} with torch
+Written by `python -m benchmarks peers{_options(made)}` at commit {commit} with torch
 {made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. *Ours* is the fastest
 implementation of this project in a cell, *peer* the fastest of the others: {", ".join(compared())}.
 Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
