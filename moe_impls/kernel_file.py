@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno-psabi")
+SOURCE = Path(__file__).parent / "native_kernel" / "native.cpp"
+FLAGS = ("-O3", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno-psabi", "-pthread", "-shared")
 PACKAGED = Path(__file__).with_name("_native")  # holds <level>.so, in the wheel
 _V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
 _V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
@@ -25,8 +25,15 @@ LEVELS = {
 }
 
 
+def source() -> bytes:
+    """Read ``native.cpp`` and what lies beside it, which it includes."""
+    return b"\0".join(
+        file.read_bytes() for file in sorted(SOURCE.parent.iterdir()) if file.suffix in (".cpp", ".h")
+    )
+
+
 def _digest(kernel: bytes) -> bytes:
-    return hashlib.sha256(SOURCE.read_bytes() + kernel).digest()
+    return hashlib.sha256(source() + kernel).digest()
 
 
 def is_whole(path: Path) -> bool:
@@ -42,17 +49,12 @@ def compile_kernel(compiler: Sequence[str], flags: Sequence[str], folder: str | 
     Raises:
         RuntimeError: the compiler fails; the message holds what it says.
     """
-    # Compiled with OpenMP and linked without: its symbols are those of the runtime that torch has loaded, so
-    # that both share one set of threads.
-    object_, shared = Path(folder) / "native.o", Path(folder) / "native.so"
-    for command in (
-        [*compiler, *FLAGS, *flags, "-fopenmp", "-c", str(SOURCE), "-o", str(object_)],
-        [*compiler, "-shared", str(object_), "-o", str(shared)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = done.stderr.strip()[-500:] or f"{shlex.join(compiler)} ended with status {done.returncode}"
-            raise RuntimeError(f"compiling {SOURCE.name} failed: {said}")
+    shared = Path(folder) / "native.so"
+    command = [*compiler, *FLAGS, *flags, str(SOURCE), "-o", str(shared)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip()[-500:] or f"{shlex.join(compiler)} ended with status {done.returncode}"
+        raise RuntimeError(f"compiling {SOURCE.name} failed: {said}")
     content = shared.read_bytes()
     shared.write_bytes(content + _digest(content))
     return shared

@@ -2,7 +2,7 @@
 
 For few tokens the layer is bound by that reading, and products of one to a few dozen rows are what matrix
 libraries are slowest at. Many tokens are computed in groups of slots, so that their hidden features take
-memory that the process has already. The wheel holds ``native.cpp`` compiled; elsewhere the first call
+memory that the process has already. The wheel holds the kernel compiled; elsewhere the first call
 compiles it for the processor at hand, in seconds, and keeps it in the user's cache directory. Sums and
 activations are in float32 in every dtype; hidden features are rounded to bfloat16 beside such weights, where
 the processor multiplies pairs of them.
@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor
 
 from moe_impls.functional import activate, combine_slots
-from moe_impls.interface import Experts, Routing, Support, dtype_name
-from moe_impls.kernel_file import FLAGS, PACKAGED, SOURCE, compile_kernel, is_whole, level_of
+from moe_impls.interface import CLAMPED, Experts, Routing, Support, dtype_name
+from moe_impls.kernel_file import FLAGS, PACKAGED, SOURCE, compile_kernel, is_whole, level_of, source
 from moe_impls.operators import operator
 from moe_impls.processor import instructions
 
@@ -81,8 +82,8 @@ def library() -> ctypes.CDLL:
     if (compiler := shutil.which(command[0])) is None:
         raise RuntimeError("implementation 'native' needs a C++ compiler: install g++ or set CXX")
     command[0] = compiler
-    text = SOURCE.read_text(encoding="utf-8")
-    key = hashlib.sha256("\0".join([text, *FLAGS, *command, _processor()]).encode()).hexdigest()[:16]
+    made_by = "\0".join([*FLAGS, *command, _processor()]).encode()
+    key = hashlib.sha256(source() + made_by).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_impls"
     path = cache / f"native-{key}.so"
     if (found := _whole(path)) is not None:
@@ -119,15 +120,19 @@ def _whole(path: Path) -> ctypes.CDLL | None:
     return None
 
 
-POINTER, SIZE, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+POINTER, SIZE, FLAG, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool, ctypes.c_int
 # What the functions of native.cpp take and return.
 FUNCTIONS = {
     **{
         f"products_{name}": ((*[POINTER] * 7, *[SIZE] * 3, THREADS), None)
         for name in map(dtype_name, SUPPORT.dtypes)
     },
-    "add_slots": ((*[POINTER] * 5, *[SIZE] * 3, *[ctypes.c_bool] * 2, THREADS), None),
-    "sort_slots": ((POINTER, *[SIZE] * 3, POINTER), ctypes.c_bool),
+    "add_slots": ((*[POINTER] * 5, *[SIZE] * 3, *[FLAG] * 2, THREADS), None),
+    "activate_rows": (
+        (*[POINTER] * 2, FLAG, *[SIZE] * 2, FLAG, ctypes.c_int, *[ctypes.c_float] * 3, THREADS),
+        None,
+    ),
+    "sort_slots": ((POINTER, *[SIZE] * 3, POINTER), FLAG),
     "packed_numbers": ((SIZE,) * 3, SIZE),
     "bfloat16_row_bytes": ((), ctypes.c_int),
 }
@@ -156,10 +161,42 @@ def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
     return found.split([E + 1, T * K, T * K])
 
 
-def _rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows as the kernel takes them beside weights of a dtype."""
+def _row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Name the dtype of the rows that the kernel takes beside weights of a dtype."""
     pairs = dtype == torch.bfloat16 and library().bfloat16_row_bytes() == 2
-    return rows.to(torch.bfloat16 if pairs else torch.float32).contiguous()
+    return torch.bfloat16 if pairs else torch.float32
+
+
+# Which the kernel computes itself, by its names for them, and whether gates are multiplied with others.
+KERNELS_OWN = {
+    "relu": (0, False),
+    "relu2": (1, False),
+    "silu": (2, False),
+    "gelu_tanh": (3, False),
+    "reglu": (0, True),
+    "swiglu": (2, True),
+    CLAMPED: (2, True),
+    "geglu_tanh": (3, True),
+}
+
+
+def _hidden(h: Tensor, experts: Experts, dtype: torch.dtype) -> Tensor:
+    """Compute the hidden features of h [N, F] float32: [N, H] in the dtype of the rows that follow.
+
+    By the threads of the kernel: those of torch would look for more work for milliseconds after it, on the
+    processors that the kernel needs next.
+    """
+    if experts.activation not in KERNELS_OWN:
+        return activate(h, experts.activation, experts.clamp).to(dtype).contiguous()
+    function, gated = KERNELS_OWN[experts.activation]
+    N, F = h.shape
+    to = h.new_empty(N, F // 2 if gated else F, dtype=dtype)
+    numbers = experts.clamp if experts.activation == CLAMPED else (math.inf, 1.0, 0.0)
+    shape = dtype == torch.bfloat16, *to.shape
+    library().activate_rows(
+        _pointer(h), _pointer(to), *shape, gated, function, *numbers, torch.get_num_threads()
+    )
+    return to
 
 
 class _Group(NamedTuple):
@@ -227,7 +264,8 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
     (T, K), (E, F, D), (_, O, _) = routing.expert_ids.shape, experts.w_in.shape, experts.w_out.shape
     begin, slots, tokens = _sorted(routing.expert_ids, E)
-    rows, gates = _rows(x, experts.w_in.dtype), routing.gates.to(torch.float32).contiguous()
+    rows = x.to(_row_dtype(experts.w_in.dtype)).contiguous()
+    gates = routing.gates.to(torch.float32).contiguous()
     w_in, w_out = experts.w_in.contiguous(), experts.w_out.contiguous()
     b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
     positive = experts.output_activation == "relu"
@@ -235,7 +273,7 @@ def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "su
     y = x.new_empty(T if sums else T * K, O, dtype=torch.float32)  # of tokens, or of their slots
     for group in _groups(begin, T * K, max(D, F)):
         h = _products(rows, tokens, w_in, b_in, group)
-        hidden = _rows(activate(h, experts.activation, experts.clamp), w_out.dtype)
+        hidden = _hidden(h, experts, _row_dtype(w_out.dtype))
         out = _products(hidden, None, w_out, b_out, group)
         if sums:
             _add_slots(out, slots, tokens, gates, y, group, positive)

@@ -110,7 +110,7 @@ from moe_impls.processor import instructions
 from moe_impls.registry import resolve
 from moe_impls.testing import make_inputs, Problem
 
-assert native.PACKAGED.parent == kernel_file.SOURCE.parent
+assert native.PACKAGED.parent == kernel_file.SOURCE.parent.parent
 assert native.is_available(), native.missing()
 here = instructions()
 for level, (_, needed) in kernel_file.LEVELS.items():

@@ -21,6 +21,7 @@ from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
 from moe_impls import kernel_file, native, packed, recompute
+from moe_impls.functional import activate
 from moe_impls.interface import dtype_name
 from moe_impls.registry import resolve
 
@@ -231,10 +232,9 @@ def test_a_torn_kernel_is_ignored_named_and_compiled_anew(whole: Path, torn: byt
 
 
 def test_a_kernel_of_another_source_is_ignored_and_named(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "native.cpp").write_text("// of another version", encoding="utf-8")
-    monkeypatch.setattr(kernel_file, "SOURCE", tmp_path / "native.cpp")
+    monkeypatch.setattr(kernel_file, "source", lambda: b"// of another version")
     monkeypatch.setattr(native, "compile_kernel", None)
     with (
         pytest.warns(UserWarning, match=f"{whole.name} is ignored: .* another source"),
@@ -302,3 +302,33 @@ def test_native_is_right_and_bit_equal_across_thread_counts(dtype: torch.dtype) 
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("H", [1, 7, 8, 33, 1000])
+@pytest.mark.parametrize("activation", native.KERNELS_OWN)
+def test_the_activations_of_the_kernel_are_those_of_the_contract(activation: str, H: int) -> None:
+    _, gated = native.KERNELS_OWN[activation]
+    problem = replace(SMALL, H=H, activation=activation)
+    experts = make_inputs(problem).experts
+    h = torch.randn(60, H * (1 + gated), generator=torch.Generator().manual_seed(0))
+    h *= torch.logspace(-6, 2, 60).unsqueeze(1)
+    right = activate(h.double(), activation, experts.clamp)
+    hidden = native._hidden(h, experts, torch.float32)
+    # Far below zero little is left of 1 + tanh, and a clamped factor may cancel its offset.
+    torch.testing.assert_close(hidden.double(), right, rtol=1e-6, atol=1e-6)
+    assert torch.equal(native._hidden(h, experts, torch.bfloat16), hidden.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("activation", native.KERNELS_OWN)
+def test_the_activations_of_the_kernel_take_extreme_numbers_as_those_of_torch(activation: str) -> None:
+    _, gated = native.KERNELS_OWN[activation]
+    extreme = [0.0, 1e38, -1e38, -88.5, 88.5, -100.0, torch.inf, -torch.inf, torch.nan]
+    h = torch.tensor([extreme + gated * other for other in ([2.0] * len(extreme), extreme)])
+    experts = make_inputs(replace(SMALL, H=len(extreme), activation=activation)).experts
+    torch.testing.assert_close(
+        native._hidden(h, experts, torch.float32),
+        activate(h, activation, experts.clamp),
+        rtol=1e-6,
+        atol=1e-30,
+        equal_nan=True,
+    )

@@ -13,48 +13,28 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
+
+#include "activations.h"
+#include "threads.h"
+#include "vectors.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 #ifdef __AVX512F__
-constexpr int WIDTH = 16, ROWS = 6;  // 6 rows x 4 features of sums in 32 registers
-constexpr int FEATURES = 8;          // of a tile of a panel: 3 vectors x 8 features of sums
+constexpr int ROWS = 6;      // 6 rows x 4 features of sums in 32 registers
+constexpr int FEATURES = 8;  // of a tile of a panel: 3 vectors x 8 features of sums
 #else
-constexpr int WIDTH = 8, ROWS = 2;
+constexpr int ROWS = 2;
 constexpr int FEATURES = 4;
 #endif
 constexpr int VECTORS = 3;           // of rows in a panel, at most
 constexpr int64_t BLOCK = 16;        // features of one expert that a thread takes at a time
 constexpr int BLOCKS = 8;            // at most, of those one after the other
 constexpr int64_t PANELS = 1 << 17;  // numbers, about, in the panels that stay in a cache for all features
+constexpr int64_t SMALL = 1 << 15;   // numbers to pack that no other thread is woken for
 constexpr int64_t SUMMED = 512;      // numbers one after the other in a sum: it rounds the more, the longer it is
 constexpr int64_t LONG = 1024;       // numbers of a feature from which on the processor fetches what comes next itself
-
-typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef float Quad __attribute__((vector_size(16)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2)));
-typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Places __attribute__((vector_size(4 * WIDTH)));
-typedef _Float16 Float16s __attribute__((vector_size(2 * WIDTH), aligned(2)));
-struct BFloat16 { uint16_t bits; };
-
-static float value(float v) { return v; }
-static float value(_Float16 v) { return (float)v; }
-static float value(BFloat16 v) {
-    uint32_t word = (uint32_t)v.bits << 16;
-    float f;
-    std::memcpy(&f, &word, 4);
-    return f;
-}
-
-static Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-static Floats load(const BFloat16* p) {
-    return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
-}
-static Floats load(const _Float16* p) {
-    return __builtin_convertvector(*reinterpret_cast<const Float16s*>(p), Floats);
-}
 
 // How rows are multiplied with weights of a type: STEP numbers of each at a time, rows of type Row.
 template <class W>
@@ -325,10 +305,8 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
             parts.push_back({of, e, of.panels * part / count, of.panels * (part + 1) / count});
     }
     const int64_t items = int64_t(parts.size()) * blocks, chunk = std::clamp<int64_t>(items / (4 * threads), 1, BLOCKS);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < parts.size(); i++) {
+    share(int64_t(parts.size()), 1, wide * (begin[E] - begin[0]) < SMALL ? 1 : threads, [&](int64_t i, int64_t end) {
+        for (; i < end; i++) {
             const Part<W>& part = parts[i];
             const Rows<W>& of = part.of;
             if constexpr (Rows<W>::IN_PANELS)
@@ -341,9 +319,10 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
                 pack<W>(rows, index, of.first + r, of.rest.rows(pass), D, packed + (of.place + r) * wide);
             }
         }
-        std::vector<float> converted;
-#pragma omp for schedule(dynamic, chunk)
-        for (int64_t item = 0; item < items; item++) {
+    });
+    share(items, chunk, threads, [&](int64_t item, int64_t last) {
+        static thread_local std::vector<float> converted;
+        for (; item < last; item++) {
             const Part<W>& part = parts[item / blocks];
             const Rows<W>& of = part.of;
             const int64_t f = item % blocks * BLOCK, count = std::min(BLOCK, F - f), panels = part.end - part.first;
@@ -386,7 +365,7 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
                 }
             }
         }
-    }
+    });
 }
 
 #define EXPORT(NAME, W)                                                                                        \
@@ -424,9 +403,8 @@ extern "C" bool sort_slots(const int64_t* ids, int64_t N, int64_t E, int64_t K, 
 extern "C" void add_slots(const float* out, const int64_t* slot, const int64_t* token, const float* gates, float* y,
                           int64_t N, int64_t T, int64_t O, bool anew, bool positive, int threads) {
     const int64_t columns = (O + threads - 1) / threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && N * O > 65536)
-    for (int64_t begin = 0; begin < O; begin += columns) {
-        const int64_t count = std::min(columns, O - begin);
+    share(O, columns, N * O > 65536 ? threads : 1, [&](int64_t begin, int64_t end) {
+        const int64_t count = end - begin;
         for (int64_t t = 0; anew && t < T; t++) std::fill_n(y + t * O + begin, count, 0.0f);
         for (int64_t n = 0; n < N; n++) {
             const float *__restrict from = out + n * O + begin, gate = gates[slot[n]];
@@ -436,7 +414,7 @@ extern "C" void add_slots(const float* out, const int64_t* slot, const int64_t* 
             else
                 for (int64_t o = 0; o < count; o++) to[o] += gate * from[o];
         }
-    }
+    });
 }
 
 // How many numbers the packed rows of N slots of E experts take at most, with what fills vectors.

@@ -1,0 +1,62 @@
+"""The threads of native: callers at once, a forked process, and more threads than processors."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from correctness.judging.compare import require_right
+from correctness.problems.catalogue import SMALL
+from correctness.problems.inputs import make_inputs
+from moe_impls import native
+
+ROOT = Path(__file__).parents[2]
+LARGE_ENOUGH = replace(SMALL, T=64, D=200, H=120, O=200)  # for several threads in each step
+
+
+def test_several_callers_at_once_share_the_threads_of_native() -> None:
+    inputs = make_inputs(LARGE_ENOUGH)
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+        found = list(callers.map(lambda _: native.forward(*inputs[:3]), range(200)))
+    require_right({"y": found[0]}, LARGE_ENOUGH, inputs)
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+IN_A_FORK = """
+import os, torch
+from correctness.problems.inputs import make_inputs
+from moe_impls import native
+from tests.moe_impls.test_native_threads import LARGE_ENOUGH
+inputs = make_inputs(LARGE_ENOUGH)
+torch.set_num_threads(max(torch.get_num_threads(), 2))
+before = native.forward(*inputs[:3])
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os._exit(0 if torch.equal(native.forward(*inputs[:3]), before) else 3)
+"""
+
+
+def test_native_computes_in_a_process_that_was_forked_from_one_that_used_it() -> None:
+    subprocess.run([sys.executable, "-c", IN_A_FORK], check=True, timeout=120, cwd=ROOT)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system chooses the processors")
+def test_native_is_right_with_more_threads_than_processors() -> None:
+    inputs = make_inputs(LARGE_ENOUGH)
+    threads, processors = torch.get_num_threads(), os.sched_getaffinity(0)
+    alone = native.forward(*inputs[:3])
+    try:
+        os.sched_setaffinity(0, {min(processors)})
+        torch.set_num_threads(8)
+        shared = native.forward(*inputs[:3])
+    finally:
+        os.sched_setaffinity(0, processors)
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, shared)
