@@ -27,7 +27,8 @@ BEYOND = 600  # visits of an expert; bfloat16 counts to 256
 def bias_update(bench: Bench) -> None:
     """Move the selection bias in training by its rule, and without one so that the balance improves.
 
-    The bias moves in the call, or by `update_bias(layer)` in the layer's file, for all calls since the last.
+    The bias moves in the call, or by `update_bias(layer)` in the layer's file, for all calls in training mode
+    since the last: those of an evaluation between two steps do not count.
     Without `bias_rule`, a bias that moves raises the least loaded expert over the most loaded. In 16 bits,
     too, where each expert has more visits than bfloat16 counts, but for experts near the average load.
     """
@@ -46,10 +47,12 @@ def bias_update(bench: Bench) -> None:
     for turn in [*turns, (_all, _of_the_least)] if subject.update_bias else turns:
         before = _bias(bench)
         load = torch.stack([_train(bench, pick, least=is_low * BEYOND * E // K) for pick in turn]).sum(0)
+        seen = _evaluate(bench) if subject.update_bias else torch.zeros_like(load)
         if subject.update_bias:
             with during("update_bias(layer)"), torch.no_grad():
                 subject.update_bias(layer)
-        _require_moved(_bias(bench) - before, load, subject.read(layer).bias_rule, before, bench.dtype)
+        moved, rule = _bias(bench) - before, subject.read(layer).bias_rule
+        _require_moved(moved, load, rule, before, bench.dtype, seen)
 
 
 def _bias(bench: Bench) -> Tensor:
@@ -110,12 +113,26 @@ def _train(bench: Bench, pick: Callable[[Tensor, Tensor], Tensor], least: int = 
     return calls * visits[picked].sum(dim=0)
 
 
+def _evaluate(bench: Bench) -> Tensor:
+    """Call in evaluation on as many tokens as a step has, all of one kind; count their visits: [E]."""
+    weights, rows = weights_of(bench.subject, bench.layer), bench.expected.x
+    ids, clear = oracle.choose(rows, weights)
+    x = rows[clear][:1].expand(len(rows), -1).unsqueeze(0).contiguous().to(bench.device)
+    bench.layer.eval()
+    with during("a call in evaluation"), torch.no_grad():
+        bench.call(x)
+    bench.layer.train()
+    visits = torch.zeros(len(weights.router_weight), dtype=torch.float64)
+    return visits.index_fill(0, ids[clear][0], float(len(rows)))
+
+
 def _require_moved(
-    moved: Tensor, load: Tensor, rule: BiasRule | None, before: Tensor, dtype: torch.dtype
+    moved: Tensor, load: Tensor, rule: BiasRule | None, before: Tensor, dtype: torch.dtype, seen: Tensor
 ) -> None:
     """Raise CheckFailed unless the biases [E] moved as they must for the load [E] of a step.
 
-    dtype: of the layer. What rounding to it may do to a load decides nothing.
+    dtype: of the layer. What rounding to it may do to a load decides nothing. seen: the visits [E] of an
+    evaluation since, which must not count.
     """
     moved, low, high = moved.double(), int(load.argmin()), int(load.argmax())
     told = f"of {int(load.sum())} visits, {float(load.mean()):.4g} for each expert on average"
@@ -138,7 +155,10 @@ def _require_moved(
         f"{told}, expert {e} has {int(load[e])}: by bias_rule its bias moves by {want[e]:+.3g}, and it "
         f"moves by {moved[e]:+.3g}"
     )
-    if not moved.any():
+    also = load + seen
+    if bool(seen.any()) and torch.equal(moved.sign(), (also.mean() - also).sign()):
+        finding += "; that is for the visits of an evaluation since, too: count in training mode alone"
+    elif not moved.any():
         finding += "; no bias moves at all: is update_bias(layer) missing in the file?"
     elif bool((moved[load > 0] < 0).all()):
         finding += "; that of each expert in use falls: is a count compared with a fraction?"

@@ -73,8 +73,25 @@ def ties(route: Router, problem: RouterProblem) -> None:
     bias = None if bias is None else torch.zeros_like(bias)
     routing = call(route, equal, problem.spec, bias)
     require_gates(routing, equal, problem.spec)
+    _require_the_best(routing.expert_ids, equal, problem.spec.groups)
     if not torch.equal(call(route, equal, problem.spec, bias).expert_ids, routing.expert_ids):
         raise CheckFailed("equal scores lead to other experts in a second call")
+
+
+def _require_the_best(ids: Tensor, logits: Tensor, groups: int) -> None:
+    """Raise CheckFailed if an expert is left out for a worse one, though others of its group are chosen."""
+    T, E = logits.shape
+    chosen = torch.zeros(T, E, dtype=torch.bool).scatter(1, ids.cpu(), True)
+    kept = chosen.view(T, groups, -1).any(dim=2).repeat_interleave(E // groups, dim=1)
+    z = logits.cpu().double()
+    least = z.masked_fill(~chosen, torch.inf).amin(dim=1)
+    best_left = z.masked_fill(chosen | ~kept, -torch.inf).amax(dim=1)
+    for t in (best_left > least).nonzero().flatten().tolist():
+        raise CheckFailed(
+            f"token {t} visits experts {ids[t].tolist()}, the least of them with a logit of "
+            f"{float(least[t]):g}; one with {float(best_left[t]):g} is left out{HINT}where scores tie, more "
+            "than top_k reach a threshold: those above it come first"
+        )
 
 
 def nan_contained(route: Router, problem: RouterProblem) -> None:

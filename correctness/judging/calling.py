@@ -74,11 +74,12 @@ def start(forward: Forward, inputs: Inputs, combine: str, wanted: Sequence[str] 
 
 
 def finish(graph: Graph, dy: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
-    """Do the backward half: return y and the gradients, by name."""
+    """Do the backward half, outside of autocast as in training: return y and the gradients, by name."""
     y, leaves = graph
     results = {"y": y.detach()}
     wanted = list(leaves.values())
-    grads = torch.autograd.grad(y, wanted, dy, retain_graph=retain_graph, allow_unused=True)
+    with torch.autocast(y.device.type, enabled=False):
+        grads = torch.autograd.grad(y, wanted, dy, retain_graph=retain_graph, allow_unused=True)
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         if grad is None:
             raise CheckFailed(f"the gradient of {name} is missing: y does not depend on it")

@@ -47,8 +47,8 @@ def step(
 ) -> Step:
     """Call a layer on x [..., D] and go back from dy, of as many entries as y.
 
-    The gradients flow into ``.grad``, as in a training loop: a reentrant checkpoint takes no other way. x is
-    no leaf, as in a model.
+    The gradients flow into ``.grad``, as in a training loop: a reentrant checkpoint takes no other way. They
+    flow outside of autocast. x is no leaf, as in a model.
 
     Args:
         call: in place of the layer's own.
@@ -80,7 +80,8 @@ def step(
             leaf.grad = None
         dy = dy.to(y).reshape(y.shape)
         given, before = dy.clone(), dy.clone()
-        y.backward(given)
+        with torch.autocast(y.device.type, enabled=False):
+            y.backward(given)
         grads = {name: leaf.grad for name, leaf in leaves.items()}
     except Exception as error:
         raise CheckFailed(f"the backward of layer(x) raises {one_line(error)}") from error
