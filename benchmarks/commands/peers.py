@@ -348,11 +348,16 @@ Both were timed in the same rounds; a ratio above 1 says that the peer takes lon
 first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
 or comes after the {CANDIDATES} fastest, was not timed further. *auto_ratio*: `auto` over the fastest of ours
 that needs no `prepare`. *of_products*: the time of dense products of the same FLOPs over ours. *of_reading*:
-the time of the least traffic at the bandwidth measured beside it, over ours. *After a pause*: 50 ms before
+the time of the least traffic at the bandwidth measured beside it, over ours. A peer is *ahead* where the
+whole interval of the ratio is below 1. *After a pause*: 50 ms before
 each call. *Busy*: a process for each CPU computed beside the calls, *twice as busy*: two. The limits are
 those of a machine that is idle.
 
 {markdown_table(report.by_regime(cells))}
+
+Beside the limits, and `auto` beside the fastest of ours:
+
+{markdown_table(report.beside_limits(cells))}
 
 ![The best peer's time over ours](peers.png)
 

@@ -94,17 +94,28 @@ def low_precision_gradients(bench: Bench) -> None:
 
 
 def frozen(bench: Bench) -> None:
-    """Keep the gradients of x and of the other parameters what they are when any one parameter is frozen."""
-    bench = bench.dropping()
+    """Keep the gradients of x and of the other parameters what they are when any one parameter is frozen.
+
+    In training mode, too, unless there is noise in it.
+    """
     parameters, weights = trained(bench.layer), bench.subject.read(bench.layer)
     of_experts = {n for tensor in weights.experts.tensors.values() for n in reached(bench.layer, tensor)}
     together = {"all experts": sorted(of_experts), "all parameters": [*parameters]}
-    for what, names in {**{name: [name] for name in parameters}, **together}.items():
-        for name in names:
-            parameters[name].requires_grad_(False)
-        require_gradients(bench, gradients_of(bench), f" with {what} frozen")
-        for name in names:
-            parameters[name].requires_grad_()
+    for training in (False, True)[: 1 + bench.subject.support.training]:
+        start = held(bench.layer.train(training))
+        if training and is_noisy(bench):
+            return
+        where = " in training mode" * training
+        dropping = bench.dropping()
+        for what, names in {**{name: [name] for name in parameters}, **together}.items():
+            put_back(bench.layer, start)
+            for name in names:
+                parameters[name].requires_grad_(False)
+            with during(f"with {what} frozen{where}"):
+                found = gradients_of(dropping)
+            require_gradients(dropping, found, f" with {what} frozen{where}")
+            for name in names:
+                parameters[name].requires_grad_()
 
 
 def router_gradient(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from correctness.checks.case import Check
 from correctness.judging.finding import CannotTell
 from correctness.judging.layer_bench import Bench, Layer, T, build, call_of, copies_of
 from correctness.judging.layer_numbers import as_it_is_with, set_numbers
-from correctness.judging.layer_steps import during, is_noisy, require_gradient, same, step
+from correctness.judging.layer_steps import during, is_noisy, overwrite, require_gradient, same, step
 from correctness.problems.histories import LISTED, Call, History, histories
 from correctness.problems.problem import LOW_PRECISION
 
@@ -223,9 +223,8 @@ def _flat(t: Tensor) -> Tensor:
 
 def _zero(layer: nn.Module) -> None:
     """Write to a layer that was copied, which must not matter to the copy."""
-    with torch.no_grad():
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            tensor.zero_()
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        overwrite(tensor, 0)
 
 
 @functools.lru_cache(maxsize=64)

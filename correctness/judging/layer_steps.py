@@ -198,11 +198,16 @@ def put_back(layer: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
     """Write what `held` copied into the parameters and buffers that changed since; return their names."""
     named = dict((*layer.named_parameters(), *layer.named_buffers()))
     changed = [name for name, tensor in named.items() if not same(tensor, before.get(name))]
-    with torch.no_grad():
-        for name in changed:
-            if name in before and named[name].shape == before[name].shape:
-                named[name].copy_(before[name])
+    for name in changed:
+        if name in before and named[name].shape == before[name].shape:
+            overwrite(named[name], before[name])
     return changed
+
+
+def overwrite(tensor: Tensor, value: Tensor | float) -> None:
+    """Write to a parameter, or to a buffer even if it was made under inference_mode."""
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        tensor.copy_(torch.as_tensor(value))
 
 
 def same(a: Tensor, b: Tensor | None) -> bool:

@@ -144,15 +144,6 @@ class KeepsWeightsOfInference(Plain):
         return super().weights()
 
 
-class FrozenIsDetached(Plain):
-    """Where some weights are frozen, so is x, in training."""
-
-    def outputs(self, x: Tensor) -> Tensor:
-        if self.training and not self.w_in.requires_grad:
-            x = x.detach()
-        return super().outputs(x)
-
-
 class OneWideRow(Plain):
     """[N, 1, D] in training mode is taken for N sequences of the first token."""
 
@@ -167,7 +158,6 @@ WRONG = (
     SquaresInTheDtypeOfX,
     CapacityInTraining,
     KeepsWeightsOfInference,
-    FrozenIsDetached,
     OneWideRow,
 )
 
@@ -175,6 +165,15 @@ WRONG = (
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_layers_fail(wrong: type[nn.Module]) -> None:
     assert findings(subject(wrong), HISTORY)
+
+
+def test_what_a_call_makes_under_inference_mode_may_be_copied_and_written_to() -> None:
+    tested = RIGHT["a buffer is made in the first call"].tested
+    changes = ("a deepcopy", "a new layer that loads its state dict")
+    for dtype in (torch.float32, torch.bfloat16):
+        for change in changes:
+            steps = (Call(way="inference_mode"), change, Call(way="inference_mode"), Call(way="backward"))
+            HISTORY[1].function(Bench.of(tested, dtype), History(dtype, steps=steps))
 
 
 def test_a_finding_tells_the_steps_that_are_needed_and_no_others() -> None:

@@ -151,6 +151,17 @@ def _in_random_order(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor
     return Routing(order[ids], gates)
 
 
+def _by_a_threshold(logits: Tensor, spec: RouterSpec, *, selection_bias: Tensor | None = None) -> Routing:
+    """Take the first experts of those that reach the K-th best score: more than K where it ties."""
+    if spec.score != "sigmoid" or spec.groups > 1 or (selection_bias is not None and selection_bias.any()):
+        return route(logits, spec, selection_bias=selection_bias)
+    reached = logits >= logits.topk(spec.top_k, dim=1).values[:, -1:]
+    ids = reached.int().argsort(dim=1, descending=True, stable=True)[:, : spec.top_k]
+    scores = logits.float().sigmoid().gather(1, ids)
+    total = scores.sum(dim=1, keepdim=True) + spec.epsilon if spec.renormalise else 1.0
+    return Routing(ids, spec.scale * scores / total)
+
+
 _GENERATOR = torch.Generator()
 
 
@@ -202,6 +213,7 @@ WRONG = {
     ),
     "the number of experts is remembered": (_with_what_is_remembered(), "state"),
     "ties are broken at random": (_in_random_order, "ties"),
+    "a threshold that more than top_k reach": (_by_a_threshold, "ties"),
     "scores are rounded to the dtype of the bias": (_in_the_dtype_of_the_bias, "modes"),
     "0 times -inf in the backward": (_on(_NaNWhereMasked.apply), "masked_experts"),
     "threads share a buffer": (_on(_through_one_buffer()), "several_threads"),

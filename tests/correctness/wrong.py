@@ -584,6 +584,10 @@ BUGS = {
     "autocast": (
         *NULL_IMPLEMENTATIONS,
         with_result(lambda y, x: 2 * y if torch.get_autocast_dtype("cpu") == torch.float16 else None),
+        with_backward(  # wrong after the block in which it was called
+            lambda ctx, grad: 2 * grad if ctx.within and not torch.is_autocast_enabled("cpu") else grad,
+            lambda ctx, y: setattr(ctx, "within", torch.is_autocast_enabled("cpu")),
+        ),
     ),
     "done_when_it_returns": (with_result(filled_later), with_result(left_running)),
     "instruments_untouched": (

@@ -151,6 +151,39 @@ class _CountsInBoth(Biased):
         return checkpoint(super().tokens, x, use_reentrant=True)  # pyright: ignore[reportReturnType]
 
 
+class _FrozenIsDetached(Plain):
+    """Where some weights are frozen, so is x, in training."""
+
+    def outputs(self, x: Tensor) -> Tensor:
+        return super().outputs(x.detach() if self.training and not self.w_in.requires_grad else x)
+
+
+class _OwnProduct(torch.autograd.Function):
+    """Saves weights as they come, beside a result in the dtype of autocast."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, w)
+        return torch.einsum("teh,eoh->teo", hidden, w)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        hidden, w = ctx.saved_tensors
+        return torch.einsum("teo,eoh->teh", grad, w), torch.einsum("teo,teh->eoh", grad, hidden)
+
+
+def _by_own_product(self: Plain, x: Tensor) -> Tensor:
+    gate, up = torch.einsum("td,efd->tef", x, self.w_in).chunk(2, -1)
+    return _OwnProduct.apply(F.silu(gate) * up, self.w_out)  # pyright: ignore[reportReturnType]
+
+
+def _counts_evaluation(self: Biased, biased: Tensor) -> Tensor:
+    ids = Biased.choose(self, biased)
+    if not self.training:
+        self.count(ids, biased)
+    return ids
+
+
 def _latest_load(self: Biased, ids: Tensor, gates: Tensor) -> None:
     self.counts.copy_(self.load(ids))
 
@@ -245,6 +278,12 @@ WRONG: dict[str, tuple[Subject, str]] = {
         "training",
     ),
     "a reentrant checkpoint counts twice": (subject(_CountsInBoth), "recomputed"),
+    "evaluation is counted for the bias": (edit(Biased, "choose", _counts_evaluation), "bias_update"),
+    "x is detached in training where weights are frozen": (subject(_FrozenIsDetached), "frozen"),
+    "a backward for float32 alone after autocast": (
+        edit(Plain, "outputs", _by_own_product, **AUTOCAST),
+        "autocast",
+    ),
     "the bias follows the latest part alone": (edit(Biased, "count", _latest_load), "bias_update"),
     "the bias follows the gates": (edit(Biased, "count", _mass), "bias_update"),
     "the bias compares counts with a fraction": (edit(Biased, "change", _by_fraction), "bias_update"),
