@@ -36,7 +36,7 @@ def by_regime(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside_limits(cells: pd.DataFrame) -> pd.DataFrame:
-    """Sum up in a line for each regime and dtype how near ours are to the limits, `auto` to the best of ours."""
+    """Sum up in a line for each regime and dtype how near ours are to limits, and `auto` to ours."""
     lines = []
     for (regime, dtype), rows in cells.groupby(["regime", "dtype"], sort=False):
         few = rows[rows["T"] <= 4]

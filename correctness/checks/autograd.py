@@ -10,7 +10,7 @@ import torch
 from correctness.judging import calling
 from correctness.judging.calling import Graph, finish, run, start
 from correctness.judging.compare import require_right, require_right_calls
-from correctness.judging.finding import CheckFailed, what
+from correctness.judging.finding import CheckFailed, during, what
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import (
     Problem,
@@ -62,7 +62,8 @@ def gradient_subsets(subject: Implementation, problem: Problem) -> None:
     if subject.support.compiles_per_case:  # each subset is compiled anew
         subsets = [["x"], ["gates"], ["w_in", "w_out"]]
     for wanted in subsets:
-        require_right(run(subject.forward, inputs, problem.combine, wanted=wanted), problem)
+        with during(f"a call in which {' and '.join(wanted)} alone require gradients"):
+            require_right(run(subject.forward, inputs, problem.combine, wanted=wanted), problem)
 
 
 def inside_a_graph(subject: Implementation, problem: Problem) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from correctness.checks.case import Check
 from correctness.checks.layer_bias import made_of
 from correctness.judging.budget import eps, roundings
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CheckFailed, during
 from correctness.judging.layer_bench import Bench, S, T, weights_of
-from correctness.judging.layer_steps import as_it_is, during, held, is_noisy, seeded, step
+from correctness.judging.layer_steps import as_it_is, held, is_noisy, seeded, step
 from correctness.oracle import layer as oracle
 from correctness.problems.layers import LayerProblem
 from correctness.problems.problem import LOW_PRECISION

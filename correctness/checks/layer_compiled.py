@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from correctness.checks.case import Check
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CheckFailed, during
 from correctness.judging.layer_bench import B, Bench, S, T
 from correctness.judging.layer_steps import (
-    during,
     fresh,
     held,
     is_noisy,

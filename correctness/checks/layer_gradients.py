@@ -8,10 +8,9 @@ import copy
 import torch
 from torch import Tensor
 
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CheckFailed, during
 from correctness.judging.layer_bench import Bench, T, reached, trained
 from correctness.judging.layer_steps import (
-    during,
     gradients_of,
     held,
     in_sequences,

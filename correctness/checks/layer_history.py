@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from correctness.checks.case import Check
-from correctness.judging.finding import CannotTell
+from correctness.judging.finding import CannotTell, during
 from correctness.judging.layer_bench import Bench, Layer, T, build, call_of, copies_of
 from correctness.judging.layer_numbers import as_it_is_with, set_numbers
-from correctness.judging.layer_steps import during, is_noisy, overwrite, require_gradient, same, step
+from correctness.judging.layer_steps import is_noisy, overwrite, require_gradient, same, step
 from correctness.problems.histories import LISTED, Call, History, histories
 from correctness.problems.problem import LOW_PRECISION
 

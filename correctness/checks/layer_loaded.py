@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from correctness.checks.case import Check
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CheckFailed, during
 from correctness.judging.layer_bench import Bench, build
 from correctness.judging.layer_steps import (
     as_it_is,
-    during,
     held,
     is_noisy,
     put_back,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from correctness.checks.case import Check
+from correctness.judging.finding import during
 from correctness.judging.layer_bench import Bench, Expected, T
 from correctness.judging.layer_steps import (
     as_it_is,
-    during,
     gradients_of,
     held,
     is_noisy,

@@ -6,17 +6,9 @@ import torch
 from torch import Tensor
 
 from correctness.checks.case import Check
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CheckFailed, during
 from correctness.judging.layer_bench import B, Bench, S, T, trained
-from correctness.judging.layer_steps import (
-    during,
-    held,
-    in_sequences,
-    is_noisy,
-    put_back,
-    require_gradients,
-    step,
-)
+from correctness.judging.layer_steps import held, in_sequences, is_noisy, put_back, require_gradients, step
 from correctness.problems.layers import LayerProblem
 from moe_impls.registry import one_line
 

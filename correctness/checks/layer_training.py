@@ -17,13 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from correctness.checks.case import Check
 from correctness.judging import layer_reported
 from correctness.judging.budget import allowed_by_differences, eps, roundings
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CheckFailed, during
 from correctness.judging.layer_bench import COPIES, B, Bench, S, T, build, call_of, draw, trained
 from correctness.judging.layer_steps import (
     SEEDS,
     Step,
     as_it_is,
-    during,
     fresh,
     generators,
     gradients_of,

@@ -16,7 +16,7 @@ from torch import Tensor
 from correctness.judging import calling
 from correctness.judging.calling import Graph, finish, run, run_both_ways, start
 from correctness.judging.compare import require_right, require_right_calls
-from correctness.judging.finding import CheckFailed, what
+from correctness.judging.finding import CheckFailed, during, what
 from correctness.judging.process_state import require_unchanged, restored, settings
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem, fit, resize
@@ -141,7 +141,10 @@ def prepared(subject: Implementation, problem: Problem) -> None:
         require_right_calls(ready, problem, tokens._replace(experts=inputs.experts))
     for name, weight in inputs.experts.tensors.items():
         weight.copy_(other.experts.tensors[name])
-        with contextlib.suppress(RuntimeError):  # that the weights have changed
+        with (
+            during(f"a call of what prepare made, after {name} was written to"),
+            contextlib.suppress(RuntimeError),  # that the weights have changed
+        ):
             require_right_calls(ready, problem, inputs)
             continue
         ready = lay_out()

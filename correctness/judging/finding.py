@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+from moe_impls.registry import one_line
+
 
 class Timeout(BaseException):
     """The end of what takes too long. No Exception, so that neither a subject nor Hypothesis tries again."""
@@ -20,6 +25,17 @@ class CheckFailed(AssertionError):
 
 class CannotTell(CheckFailed):
     """What is right cannot be told: no choice of experts is clear, or a plain computation overflows."""
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Say of what is raised inside in which call it was."""
+    try:
+        yield
+    except CheckFailed as failure:
+        raise CheckFailed(f"{what}: {failure}", failure.fractions) from (failure.__cause__ or failure)
+    except Exception as error:
+        raise CheckFailed(f"{what} raises {one_line(error)}") from error
 
 
 def what(name: str) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from correctness.judging.budget import entry_budgets
-from correctness.judging.finding import CheckFailed
+from correctness.judging.finding import CheckFailed, during
 from correctness.judging.layer_bench import (
     SIGNS,
     B,
@@ -16,7 +16,7 @@ from correctness.judging.layer_bench import (
     trained,
     weights_of,
 )
-from correctness.judging.layer_steps import during, held, put_back, seeded, step
+from correctness.judging.layer_steps import held, put_back, seeded, step
 from correctness.judging.layer_tokens import kinked
 from correctness.oracle import layer as oracle
 from moe_impls.interface import Routing

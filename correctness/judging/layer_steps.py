@@ -151,17 +151,6 @@ def require_own_gradients(bench: Bench, where: str) -> None:
     require_gradients(bench, gradients_of(bench), where)
 
 
-@contextlib.contextmanager
-def during(what: str) -> Iterator[None]:
-    """Say of what is raised inside in which call it was."""
-    try:
-        yield
-    except CheckFailed as failure:
-        raise CheckFailed(f"{what}: {failure}", failure.fractions) from (failure.__cause__ or failure)
-    except Exception as error:
-        raise CheckFailed(f"{what} raises {one_line(error)}") from error
-
-
 def generators(layer: nn.Module) -> list[torch.Generator]:
     """List the random generators that a layer's modules hold as attributes."""
     values = [value for module in layer.modules() for value in vars(module).values()]

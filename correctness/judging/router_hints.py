@@ -20,6 +20,7 @@ from moe_impls.router_interface import BIASED, GROUP_SCORES, SCORES, RouterSpec
 MOST_TOKENS = 64
 PRECISION = roundings(eps(torch.float32))
 HINT = "\n  hint: "
+FAR = -1e6  # below every score + bias
 
 
 class Routed(NamedTuple):
@@ -172,8 +173,9 @@ def choice_hint(routed: Routed, choices: Sequence[tuple[list[int], bool]]) -> st
     is_wrong = [clear and row != set(right) for row, (right, clear) in zip(rows, choices, strict=True)]
     wrong = [t for t, is_one in enumerate(is_wrong) if is_one][:MOST_TOKENS]
     others = [t for t, is_one in enumerate(is_wrong) if not is_one][:MOST_TOKENS]
-    for text, z, other, other_bias in _other_choices(logits.detach().double(), spec, bias):
-        found = {t: oracle.select(z[t], other, other_bias, eps(torch.float32)) for t in (*wrong, *others)}
+    z = logits.detach().double()
+    for text, choose in _other_choices(spec, bias, logits.shape[1]):
+        found = {t: choose(z[t]) for t in (*wrong, *others)}
         agrees = all(set(chosen) == rows[t] for t, (chosen, clear) in found.items() if clear)
         if agrees and any(found[t][1] for t in wrong):
             return f"{HINT}this is the choice {text}; the spec is {spec}"
@@ -184,7 +186,7 @@ def choice_hint(routed: Routed, choices: Sequence[tuple[list[int], bool]]) -> st
             f"best groups may not be; the spec is {spec}"
         )
     if bias is not None:
-        ranks = [_rank(logits[t].detach().double(), spec, bias) for t in wrong]
+        ranks = [_rank(z[t], spec, bias) for t in wrong]
         if all(float(rank[choices[t][0]].min()) < 0 for t, rank in zip(wrong, ranks, strict=True)):
             return (
                 f"{HINT}wrong where score + bias of a right expert is below 0: experts of other groups must "
@@ -199,40 +201,64 @@ def _is_masked_with_zero(routed: Routed, t: int) -> bool | None:
     None: the groups are tied, so that it may visit others.
     """
     logits, bias, spec, ids, _ = routed
-    z = logits[t].detach().double()
+    masked = masked_with_zero(logits[t].detach().double(), spec, bias)
+    if masked is None:
+        return None
+    best = masked.sort(descending=True).values[: spec.top_k]
+    got = masked[ids[t]].sort(descending=True).values
+    return bool((got - best).abs().max() <= PRECISION * masked.abs().max())
+
+
+def masked_with_zero(z: Tensor, spec: RouterSpec, bias: Tensor | None) -> Tensor | None:
+    """Rank the experts of a token, logits [E], with 0 for those of groups that are not kept: [E].
+
+    None where the choice of groups is not clear.
+    """
     rank = oracle.scores(z, spec) if bias is None else _rank(z, spec, bias)
     candidates = len(z) // spec.groups * spec.keep_groups
     kept, clear = oracle.select(z, replace(spec, top_k=candidates), bias, eps(torch.float32))
-    if not clear:
-        return None
-    masked = torch.zeros_like(rank)
-    masked[kept] = rank[kept]
-    best = masked.sort(descending=True).values[: spec.top_k]
-    got = masked[ids[t]].sort(descending=True).values
-    return bool((got - best).abs().max() <= PRECISION * rank.abs().max())
+    return torch.zeros_like(rank).index_copy(0, torch.tensor(kept), rank[kept]) if clear else None
 
 
 def _rank(z: Tensor, spec: RouterSpec, bias: Tensor) -> Tensor:
     return (z if spec.biased == "logit" else oracle.scores(z, spec)) + bias.double()
 
 
-def _other_choices(
-    z: Tensor, spec: RouterSpec, bias: Tensor | None
-) -> Iterator[tuple[str, Tensor, RouterSpec, Tensor | None]]:
-    """List mistakes in the choice: what to say, and the logits, spec and bias that give it."""
+Choose = Callable[[Tensor], tuple[list[int], bool]]  # of a token: logits [E] -> ids, is it clear
+
+
+def _other_choices(spec: RouterSpec, bias: Tensor | None, E: int) -> Iterator[tuple[str, Choose]]:
+    """List mistakes in the choice: what to say, and what chooses so."""
+    precision = eps(torch.float32)
+
+    def of(other: RouterSpec, bias: Tensor | None) -> Choose:
+        return lambda z: oracle.select(z, other, bias, precision)
+
     if bias is not None:
         declared = "a router that takes none declares RouterSupport(..., biases=(False,))"
-        yield f"without the selection bias ({declared})", z, spec, None
+        yield f"without the selection bias ({declared})", of(spec, None)
         other = BIASED[1 - BIASED.index(spec.biased)]
-        yield f"with the selection bias added to the {other}", z, replace(spec, biased=other), bias
-        yield "with the selection bias subtracted", z, spec, -bias
+        yield f"with the selection bias added to the {other}", of(replace(spec, biased=other), bias)
+        yield "with the selection bias subtracted", of(spec, -bias)
     if spec.groups > 1:
-        yield "without groups", z, replace(spec, groups=1, keep_groups=1), bias
+        ungrouped = replace(spec, groups=1, keep_groups=1)
+        yield "without groups", of(ungrouped, bias)
+        if bias is not None:
+            wide, inside = bias.double(), replace(spec, top_k=E // spec.groups * spec.keep_groups)
+
+            def unbiased_groups(z: Tensor) -> tuple[list[int], bool]:
+                kept, groups_clear = oracle.select(z, inside, None, precision)
+                others = torch.full_like(wide, FAR).index_copy(0, torch.tensor(kept), wide[kept])
+                chosen, clear = oracle.select(z, ungrouped, others, precision)
+                return chosen, clear and groups_clear
+
+            yield "with the groups ranked without the selection bias", unbiased_groups
         for group_score in GROUP_SCORES:
-            yield f"of group_score={group_score!r}", z, replace(spec, group_score=group_score), bias
+            yield f"of group_score={group_score!r}", of(replace(spec, group_score=group_score), bias)
         for kept in range(1, spec.groups + 1):
-            if z.shape[1] // spec.groups * kept >= spec.top_k:
-                yield f"of keep_groups={kept}", z, replace(spec, keep_groups=kept), bias
+            if E // spec.groups * kept >= spec.top_k:
+                yield f"of keep_groups={kept}", of(replace(spec, keep_groups=kept), bias)
     for score in SCORES[:4] if bias is not None else ():
-        yield f"by score {score!r} + bias", z, replace(spec, score=score), bias
-    yield "by logits rounded to bfloat16", z.bfloat16().double(), spec, bias
+        yield f"by score {score!r} + bias", of(replace(spec, score=score), bias)
+    right = of(spec, bias)
+    yield "by logits rounded to bfloat16", lambda z: right(z.bfloat16().double())

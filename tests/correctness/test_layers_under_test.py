@@ -129,10 +129,12 @@ class DeepSeek(Block):
             torch.zeros_like(groups[..., 0]).scatter(1, kept, 1.0).unsqueeze(2).expand_as(groups).flatten(1)
         )
 
+    masked = -torch.inf
+
     def route(self, z: Tensor) -> tuple[Tensor, Tensor]:
         scores = z.sigmoid()
         rank = (scores + self.bias).detach()
-        ids = rank.masked_fill(self.allowed(rank) == 0, -torch.inf).topk(self.spec.top_k, dim=1).indices
+        ids = rank.masked_fill(self.allowed(rank) == 0, self.masked).topk(self.spec.top_k, dim=1).indices
         return ids, self.weigh(scores.gather(1, ids), ids)
 
     def weigh(self, chosen: Tensor, ids: Tensor) -> Tensor:
@@ -618,6 +620,19 @@ WRONG: dict[str, tuple[Subject, str]] = {
 def test_wrong_layers_fail(name: str) -> None:
     wrong, check = WRONG[name]
     assert check in findings(wrong, [c for c in CHECKS if c.name == check])
+
+
+def test_groups_masked_with_zero_are_named() -> None:
+    wrong = subject(type("Wrong", (DeepSeek,), {"masked": 0.0}))
+    found = findings(wrong, [c for c in CHECKS if c.name == "selection_bias"])
+    assert (
+        "hint: y is right with experts of other groups masked with 0, not with -inf"
+        in found["selection_bias"]
+    )
+    without = edit(DeepSeek, "join", lambda self, x, routed: routed)
+    assert (
+        "hint" not in findings(without, [c for c in CHECKS if c.name == "selection_bias"])["selection_bias"]
+    )
 
 
 @pytest.mark.parametrize("check", ["low_precision", "half_precision"])

@@ -37,10 +37,11 @@ def deepseek_v3(
     score: Callable[[Tensor], Tensor] = torch.sigmoid,
     bias_in_gates: bool = False,
     logit_bias: bool = False,
+    groups_biased: bool = True,
 ) -> Routing:
     scores = score(logits.float())
     for_choice = (logits.float() if logit_bias else scores) + selection_bias.float()
-    by_group = for_choice.view(-1, 4, 8).topk(best, dim=-1)[0].sum(dim=-1)
+    by_group = (for_choice if groups_biased else scores).view(-1, 4, 8).topk(best, dim=-1)[0].sum(dim=-1)
     mask = torch.zeros_like(by_group).scatter_(1, by_group.topk(2, dim=-1)[1], 1)
     mask = mask.unsqueeze(-1).expand(-1, 4, 8).reshape(-1, 32).bool()
     ids = for_choice.masked_fill(~mask, masked).topk(4, dim=-1)[1]
@@ -183,6 +184,7 @@ def test_a_right_router_of_one_model_is_accepted(function: Callable) -> None:
 WRONG = [
     (deepseek_v3, {"masked": 0.0}, "masked with -inf, not with 0"),
     (grouped_logits, {"masked": 0.0}, "more than 2 groups of 8\n.*masked with -inf, not with 0"),
+    (deepseek_v3, {"groups_biased": False}, "the choice with the groups ranked without the selection bias"),
     (deepseek_v3, {"best": 1}, "the choice of group_score='max'"),
     (deepseek_v3, {"epsilon": 1e-3}, "divided by their sum \\+ 0.001, where the spec has epsilon=1e-20"),
     (deepseek_v3, {"score": lambda z: z.softmax(1)}, "the choice by score 'softmax' \\+ bias"),
