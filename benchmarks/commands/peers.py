@@ -140,6 +140,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"only this of {', '.join(map(dtype_name, DTYPES))}; bfloat16 takes most of the time on a CPU "
         "without instructions for it"
     ))  # fmt: skip
+    parser.add_argument("--regime", action="append", metavar="NAME", help=(
+        f"only this (repeatable): {'; '.join(regime.name for regime in REGIMES)}"
+    ))  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=(
         f"{RESULTS.name}/ unless given, over what it has of an earlier run"
     ))  # fmt: skip
@@ -151,8 +154,12 @@ def run(options: argparse.Namespace) -> int:
     if options.dtype is not None:
         check_choice("--dtype", options.dtype, tuple(dtypes))
         dtypes = {options.dtype: dtypes[options.dtype]}
-    made = _made(options.quick, tuple(dtypes))
-    cells = measure_all(options.out, tuple(dtypes.values()), made)
+    known = {regime.name: regime for regime in REGIMES}
+    for name in options.regime or ():
+        check_choice("--regime", name, tuple(known))
+    asked = tuple(regime for name, regime in known.items() if name in (options.regime or known))
+    made = _made(options.quick, tuple(dtypes), asked)
+    cells = measure_all(options.out, tuple(dtypes.values()), asked, made)
     print(*write(options.out, cells, measure_growth(options.quick), made), sep="\n")
     return 0
 
@@ -259,20 +266,24 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def planned(quick: bool, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
+def planned(
+    quick: bool, dtypes: Sequence[torch.dtype], regimes: Sequence[Regime]
+) -> Iterator[tuple[Problem, list[tuple[Regime, int]]]]:
     """List each layer and dtype with its most tokens, and the regimes and numbers of tokens to measure."""
     for dtype in dtypes:
         for layer in QUICK_LAYERS if quick else LAYERS:
-            cells = [(r, T) for r in REGIMES for T in (r.quick if quick else r.tokens)]
+            cells = [(r, T) for r in regimes for T in (r.quick if quick else r.tokens)]
             yield replace(layer, dtype=dtype, T=max(T for _, T in cells)), cells
 
 
-def measure_all(folder: Path, dtypes: Sequence[torch.dtype], made: dict[str, object]) -> pd.DataFrame:
-    """Measure every cell of every regime. Each is in ``folder`` at once, and a run is continued there.
+def measure_all(
+    folder: Path, dtypes: Sequence[torch.dtype], regimes: Sequence[Regime], made: dict[str, object]
+) -> pd.DataFrame:
+    """Measure every cell of the regimes. Each is in ``folder`` at once, and a run is continued there.
 
     Args:
         folder: where the rows go.
-        dtypes: of the layers.
+        dtypes, regimes: of the layers, and what of each to measure.
         made: by what the rows are made, as by `_made`; columns of the table.
 
     Raises:
@@ -281,7 +292,7 @@ def measure_all(folder: Path, dtypes: Sequence[torch.dtype], made: dict[str, obj
     ours, peers = subjects()
     with journal.opened(folder / PART, Cell, made) as begun:
         done = {(cell.regime, cell.layer, cell.dtype, cell.T) for cell in begun.rows}
-        for whole, cells in track(list(planned(bool(made["quick"]), dtypes)), "layers"):
+        for whole, cells in track(list(planned(bool(made["quick"]), dtypes, regimes)), "layers"):
             dtype = dtype_name(whole.dtype)
             left = [(regime, T) for regime, T in cells if (regime.name, whole.name, dtype, T) not in done]
             inputs = make_inputs(whole) if left else None
@@ -292,14 +303,20 @@ def measure_all(folder: Path, dtypes: Sequence[torch.dtype], made: dict[str, obj
         return pd.DataFrame([made | asdict(cell) for cell in begun.rows])
 
 
-def _made(quick: bool, dtypes: Sequence[str]) -> dict[str, object]:
-    ours = {"peers": " ".join(compared()), "dtypes": " ".join(dtypes), "quick": quick}
+def _made(quick: bool, dtypes: Sequence[str], regimes: Sequence[Regime] = REGIMES) -> dict[str, object]:
+    ours = {
+        "peers": " ".join(compared()),
+        "dtypes": " ".join(dtypes),
+        "regimes": "; ".join(regime.name for regime in regimes),
+        "quick": quick,
+    }
     return {**provenance.columns(), **record.threads(), **ours}
 
 
 def _options(made: dict[str, object]) -> str:
-    dtypes = str(made["dtypes"]).split()
-    return " --quick" * bool(made["quick"]) + f" --dtype {dtypes[0]}" * (len(dtypes) < len(DTYPES))
+    dtypes, regimes = str(made["dtypes"]).split(), str(made["regimes"]).split("; ")
+    some = "".join(f' --regime "{name}"' for name in regimes) * (len(regimes) < len(REGIMES))
+    return " --quick" * bool(made["quick"]) + f" --dtype {dtypes[0]}" * (len(dtypes) < len(DTYPES)) + some
 
 
 def _csv(table: pd.DataFrame) -> bytes:

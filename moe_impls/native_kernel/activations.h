@@ -6,7 +6,7 @@
 #include "vectors.h"
 
 // e^x to a rounding or two: 2^n e^r with the nearest whole n, and a polynomial of r (that of Cephes' expf). Infinite
-// above 88; below -87 as there.
+// above 88; below -87 as at -87.
 static Floats exponential(Floats x) {
     const Floats least = x < -87 ? all(-87) : x;
     const Floats shifted = least * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // n is in its last bits

@@ -33,6 +33,7 @@ constexpr int64_t BLOCK = 16;        // features of one expert that a thread tak
 constexpr int BLOCKS = 8;            // at most, of those one after the other
 constexpr int64_t PANELS = 1 << 17;  // numbers, about, in the panels that stay in a cache for all features
 constexpr int64_t SMALL = 1 << 15;   // numbers to pack that no other thread is woken for
+constexpr int64_t COLUMNS = 64;      // of y that a thread takes at a time, at least
 constexpr int64_t SUMMED = 512;      // numbers one after the other in a sum: it rounds the more, the longer it is
 constexpr int64_t LONG = 1024;       // numbers of a feature from which on the processor fetches what comes next itself
 
@@ -399,10 +400,10 @@ extern "C" bool sort_slots(const int64_t* ids, int64_t N, int64_t E, int64_t K, 
 }
 
 // y[token[n]] += gates[slot[n]] * out[n], of out or of its positive part; y [T][O] is 0 before that if it is `anew`.
-// Each thread takes columns of its own.
+// Threads share the columns of y.
 extern "C" void add_slots(const float* out, const int64_t* slot, const int64_t* token, const float* gates, float* y,
                           int64_t N, int64_t T, int64_t O, bool anew, bool positive, int threads) {
-    const int64_t columns = (O + threads - 1) / threads;
+    const int64_t columns = std::max<int64_t>(O / (4 * threads) / WIDTH * WIDTH, COLUMNS);
     share(O, columns, N * O > 65536 ? threads : 1, [&](int64_t begin, int64_t end) {
         const int64_t count = end - begin;
         for (int64_t t = 0; anew && t < T; t++) std::fill_n(y + t * O + begin, count, 0.0f);

@@ -1,11 +1,9 @@
-// Work that threads share, of which none waits for one that comes late: a thread that sleeps, or has no processor,
-// takes nothing, and the caller does its part. (A parallel region of OpenMP ends when all its threads have come, however
-// little is left to do: milliseconds on a machine that does other things, too.)
+// Work that threads share, of which none waits for one that comes late: a thread that sleeps, or gets no processor,
+// takes no part of it, and the caller does that. The caller waits for parts that are taken. (A parallel region of
+// OpenMP ends when all its threads have come, however little is left to do: milliseconds on a machine that does other
+// things, too.)
 #pragma once
 #include <pthread.h>
-#ifdef __linux__
-#include <sched.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -17,8 +15,16 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+#ifdef __linux__
+#include <dirent.h>
+#include <sched.h>
 
-inline void relax() {
+#include <cstdlib>
+#endif
+
+namespace {
+
+void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -31,10 +37,13 @@ struct Job {
     const int64_t items, chunk;
     void (*const run)(const void* work, int64_t first, int64_t end);
     const void* const work;
-    std::atomic<int> helpers;  // that may still join
-    std::atomic<int64_t> next{0}, done{0};
+    int helpers;  // that may still join
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
 
-    void help() {
+    bool is_open() const { return next.load(std::memory_order_relaxed) < items; }
+
+    void help() noexcept {
         for (int64_t first; (first = next.fetch_add(chunk, std::memory_order_relaxed)) < items;) {
             const int64_t end = std::min(first + chunk, items);
             run(work, first, end);
@@ -49,36 +58,24 @@ class Helpers {
     std::mutex mutex;
     std::condition_variable woken;
     std::vector<std::shared_ptr<Job>> jobs;
-    std::atomic<int64_t> version{0};  // of jobs
     std::vector<pthread_t> threads;
-    int asleep = 0, avoided = -1;
+    int asleep = 0;
+    bool no_more = false;  // threads can be started
+    alignas(64) std::atomic<int64_t> version{0};  // of jobs
 
-    // Keep all off the processor of the caller, which needs it: the one that wakes a thread is where some kernels put
-    // it. With the mutex held.
-    void keep_off() {
-#ifdef __linux__
-        const int here = sched_getcpu();
-        cpu_set_t others;
-        if (here == avoided || pthread_getaffinity_np(pthread_self(), sizeof others, &others)) return;
-        CPU_CLR(here, &others);
-        if (CPU_COUNT(&others))
-            for (const pthread_t thread : threads) pthread_setaffinity_np(thread, sizeof others, &others);
-        avoided = here;
-#endif
-    }
-
-    std::shared_ptr<Job> open_job() {  // with the mutex held
+    std::shared_ptr<Job> join() {  // with the mutex held
         for (auto& job : jobs)
-            if (job->next.load(std::memory_order_relaxed) < job->items && job->helpers.fetch_sub(1) > 0) return job;
+            if (job->is_open() && job->helpers-- > 0) return job;
         return nullptr;
     }
 
     void live() {
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
-            if (auto job = open_job()) {
+            if (auto job = join()) {
                 lock.unlock();
                 job->help();
+                job.reset();
                 lock.lock();
                 continue;
             }
@@ -96,55 +93,87 @@ class Helpers {
         }
     }
 
-    static Helpers*& current() {
-        static Helpers* helpers = [] {
-            // A forked process has none of its parent's threads.
-            pthread_atfork(nullptr, nullptr, [] { current() = new Helpers; });
-            return new Helpers;  // never deleted: its threads sleep to the end of the process
-        }();
-        return helpers;
-    }
-
-   public:
-    static Helpers& get() { return *current(); }
-
-    void open(const std::shared_ptr<Job>& job) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        for (const int wanted = job->helpers; int(threads.size()) < wanted; avoided = -1) try {
+    void start(int wanted) {  // with the mutex held
+        while (!no_more && int(threads.size()) < wanted) try {
                 std::thread thread([this] { live(); });
                 threads.push_back(thread.native_handle());
                 thread.detach();
+                placed = -1;
             } catch (const std::system_error&) {
-                break;  // as many as the process may have
+                no_more = true;
             }
-        jobs.push_back(job);
-        version++;
-        if (asleep) {
-            keep_off();
-            woken.notify_all();
-        }
     }
 
-    void close(const std::shared_ptr<Job>& job) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        jobs.erase(std::find(jobs.begin(), jobs.end(), job));
+    // Keep all threads off the processor of the caller: some kernels let a thread run where it is woken from, and two
+    // of them then share that one while others are idle. With the mutex held.
+    int placed = -1;  // for a caller on this processor, that may use these
+#ifdef __linux__
+    cpu_set_t placed_for;
+
+    void place() {
+        const int here = sched_getcpu();
+        cpu_set_t own;
+        if (here < 0 || sched_getaffinity(0, sizeof own, &own)) return;
+        if (here == placed && CPU_EQUAL(&own, &placed_for)) return;
+        placed = here;
+        placed_for = own;
+        cpu_set_t others = CPU_COUNT(&own) > 1 ? own : of_all_threads(own);
+        CPU_CLR(here, &others);
+        if (CPU_COUNT(&others))
+            for (const pthread_t thread : threads) pthread_setaffinity_np(thread, sizeof others, &others);
+    }
+
+    // The processors of a process whose caller may use one alone, as where OpenMP binds each of its threads to one.
+    static cpu_set_t of_all_threads(cpu_set_t all) {
+        if (DIR* tasks = opendir("/proc/self/task")) {
+            cpu_set_t one;
+            while (const dirent* task = readdir(tasks))
+                if (const int id = std::atoi(task->d_name); id > 0 && !sched_getaffinity(id, sizeof one, &one))
+                    CPU_OR(&all, &all, &one);
+            closedir(tasks);
+        }
+        return all;
+    }
+#else
+    void place() {}
+#endif
+
+   public:
+    void open(const std::shared_ptr<Job>& job) {
+        int wake;
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            start(job->helpers);
+            jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](auto& old) { return !old->is_open(); }), jobs.end());
+            jobs.push_back(job);
+            version++;
+            wake = std::min(asleep, job->helpers);
+            if ((wake || placed < 0) && jobs.size() == 1) place();
+        }
+        for (; wake > 0; wake--) woken.notify_one();
     }
 };
 
+// Of this process, never deleted: its threads live to the end. A forked process has none of its parent's.
+Helpers* helpers = (pthread_atfork(nullptr, nullptr, [] { helpers = new Helpers; }), new Helpers);
+
 // Call work(first, end) on parts of [0, items), by so many threads at most. Returns when all is done.
 template <class Work>
-void share(int64_t items, int64_t chunk, int threads, const Work& work) {
-    if (threads <= 1 || items <= chunk) {
+void share(int64_t items, int64_t chunk, int threads, const Work& work) noexcept {
+    threads = int(std::min<int64_t>(threads, (items + chunk - 1) / chunk));
+    if (threads <= 1) {
         if (items > 0) work(0, items);
         return;
     }
     auto run = [](const void* w, int64_t first, int64_t end) { (*static_cast<const Work*>(w))(first, end); };
-    const std::shared_ptr<Job> job(new Job{items, chunk, run, &work, {threads - 1}});
-    Helpers& helpers = Helpers::get();
-    helpers.open(job);
+    const std::shared_ptr<Job> job(new Job{items, chunk, run, &work, threads - 1});
+    helpers->open(job);
     job->help();
     for (int turns = 0; job->done.load(std::memory_order_acquire) < items; turns++)
-        if (turns < 1000) relax();
-        else std::this_thread::yield();  // who holds the last items may wait for this processor
-    helpers.close(job);
+        if (turns < 1000)
+            relax();
+        else
+            std::this_thread::yield();  // who holds the last parts may wait for this processor
 }
+
+}  // namespace

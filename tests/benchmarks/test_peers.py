@@ -35,7 +35,7 @@ def test_a_quadratic_term_shows_in_the_growth() -> None:
 
 def test_the_plan_holds_every_regime_for_every_layer_and_dtype_quick_or_not() -> None:
     for quick, layers in ((True, peers.QUICK_LAYERS), (False, peers.LAYERS)):
-        planned = list(peers.planned(quick, peers.DTYPES))
+        planned = list(peers.planned(quick, peers.DTYPES, peers.REGIMES))
         assert [(p.name, p.dtype) for p, _ in planned] == [(p.name, d) for d in peers.DTYPES for p in layers]
         for whole, cells in planned:
             assert {regime.name for regime, _ in cells} == {regime.name for regime in peers.REGIMES}
@@ -112,15 +112,20 @@ def test_what_was_begun_by_another_version_is_not_continued(
     assert str(part) in line and "git_commit abc" in line and part.read_text() == before
 
 
-def test_one_dtype_can_be_asked_for_and_the_page_says_so(
+def test_one_dtype_and_some_regimes_can_be_asked_for_and_the_page_says_so(
     tiny, without_libraries, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(peers, "DTYPES", (torch.float32, torch.bfloat16))
-    assert main(["peers", "--quick", "--dtype", "float32", "--out", str(tmp_path)]) == 0
-    assert set(pd.read_csv(tmp_path / "peers.csv")["dtype"]) == {"float32"}
-    assert "`python -m benchmarks peers --quick --dtype float32`" in (tmp_path / "peers.md").read_text()
+    asked = ["--dtype", "float32", "--regime", "few tokens", "--regime", "training"]
+    assert main(["peers", "--quick", *asked, "--out", str(tmp_path)]) == 0
+    cells = pd.read_csv(tmp_path / "peers.csv")
+    assert set(cells["dtype"]) == {"float32"} and list(cells["regime"].unique()) == ["few tokens", "training"]
+    written_by = 'peers --quick --dtype float32 --regime "few tokens" --regime "training"`'
+    assert written_by in (tmp_path / "peers.md").read_text()
     assert main(["peers", "--quick", "--dtype", "int8", "--out", str(tmp_path)]) == 2
     assert "--dtype is 'int8'; valid are float32, bfloat16" in capsys.readouterr().err
+    assert main(["peers", "--quick", "--regime", "none", "--out", str(tmp_path)]) == 2
+    assert "--regime is 'none'; valid are few tokens, many tokens" in capsys.readouterr().err
 
 
 def test_the_best_of_each_side_are_compared_and_the_files_say_so(tiny, tmp_path: Path) -> None:

@@ -623,16 +623,12 @@ def test_wrong_layers_fail(name: str) -> None:
 
 
 def test_groups_masked_with_zero_are_named() -> None:
-    wrong = subject(type("Wrong", (DeepSeek,), {"masked": 0.0}))
-    found = findings(wrong, [c for c in CHECKS if c.name == "selection_bias"])
-    assert (
-        "hint: y is right with experts of other groups masked with 0, not with -inf"
-        in found["selection_bias"]
-    )
-    without = edit(DeepSeek, "join", lambda self, x, routed: routed)
-    assert (
-        "hint" not in findings(without, [c for c in CHECKS if c.name == "selection_bias"])["selection_bias"]
-    )
+    check = [c for c in CHECKS if c.name == "selection_bias"]
+    masked = subject(type("Wrong", (DeepSeek,), {"masked": 0.0}), read_deepseek)
+    told = "hint: y is right with experts of other groups masked with 0, not with -inf"
+    assert told in findings(masked, check)["selection_bias"]
+    without = subject(type("Wrong", (DeepSeek,), {"join": lambda self, x, routed: routed}), read_deepseek)
+    assert "masked" not in findings(without, check)["selection_bias"]
 
 
 @pytest.mark.parametrize("check", ["low_precision", "half_precision"])

@@ -6,6 +6,7 @@ import concurrent.futures
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,20 @@ from correctness.problems.inputs import make_inputs
 from moe_impls import native
 
 ROOT = Path(__file__).parents[2]
-LARGE_ENOUGH = replace(SMALL, T=64, D=200, H=120, O=200)  # for several threads in each step
 
 
-def test_several_callers_at_once_share_the_threads_of_native() -> None:
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+LARGE_ENOUGH = replace(SMALL, T=200, D=200, H=120, O=200)  # for several threads in each step
+
+
+def test_several_callers_at_once_share_the_threads_of_native(four_threads: None) -> None:
     inputs = make_inputs(LARGE_ENOUGH)
     with concurrent.futures.ThreadPoolExecutor(4) as callers:
         found = list(callers.map(lambda _: native.forward(*inputs[:3]), range(200)))
@@ -48,15 +59,12 @@ def test_native_computes_in_a_process_that_was_forked_from_one_that_used_it() ->
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system chooses the processors")
-def test_native_is_right_with_more_threads_than_processors() -> None:
-    inputs = make_inputs(LARGE_ENOUGH)
-    threads, processors = torch.get_num_threads(), os.sched_getaffinity(0)
+def test_native_is_right_with_more_threads_than_processors(four_threads: None) -> None:
+    inputs, processors = make_inputs(LARGE_ENOUGH), os.sched_getaffinity(0)
     alone = native.forward(*inputs[:3])
     try:
         os.sched_setaffinity(0, {min(processors)})
-        torch.set_num_threads(8)
         shared = native.forward(*inputs[:3])
     finally:
         os.sched_setaffinity(0, processors)
-        torch.set_num_threads(threads)
     assert torch.equal(alone, shared)
