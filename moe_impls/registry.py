@@ -47,6 +47,7 @@ PEERS = (
     "transformers.batched_mm",
     "transformers.grouped_mm",
     "onnxruntime.moe",
+    "zentorch.fused_moe",
     "torchtitan.grouped_mm",
     "liger.fused_moe",
     "scattermoe.parallel_experts",
@@ -59,6 +60,7 @@ PEERS_ON_RANKS = ("torchtitan.all_to_all",)
 PACKAGES = {
     "transformers": "transformers",
     "onnxruntime": "onnxruntime",
+    "zentorch": "zentorch",
     "torchtitan": "torchtitan",
     "liger": "liger_kernel",
     "scattermoe": "scattermoe",
@@ -68,6 +70,7 @@ INSTALLED_BY = {
     "liger": "'moe-impls[peers-cuda]'",
     "scattermoe": "git+https://github.com/shawntan/scattermoe",
     "torchtitan": "'moe-impls[peers-torchtitan]'",
+    "zentorch": "'moe-impls[peers-zentorch]'",
 }
 
 

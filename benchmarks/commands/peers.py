@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> int:
 
 def compared() -> tuple[str, ...]:
     """Name the peers that run on a CPU and combine by sums; those of some libraries if they are there."""
-    asked_for, if_there = ("transformers", "einsum"), ("onnxruntime", "torchtitan")
+    asked_for, if_there = ("transformers", "einsum"), ("onnxruntime", "zentorch", "torchtitan")
     return tuple(
         name
         for name in PEERS

@@ -303,6 +303,7 @@ def test_a_layer_that_was_given_a_name_takes_no_other(tuned: Path, name: str) ->
         ("onnxruntime.moe", "onnxruntime", "'moe-impls[peers]'"),
         ("liger.fused_moe", "liger_kernel", "'moe-impls[peers-cuda]'"),
         ("torchtitan.grouped_mm", "torchtitan", "'moe-impls[peers-torchtitan]'"),
+        ("zentorch.fused_moe", "zentorch", "'moe-impls[peers-zentorch]'"),
         ("scattermoe.parallel_experts", "scattermoe", "git+https://github.com/shawntan/scattermoe"),
     ],
 )
