@@ -242,11 +242,12 @@ __attribute__((noinline)) static void panel_tile(const float* panel, const float
 template <int V>
 static void panel_of(int64_t number, int64_t panels, const float* panel, const float* weight, const char* next,
                      int64_t bytes, const float* bias, int64_t D, int64_t count, int64_t rows, float* out, int64_t F) {
-    const int64_t all = FEATURES * WIDTH * bytes / 64;  // cache lines of a tile, for WIDTH numbers of its features
+    constexpr int N = std::max(FEATURES, 8 / V);  // eight sums or more keep the adders busy
+    const int64_t all = N * WIDTH * bytes / 64;  // cache lines of a tile, for WIDTH numbers of its features
     const int64_t first = all * number / panels, lines = D < LONG ? all * (number + 1) / panels - first : 0;
     int64_t f = 0;
-    for (; f + FEATURES <= count; f += FEATURES)
-        panel_tile<V, FEATURES>(panel, weight + f * D, bias + f, D, next + f * D * bytes + first * (D / WIDTH) * 64,
+    for (; f + N <= count; f += N)
+        panel_tile<V, N>(panel, weight + f * D, bias + f, D, next + f * D * bytes + first * (D / WIDTH) * 64,
                                 lines, rows, out + f, F);
     for (; f < count; f++)
         panel_tile<V, 1>(panel, weight + f * D, bias + f, D, nullptr, 0, rows, out + f, F);
