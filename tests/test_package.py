@@ -230,7 +230,7 @@ def test_list_names_everything_with_its_meaning(installed: Path, theirs: Path) -
         ("cuda", 2, "cuda needs a checkout"),
         ("measurement", 2, "measurement needs a checkout"),
         ("compare --base main", 2, "--base needs a checkout of the repository"),
-        ("report", 2, "moe-impls-results holds no CSV file; `moe-impls bench` makes them"),
+        ("report", 2, "moe-impls-results holds no folder of a sweep; `moe-impls bench` makes them"),
         ("measure", 2, "unknown command 'measure'; valid are verify, bench, list, compare"),
     ],
 )
