@@ -132,6 +132,14 @@ def test_the_readmes_plot_and_table_are_those_of_a_committed_report() -> None:
     assert rows and set(rows) <= set(path.read_text(encoding="utf-8").splitlines())
 
 
+def test_the_readmes_ratios_of_peers_are_those_of_the_committed_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("<!-- begin: python -m benchmarks peers")[2].partition("<!-- end -->")[0]
+    rows = [line for line in block.splitlines() if line[:1] == "|"]
+    page = (ROOT / "results" / "peers.md").read_text(encoding="utf-8")
+    assert "onnxruntime.moe" in page and len(rows) > 2 and set(rows) <= set(page.splitlines())
+
+
 def test_the_readmes_ratios_of_models_are_those_of_the_committed_run() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     cells = pd.read_csv(ROOT / "results" / "model.csv")
