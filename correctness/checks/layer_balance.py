@@ -47,8 +47,9 @@ def bias_update(bench: Bench) -> None:
     for turn in [*turns, (_all, _of_the_least)] if subject.update_bias else turns:
         before = _bias(bench)
         load = torch.stack([_train(bench, pick, least=is_low * BEYOND * E // K) for pick in turn]).sum(0)
-        seen = _evaluate(bench) if subject.update_bias else torch.zeros_like(load)
+        seen = torch.zeros_like(load)
         if subject.update_bias:
+            seen = _evaluate(bench)
             with during("update_bias(layer)"), torch.no_grad():
                 subject.update_bias(layer)
         moved, rule = _bias(bench) - before, subject.read(layer).bias_rule

@@ -16,7 +16,7 @@ from correctness.checks.case import Check
 from correctness.judging.finding import CannotTell, during
 from correctness.judging.layer_bench import Bench, Layer, T, build, call_of, copies_of
 from correctness.judging.layer_numbers import as_it_is_with, set_numbers
-from correctness.judging.layer_steps import is_noisy, overwrite, require_gradient, same, step
+from correctness.judging.layer_steps import erase, is_noisy, require_gradient, same, step
 from correctness.problems.histories import LISTED, Call, History, histories
 from correctness.problems.problem import LOW_PRECISION
 
@@ -147,11 +147,11 @@ class _Run:
                 if HAS_A_GRAPH not in str(error):
                     raise
                 return
-            _zero(bench.layer)
+            erase(bench.layer)
         elif what == "a new layer that loads its state dict":
             self.bench = self._other(number)
             self.bench.layer.load_state_dict(bench.layer.state_dict())
-            _zero(bench.layer)
+            erase(bench.layer)
         elif what in ("a state dict", "an assigned state dict"):
             saved = self._other(number).layer.state_dict()
             bench.layer.load_state_dict(saved, assign=what != "a state dict")
@@ -219,12 +219,6 @@ def _recomputed(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _flat(t: Tensor) -> Tensor:
     return t.flatten(0, -2)
-
-
-def _zero(layer: nn.Module) -> None:
-    """Write to a layer that was copied, which must not matter to the copy."""
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        overwrite(tensor, 0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ from correctness.judging.layer_bench import (
     judged,
     weights_of,
 )
-from correctness.judging.layer_steps import is_noisy, overwrite, require_own_gradients, same, seeded
+from correctness.judging.layer_steps import erase, is_noisy, require_own_gradients, same, seeded
 from correctness.oracle import layer as oracle
 from moe_impls.registry import one_line
 
@@ -199,11 +199,9 @@ def state(bench: Bench) -> None:
             with mode():
                 y = replace(bench, layer=layer).call(x).squeeze(0)
             bench.require_y(y, context=f" {how}")
-    for tensor in _state(twin).values():
-        overwrite(tensor, 0)
+    erase(twin)
     bench.require_y(bench.call(x).squeeze(0), context=" after its deepcopy was written to")
-    for tensor in _state(bench.layer).values():
-        overwrite(tensor, 0)
+    erase(bench.layer)
     copied = replace(bench, layer=apart)
     copied.require_y(copied.call(x).squeeze(0), context=" in a deepcopy after the original was written to")
     support = bench.subject.support

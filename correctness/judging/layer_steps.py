@@ -199,6 +199,12 @@ def overwrite(tensor: Tensor, value: Tensor | float) -> None:
         tensor.copy_(torch.as_tensor(value))
 
 
+def erase(layer: nn.Module) -> None:
+    """Write zeros to all that a layer holds, which must not matter to a copy of it."""
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        overwrite(tensor, 0)
+
+
 def same(a: Tensor, b: Tensor | None) -> bool:
     """Tell whether two tensors are bit-equal, NaN included."""
     return b is not None and a.shape == b.shape and torch.equal(a.detach().nan_to_num(), b.nan_to_num())
