@@ -22,15 +22,18 @@
 #endif
 
 #ifdef __AVX512F__
-constexpr int ROWS = 6;      // 6 rows x 4 features of sums in 32 registers
-constexpr int FEATURES = 8;  // of a tile of a panel: 3 vectors x 8 features of sums
+constexpr int ROWS = 6;  // 6 rows x 4 features of sums in 32 registers
+constexpr int FEATURES[] = {0, 8, 8, 8};
 #else
 constexpr int ROWS = 2;
-constexpr int FEATURES = 4;
+constexpr int FEATURES[] = {0, 8, 6, 4};
 #endif
+// Of a tile of a panel, by the vectors of that: a dozen sums keep the adders busy where the processor has registers
+// for them, but lines of more than eight features, at distances of D, may share one set of a cache and drive each other
+// out of it.
 constexpr int VECTORS = 3;           // of rows in a panel, at most
-constexpr int64_t BLOCK = 16;        // features of one expert that a thread takes at a time
-constexpr int BLOCKS = 8;            // at most, of those one after the other
+constexpr int64_t BLOCK = 24;        // features of one expert that a thread takes at a time: whole tiles of each kind
+constexpr int BLOCKS = 4;            // at most, of those one after the other
 constexpr int64_t PANELS = 1 << 17;  // numbers, about, in the panels that stay in a cache for all features
 constexpr int64_t SMALL = 1 << 15;   // numbers to pack that no other thread is woken for
 constexpr int64_t COLUMNS = 64;      // of y that a thread takes at a time, at least
@@ -242,7 +245,7 @@ __attribute__((noinline)) static void panel_tile(const float* panel, const float
 template <int V>
 static void panel_of(int64_t number, int64_t panels, const float* panel, const float* weight, const char* next,
                      int64_t bytes, const float* bias, int64_t D, int64_t count, int64_t rows, float* out, int64_t F) {
-    constexpr int N = std::max(FEATURES, 8 / V);  // eight sums or more keep the adders busy
+    constexpr int N = FEATURES[V];
     const int64_t all = N * WIDTH * bytes / 64;  // cache lines of a tile, for WIDTH numbers of its features
     const int64_t first = all * number / panels, lines = D < LONG ? all * (number + 1) / panels - first : 0;
     int64_t f = 0;
@@ -378,7 +381,7 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
     }
 EXPORT(products_float32, float)
 EXPORT(products_bfloat16, BFloat16)
-EXPORT(products_float16, _Float16)
+EXPORT(products_float16, Float16)
 
 // Slots by expert, in each by token: where the slots of each expert begin [E + 1], the slot of each place [N], and its
 // token [N], one after the other. False if an id is not in [0, E).

@@ -32,23 +32,62 @@ void relax() {
 #endif
 }
 
-// Items [0, items), which threads take `chunk` at a time. `work` may be gone once all of them are done.
-struct Job {
+// Items [0, items), of which each thread takes `chunk` at a time: first those of a range of its own one after the other,
+// since what follows in memory is fetched already, then from the ends of what is left of others' ranges. `work` may be
+// gone once all of them are done.
+class Job {
+    struct alignas(64) Range {  // where what is left of it begins, and in the upper half where it ends
+        std::atomic<uint64_t> left;
+    };
+
     const int64_t items, chunk;
     void (*const run)(const void* work, int64_t first, int64_t end);
     const void* const work;
-    int helpers;  // that may still join
-    alignas(64) std::atomic<int64_t> next{0};
+    const int threads;
+    const std::unique_ptr<Range[]> ranges;
+    std::atomic<int> joined{0};
     alignas(64) std::atomic<int64_t> done{0};
 
-    bool is_open() const { return next.load(std::memory_order_relaxed) < items; }
+    // Take items from the front of a range, or from its end.
+    bool take(Range& range, bool front, int64_t& first, int64_t& end) const {
+        uint64_t left = range.left.load(std::memory_order_relaxed), rest;
+        int64_t some;
+        do {
+            first = uint32_t(left), end = left >> 32;
+            some = std::min(chunk, end - first);
+            if (some <= 0) return false;
+            rest = front ? left + some : left - (uint64_t(some) << 32);
+        } while (!range.left.compare_exchange_weak(left, rest, std::memory_order_relaxed));
+        (front ? end : first) = front ? first + some : end - some;
+        return true;
+    }
+
+   public:
+    int helpers;  // that may still join
+
+    Job(int64_t items, int64_t chunk, void (*run)(const void*, int64_t, int64_t), const void* work, int threads)
+        : items(items), chunk(chunk), run(run), work(work), threads(threads), ranges(new Range[threads]),
+          helpers(threads - 1) {
+        for (int64_t i = 0; i < threads; i++)
+            ranges[i].left = uint64_t(items * i / threads) | uint64_t(items * (i + 1) / threads) << 32;
+    }
+
+    bool is_open() const {
+        return std::any_of(ranges.get(), ranges.get() + threads, [](const Range& range) {
+            const uint64_t left = range.left.load(std::memory_order_relaxed);
+            return uint32_t(left) < left >> 32;
+        });
+    }
+
+    bool is_done() const { return done.load(std::memory_order_acquire) == items; }
 
     void help() noexcept {
-        for (int64_t first; (first = next.fetch_add(chunk, std::memory_order_relaxed)) < items;) {
-            const int64_t end = std::min(first + chunk, items);
-            run(work, first, end);
-            done.fetch_add(end - first, std::memory_order_release);
-        }
+        const int own = joined.fetch_add(1, std::memory_order_relaxed);
+        for (int i = 0; i < threads; i++)
+            for (int64_t first, end; take(ranges[(own + i) % threads], i == 0, first, end);) {
+                run(work, first, end);
+                done.fetch_add(end - first, std::memory_order_release);
+            }
     }
 };
 
@@ -166,10 +205,10 @@ void share(int64_t items, int64_t chunk, int threads, const Work& work) noexcept
         return;
     }
     auto run = [](const void* w, int64_t first, int64_t end) { (*static_cast<const Work*>(w))(first, end); };
-    const std::shared_ptr<Job> job(new Job{items, chunk, run, &work, threads - 1});
+    const std::shared_ptr<Job> job(new Job(items, chunk, run, &work, threads));
     helpers->open(job);
     job->help();
-    for (int turns = 0; job->done.load(std::memory_order_acquire) < items; turns++)
+    for (int turns = 0; !job->is_done(); turns++)
         if (turns < 1000)
             relax();
         else

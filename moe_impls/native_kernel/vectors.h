@@ -14,11 +14,16 @@ typedef float Quad __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Places __attribute__((vector_size(4 * WIDTH)));
-typedef _Float16 Float16s __attribute__((vector_size(2 * WIDTH), aligned(2)));
+#ifdef __aarch64__  // where GCC 12 has no other in C++
+typedef __fp16 Float16;
+#else
+typedef _Float16 Float16;
+#endif
+typedef Float16 Float16s __attribute__((vector_size(2 * WIDTH), aligned(2)));
 struct BFloat16 { uint16_t bits; };
 
 static inline float value(float v) { return v; }
-static inline float value(_Float16 v) { return (float)v; }
+static inline float value(Float16 v) { return (float)v; }
 static inline float value(BFloat16 v) {
     uint32_t word = (uint32_t)v.bits << 16;
     float f;
@@ -30,7 +35,7 @@ static inline Floats load(const float* p) { return *reinterpret_cast<const Float
 static inline Floats load(const BFloat16* p) {
     return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
 }
-static inline Floats load(const _Float16* p) {
+static inline Floats load(const Float16* p) {
     return __builtin_convertvector(*reinterpret_cast<const Float16s*>(p), Floats);
 }
 
