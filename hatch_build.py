@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -52,24 +51,27 @@ def _kernels(root: Path, folder: Path) -> list[Path]:
     """Compile the kernel for each kind of processor.
 
     Raises:
-        RuntimeError: this is no x86-64 Linux, or the compiler is missing or fails.
+        RuntimeError: it is made for another system than Linux, for another processor than those of
+            ``kernel_file.LEVELS``, or the compiler is missing or fails.
     """
     sys.path.insert(0, str(root))
     from moe_impls import kernel_file  # which imports neither torch nor what else may not be here
 
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise RuntimeError(f"it is made for Linux on x86-64, not {platform.system()} on {platform.machine()}")
+    system, _, machine = sysconfig.get_platform().partition("-")  # not of this machine where it is set to another
+    levels = {name: level for name, level in kernel_file.LEVELS.items() if level.machine == machine}
+    if system != "linux" or not levels:
+        known = sorted({level.machine for level in kernel_file.LEVELS.values()})
+        raise RuntimeError(f"it is made for Linux on {' and '.join(known)}, not {system} on {machine}")
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f"{compiler[0]} is not there")
 
     def compiled(level: str) -> Path:
         (own := folder / level).mkdir()
-        flags, _ = kernel_file.LEVELS[level]
-        return kernel_file.compile_kernel(compiler, flags, own).rename(folder / f"{level}.so")
+        return kernel_file.compile_kernel(compiler, levels[level].flags, own).rename(folder / f"{level}.so")
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(compiled, kernel_file.LEVELS))
+        return list(pool.map(compiled, levels))
 
 
 def _commit(root: Path) -> str:

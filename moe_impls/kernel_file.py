@@ -11,17 +11,29 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCE = Path(__file__).parent / "native_kernel" / "native.cpp"
 FLAGS = ("-O3", "-fPIC", "-std=c++17", "-fno-math-errno", "-Wno-psabi", "-pthread", "-shared")
 PACKAGED = Path(__file__).with_name("_native")  # holds <level>.so, in the wheel
 _V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
 _V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
-# What the wheel holds kernels for, the best first: the compiler's flags, instructions as Linux names them.
+
+
+class Level(NamedTuple):
+    """A kind of processors: of which machine, the compiler's flags, and instructions as Linux names them."""
+
+    machine: str
+    flags: tuple[str, ...]
+    needed: frozenset[str]
+
+
+# What wheels hold kernels for, the best of a machine first.
 LEVELS = {
-    "x86-64-v4-bfloat16": (("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
-    "x86-64-v4": (("-march=x86-64-v4",), _V4),
-    "x86-64-v3": (("-march=x86-64-v3",), _V3),
+    "x86-64-v4-bfloat16": Level("x86_64", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    "x86-64-v4": Level("x86_64", ("-march=x86-64-v4",), _V4),
+    "x86-64-v3": Level("x86_64", ("-march=x86-64-v3",), _V3),
+    "armv8-a": Level("aarch64", ("-march=armv8-a",), frozenset(["asimd"])),
 }
 
 
@@ -62,4 +74,4 @@ def compile_kernel(compiler: Sequence[str], flags: Sequence[str], folder: str | 
 
 def level_of(instructions: frozenset[str]) -> str | None:
     """Name the best of LEVELS that a processor with these instructions can run."""
-    return next((name for name, (_, needed) in LEVELS.items() if needed <= instructions), None)
+    return next((name for name, level in LEVELS.items() if level.needed <= instructions), None)

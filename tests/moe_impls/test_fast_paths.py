@@ -259,7 +259,7 @@ def test_the_kernel_of_the_wheel_for_this_processor_needs_no_compiler(
 ) -> None:
     without_library(monkeypatch, tmp_path / "empty", "no-such-compiler")
     monkeypatch.setattr(native, "PACKAGED", tmp_path)
-    monkeypatch.setattr(native, "instructions", lambda: kernel_file.LEVELS["x86-64-v3"][1])
+    monkeypatch.setattr(native, "instructions", lambda: kernel_file.LEVELS["x86-64-v3"].needed)
     assert "install g++" in native.missing()
     (tmp_path / "x86-64-v4.so").write_bytes(whole.read_bytes())  # for a processor that has more
     assert "install g++" in native.missing()
@@ -272,7 +272,7 @@ def test_the_kernel_of_the_wheel_for_this_processor_needs_no_compiler(
 
 
 def test_a_processor_gets_the_kernel_that_uses_most_of_what_it_has() -> None:
-    levels = {name: needed for name, (_, needed) in kernel_file.LEVELS.items()}
+    levels = {name: level.needed for name, level in kernel_file.LEVELS.items()}
     assert [kernel_file.level_of(needed | {"fpu"}) for needed in levels.values()] == list(levels)
     v3 = levels["x86-64-v3"]
     assert kernel_file.level_of(levels["x86-64-v4"] - {"avx512vl"} | {"avx512_bf16"}) == "x86-64-v3"
