@@ -58,7 +58,7 @@ def _kernels(root: Path, folder: Path) -> list[Path]:
     from moe_impls import kernel_file  # which imports neither torch nor what else may not be here
 
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    system, _, machine = sysconfig.get_platform().partition("-")  # not of this machine where it is set to another
+    system, _, machine = sysconfig.get_platform().partition("-")  # another system where one is set
     levels = {name: level for name, level in kernel_file.LEVELS.items() if level.machine == machine}
     if system != "linux" or not levels:
         known = sorted({level.machine for level in kernel_file.LEVELS.values()})
