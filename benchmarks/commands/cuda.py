@@ -27,7 +27,7 @@ from benchmarks.report.folder import write_report
 from benchmarks.sweep import journal, plan, record
 from correctness.problems.problem import check_device
 from correctness.session.child import Child
-from moe_impls.registry import ResolveError, is_installed, resolve
+from moe_impls.registry import usable
 from reporting import provenance
 from reporting.pages import write_atomically
 from reporting.provenance import ROOT
@@ -95,20 +95,9 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cpu" and not options.smoke:
         raise ValueError("--device is cpu; valid with --smoke only: `pytest benchmarks` measures on a CPU")
     folder = options.out or RESULTS / record.environment(options.device, "cuda").machine
-    peers = [] if options.smoke else usable_peers(print)
+    peers = [] if options.smoke else usable(PEERS, print)
     planned = steps(options.device, options.smoke, peers, all_configs=options.all_configs)
     return 0 if do_steps(planned, folder, options.device, options.minutes, pack=options.pack) else 1
-
-
-def usable_peers(tell: Callable[[str], None]) -> list[str]:
-    """Find those of PEERS whose package is installed; tell why one cannot be imported."""
-    found = []
-    for name in filter(is_installed, PEERS):
-        try:
-            found.append(resolve(name).name)
-        except ResolveError as error:
-            tell(f"left out: {error}")
-    return found
 
 
 def steps(device: str, smoke: bool, peers: Sequence[str] = (), *, all_configs: bool = False) -> list[Step]:

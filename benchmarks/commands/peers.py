@@ -33,7 +33,7 @@ from benchmarks.workloads import MODELS
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
 from moe_impls.interface import Implementation, check_choice, dtype_name
-from moe_impls.registry import IMPLEMENTATIONS, PEERS, is_installed, resolve
+from moe_impls.registry import IMPLEMENTATIONS, PEERS, resolve, usable
 from reporting import provenance
 from reporting.pages import check_writable, markdown_table, write_atomically
 
@@ -97,7 +97,7 @@ class Cell:
     """One call, by ours and by the peers.
 
     ratio, low, high: the best peer over the best of ours, with the interval of `ratio.compare`.
-    auto_ratio: auto over the best of ours that takes the weights as they are.
+    auto_ratio, auto_low, auto_high: auto over the best of ours that takes the weights as they are.
     pause_ms: before each call. busy: processes that compute beside, for each CPU.
     of_products: the time of dense products of the same FLOPs over that of ours.
     of_reading: the time of the traffic, at the bandwidth measured beside it, over that of ours.
@@ -123,6 +123,8 @@ class Cell:
     verdict: str
     auto_took: str
     auto_ratio: float
+    auto_low: float
+    auto_high: float
     of_products: float
     of_reading: float
     times_ms: str
@@ -164,14 +166,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+@functools.cache
 def compared() -> tuple[str, ...]:
     """Name the peers that run on a CPU and combine by sums; those of some libraries if they are there."""
-    asked_for, if_there = ("transformers", "einsum"), ("onnxruntime", "zentorch", "torchtitan")
-    return tuple(
-        name
-        for name in PEERS
-        if (library := name.partition(".")[0]) in asked_for or (library in if_there and is_installed(name))
-    )
+    asked_for = ("transformers", "einsum")
+    if_there = ("onnxruntime", "zentorch", "vllm", "kt_kernel", "torchtitan")
+    there = usable([name for name in PEERS if name.partition(".")[0] in if_there], print)
+    return tuple(name for name in PEERS if name.partition(".")[0] in asked_for or name in there)
 
 
 def subjects() -> tuple[list[Implementation], list[Implementation]]:
@@ -239,6 +240,7 @@ def measure_cell(
         return None
     best, peer = fastest(ours), fastest(peers)
     between = ratio.compare(found[best], found[peer])
+    of_auto = ratio.compare(found[fastest(as_they_are)], found["auto"])
     limits = roofline.measure_roofline(p, mode, inputs.routing)
     ours_ms = median_s[best] * 1e3
     return Cell(
@@ -253,7 +255,9 @@ def measure_cell(
         peer_ms=_rounded(median_s[peer] * 1e3),
         **{n: v if isinstance(v, str | int) else _rounded(v) for n, v in asdict(between).items()},
         auto_took=taken(resolve("auto"), p, inputs, mode),
-        auto_ratio=_rounded(ratio.compare(found[fastest(as_they_are)], found["auto"]).ratio),
+        auto_ratio=_rounded(of_auto.ratio),
+        auto_low=_rounded(of_auto.low),
+        auto_high=_rounded(of_auto.high),
         of_products=_rounded(limits.compute_limit_ms / ours_ms),
         of_reading=_rounded(limits.traffic_limit_ms / ours_ms),
         times_ms="; ".join(f"{n} {s * 1e3:.4g}" for n, s in sorted(median_s.items(), key=lambda i: i[1])),
@@ -372,7 +376,8 @@ those of a machine that is idle.
 
 {markdown_table(report.by_regime(cells))}
 
-Beside the limits, and `auto` beside the fastest of ours:
+Beside the limits, and `auto` beside the fastest of ours, *surely slower* where the whole interval of
+*auto_ratio* is above 1.03:
 
 {markdown_table(report.beside_limits(cells))}
 

@@ -22,7 +22,6 @@ from benchmarks.commands.cuda import Step
 from benchmarks.sweep import journal
 from benchmarks.sweep.record import RecordError
 from benchmarks.timing import roofline
-from moe_impls.registry import ResolveError
 from reporting import provenance
 from reporting.provenance import ROOT
 from tests.benchmarks.test_record import failed_row, write
@@ -130,17 +129,6 @@ def test_a_sweep_goes_on_only_at_the_commit_that_it_was_begun_at(
     assert cuda._can_go_on(tmp_path / "a.csv")
     rows[0].git_commit = "another"
     assert not cuda._can_go_on(tmp_path / "a.csv")
-
-
-def test_a_peer_that_cannot_be_imported_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(name: str) -> None:
-        raise ResolveError(f"{name} does not take this version of its library: ImportError: gone")
-
-    monkeypatch.setattr(cuda, "is_installed", lambda name: name == "liger.fused_moe")
-    monkeypatch.setattr(cuda, "resolve", refused)
-    told: list[str] = []
-    assert cuda.usable_peers(told.append) == []
-    assert told == ["left out: liger.fused_moe does not take this version of its library: ImportError: gone"]
 
 
 def test_a_folder_that_was_begun_on_another_device_is_refused(tmp_path: Path) -> None:

