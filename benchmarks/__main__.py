@@ -13,6 +13,7 @@ COMMANDS = {
     "report": "make report.md and its plots from CSV files",
     "profile": "time by operator and stage of one implementation",
     "tune": "measure which implementation `auto` takes on this machine",
+    "regret": "what `auto` loses by its choice, on loads that it was not tuned on",
     "compare": "two implementations, or two versions of one, in rounds",
     "gate": "exit status 1 if an implementation is slower than at a commit",
     "peers": "ours beside other libraries': an hour, or --quick 8 minutes",

@@ -41,7 +41,8 @@ MAX_FLOPS = {"cpu": 1.2e11, "cuda": 2e13}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Ten minutes, or with --quick a third of that. The table is kept for this processor, its number of "
+        "Ten minutes, on a CPU without instructions for bfloat16 half an hour, or with --quick a third of that. "
+        "The table is kept for this processor, its number of "
         "threads and this version of torch, and is written once all is measured."
     )
     parser.add_argument("--quick", action="store_true", help="a third of the cells")
