@@ -2,10 +2,11 @@
 
 For few tokens the layer is bound by that reading, and products of one to a few dozen rows are what matrix
 libraries are slowest at. Many tokens are computed in groups of slots, so that their hidden features take
-memory that the process has already. The wheel holds the kernel compiled; elsewhere the first call
-compiles it for the processor at hand, in seconds, and keeps it in the user's cache directory. Sums and
-activations are in float32 in every dtype; hidden features are rounded to bfloat16 beside such weights, where
-the processor multiplies pairs of them.
+memory that the process has already. ``prepare`` copies weights into tiles that are read in the order of use,
+beside rows as they are. The wheel holds the kernel compiled; elsewhere the first call compiles it for the
+processor at hand, in seconds, and keeps it in the user's cache directory. Sums and activations are in float32
+in every dtype; hidden features are rounded to bfloat16 beside such weights, where the processor multiplies
+pairs of them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_impls.functional import activate, combine_slots
-from moe_impls.interface import CLAMPED, Experts, Routing, Support, dtype_name
+from moe_impls.interface import CLAMPED, Experts, Prepared, Routing, Support, dtype_name
 from moe_impls.kernel_file import FLAGS, PACKAGED, SOURCE, compile_kernel, is_whole, level_of, source
-from moe_impls.operators import operator
+from moe_impls.operators import as_one_node, operator
 from moe_impls.processor import instructions
 
 SUPPORT = Support(
@@ -127,6 +129,11 @@ FUNCTIONS = {
         f"products_{name}": ((*[POINTER] * 7, *[SIZE] * 3, THREADS), None)
         for name in map(dtype_name, SUPPORT.dtypes)
     },
+    **{
+        f"tiled_products_{name}": ((*[POINTER] * 6, *[SIZE] * 3, THREADS), None)
+        for name in map(dtype_name, SUPPORT.dtypes)
+    },
+    "tile_features": ((), SIZE),
     "add_slots": ((*[POINTER] * 5, *[SIZE] * 3, *[FLAG] * 2, THREADS), None),
     "activate_rows": (
         (*[POINTER] * 2, FLAG, *[SIZE] * 2, FLAG, ctypes.c_int, *[ctypes.c_float] * 3, THREADS),
@@ -189,8 +196,8 @@ def _hidden(h: Tensor, experts: Experts, dtype: torch.dtype) -> Tensor:
     if experts.activation not in KERNELS_OWN:
         return activate(h, experts.activation, experts.clamp).to(dtype).contiguous()
     function, gated = KERNELS_OWN[experts.activation]
-    N, F = h.shape
-    to = h.new_empty(N, F // 2 if gated else F, dtype=dtype)
+    N, features = h.shape
+    to = h.new_empty(N, features // 2 if gated else features, dtype=dtype)
     numbers = experts.clamp if experts.activation == CLAMPED else (math.inf, 1.0, 0.0)
     shape = dtype == torch.bfloat16, *to.shape
     library().activate_rows(
@@ -230,19 +237,42 @@ def _groups(begin: Tensor, places: int, width: int) -> list[_Group]:
     return groups
 
 
+class _Tiles(NamedTuple):
+    """Weights of a shape [E, F, D], laid out in the tiles of ``tiles.h``, one expert's after the other's."""
+
+    tiles: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Tiles:
+        E, features, D = weight.shape
+        width, pair = library().tile_features(), 4 // _row_dtype(weight.dtype).itemsize
+        tiles = weight.new_empty(E, -(-features // width), -(-D // pair), width, pair)
+        for of_expert, w in zip(tiles, weight, strict=True):
+            whole = F.pad(w, (0, -D % pair, 0, -features % width))
+            of_expert.copy_(whole.reshape(-1, width, tiles.shape[2], pair).transpose(1, 2))
+        return cls(tiles, weight.shape)
+
+
 def _products(
-    rows: Tensor, index: Tensor | None, weight: Tensor, bias: Tensor | None, group: _Group
+    rows: Tensor, index: Tensor | None, weight: Tensor | _Tiles, bias: Tensor | None, group: _Group
 ) -> Tensor:
     """Multiply a group's rows [N, D], or those that index [T * K] holds: [N, F] in float32."""
     first, start, stop, begin = group
     (_, features, D), experts, count = weight.shape, len(begin) - 1, stop - start
     kernels = library()
     out = rows.new_empty(count, features, dtype=torch.float32)
-    packed = rows.new_empty(kernels.packed_numbers(experts, count, D))
-    of_weight, of_bias = _pointer(weight, first * features * D), _pointer(bias, first * features)
-    pointers = _pointer(rows), _pointer(index, start), _pointer(begin), of_weight, of_bias
-    products = getattr(kernels, f"products_{dtype_name(weight.dtype)}")
-    products(*pointers, _pointer(out), _pointer(packed), experts, features, D, torch.get_num_threads())
+    of_rows = _pointer(rows), _pointer(index, start), _pointer(begin)
+    of_bias, sizes = _pointer(bias, first * features), (experts, features, D, torch.get_num_threads())
+    if isinstance(weight, _Tiles):
+        tiles = weight.tiles
+        products = getattr(kernels, f"tiled_products_{dtype_name(tiles.dtype)}")
+        products(*of_rows, _pointer(tiles, first * tiles.stride(0)), of_bias, _pointer(out), *sizes)
+    else:
+        packed = rows.new_empty(kernels.packed_numbers(experts, count, D))
+        products = getattr(kernels, f"products_{dtype_name(weight.dtype)}")
+        of_weight = _pointer(weight, first * features * D)
+        products(*of_rows, of_weight, of_bias, _pointer(out), _pointer(packed), *sizes)
     return out
 
 
@@ -258,25 +288,51 @@ def _add_slots(
     library().add_slots(*pointers, len(out), *y.shape, start == 0, positive, torch.get_num_threads())
 
 
-@operator(SUPPORT)
-@torch.no_grad()
-def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
-    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
-    (T, K), (E, F, D), (_, O, _) = routing.expert_ids.shape, experts.w_in.shape, experts.w_out.shape
+def _compute(
+    x: Tensor, routing: Routing, experts: Experts, w_in: Tensor | _Tiles, w_out: Tensor | _Tiles, combine: str
+) -> Tensor:
+    """Compute y [T, O] with weights that are contiguous, or in tiles."""
+    (T, K), (E, features, D), (_, O, _) = routing.expert_ids.shape, w_in.shape, w_out.shape
     begin, slots, tokens = _sorted(routing.expert_ids, E)
-    rows = x.to(_row_dtype(experts.w_in.dtype)).contiguous()
+    row_dtype = _row_dtype(experts.w_in.dtype)
+    rows = x.to(row_dtype).contiguous()
     gates = routing.gates.to(torch.float32).contiguous()
-    w_in, w_out = experts.w_in.contiguous(), experts.w_out.contiguous()
     b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
     positive = experts.output_activation == "relu"
     sums = combine == "sum"
     y = x.new_empty(T if sums else T * K, O, dtype=torch.float32)  # of tokens, or of their slots
-    for group in _groups(begin, T * K, max(D, F)):
+    for group in _groups(begin, T * K, max(D, features)):
         h = _products(rows, tokens, w_in, b_in, group)
-        hidden = _hidden(h, experts, _row_dtype(w_out.dtype))
-        out = _products(hidden, None, w_out, b_out, group)
+        out = _products(_hidden(h, experts, row_dtype), None, w_out, b_out, group)
         if sums:
             _add_slots(out, slots, tokens, gates, y, group, positive)
         else:
             y[slots[group.start : group.stop]] = out.relu_() if positive else out
     return (y if sums else combine_slots(y.view(T, K, O), routing.gates, combine)).to(x.dtype)
+
+
+@operator(SUPPORT)
+@torch.no_grad()
+def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
+    """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
+    return _compute(x, routing, experts, experts.w_in.contiguous(), experts.w_out.contiguous(), combine)
+
+
+@torch.no_grad()
+def prepare(experts: Experts) -> Prepared:
+    """Lay the weights out for ``f(x, routing, *, combine="sum") -> y``, without gradients.
+
+    Raises:
+        RuntimeError: by ``f``, if a weight was written to since.
+    """
+    written = {name: t._version for name, t in experts.tensors.items() if not t.is_inference()}
+    w_in, w_out = _Tiles.of(experts.w_in), _Tiles.of(experts.w_out)
+
+    @torch.no_grad()
+    def f(x: Tensor, routing: Routing, *, combine: str = "sum") -> Tensor:
+        for name, version in written.items():
+            if experts.tensors[name]._version != version:
+                raise RuntimeError(f"{name} was written to after prepare(experts): call prepare again")
+        return _compute(x, routing, experts, w_in, w_out, combine)
+
+    return as_one_node(f, w_out.shape[1])

@@ -34,6 +34,7 @@ IMPLEMENTATIONS = (
     "gathered",
     "recompute",
     "native",
+    "native+prepared",
     "triton_fused",
     "packed+prepared",
 )

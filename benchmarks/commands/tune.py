@@ -41,9 +41,9 @@ MAX_FLOPS = {"cpu": 1.2e11, "cuda": 2e13}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Ten minutes, on a CPU without instructions for bfloat16 half an hour, or with --quick a third of that. "
-        "The table is kept for this processor, its number of "
-        "threads and this version of torch, and is written once all is measured."
+        "Ten minutes, half an hour on a CPU without instructions for bfloat16, or with --quick a third of "
+        "that. The table is kept for this processor, its number of threads and this version of torch, and is "
+        "written once all is measured."
     )
     parser.add_argument("--quick", action="store_true", help="a third of the cells")
     parser.add_argument("--out", type=Path, metavar="FILE", help=(

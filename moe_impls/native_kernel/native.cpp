@@ -15,11 +15,10 @@
 #include <vector>
 
 #include "activations.h"
+#include "multiply.h"
 #include "threads.h"
+#include "tiles.h"
 #include "vectors.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #ifdef __AVX512F__
 constexpr int ROWS = 6;  // 6 rows x 4 features of sums in 32 registers
@@ -39,29 +38,6 @@ constexpr int64_t SMALL = 1 << 15;   // numbers to pack that no other thread is 
 constexpr int64_t COLUMNS = 64;      // of y that a thread takes at a time, at least
 constexpr int64_t SUMMED = 512;      // numbers one after the other in a sum: it rounds the more, the longer it is
 constexpr int64_t LONG = 1024;       // numbers of a feature from which on the processor fetches what comes next itself
-
-// How rows are multiplied with weights of a type: STEP numbers of each at a time, rows of type Row.
-template <class W>
-struct Multiply {
-    using Row = float;
-    using Vector = Floats;
-    static constexpr int STEP = WIDTH;
-    static Vector row(const Row* p) { return load(p); }
-    static Vector weight(const W* p) { return load(p); }
-    static Floats add(Floats sum, Vector x, Vector w) { return sum + x * w; }
-};
-
-#ifdef __AVX512BF16__  // products of pairs, summed in float32: no conversion, twice the numbers
-template <>
-struct Multiply<BFloat16> {
-    using Row = BFloat16;
-    using Vector = __m512bh;
-    static constexpr int STEP = 2 * WIDTH;
-    static Vector row(const Row* p) { return (__m512bh)_mm512_loadu_si512(p); }
-    static Vector weight(const BFloat16* p) { return row(p); }
-    static Floats add(Floats sum, Vector x, Vector w) { return _mm512_dpbf16_ps(sum, x, w); }
-};
-#endif
 
 static float total(Floats v) {
     Quad parts[WIDTH / 4];
@@ -379,9 +355,19 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
         using Row = Multiply<W>::Row;                                                                          \
         products((const Row*)rows, index, begin, weight, bias, out, (Row*)packed, E, F, D, threads);           \
     }
+#define EXPORT_TILED(NAME, W)                                                                                      \
+    extern "C" void NAME(const void* rows, const int64_t* index, const int64_t* begin, const W* tiles, const W* bias, \
+                         float* out, int64_t E, int64_t F, int64_t D, int threads) {                              \
+        tiled_products(static_cast<const Multiply<W>::Row*>(rows), index, begin, tiles, bias, out, E, F, D, threads); \
+    }
 EXPORT(products_float32, float)
 EXPORT(products_bfloat16, BFloat16)
 EXPORT(products_float16, Float16)
+EXPORT_TILED(tiled_products_float32, float)
+EXPORT_TILED(tiled_products_bfloat16, BFloat16)
+EXPORT_TILED(tiled_products_float16, Float16)
+// Features of a tile.
+extern "C" int64_t tile_features() { return TILE; }
 
 // Slots by expert, in each by token: where the slots of each expert begin [E + 1], the slot of each place [N], and its
 // token [N], one after the other. False if an id is not in [0, E).

@@ -39,11 +39,20 @@ static inline Floats load(const Float16* p) {
     return __builtin_convertvector(*reinterpret_cast<const Float16s*>(p), Floats);
 }
 
-static inline Floats all(float v) { return Floats{} + v; }
+static inline Floats all(float v) { return v - Floats{}; }  // without an addition, which + 0 is for -0
 
 static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 static inline void store(BFloat16* to, Floats v) {  // to the nearest, of two the even one; NaN stays NaN
     const Words bits = (Words)v, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     const Halves halves = __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, Halves);
     std::memcpy(to, &halves, sizeof halves);
+}
+
+// A vector that stays in a register, where a compiler would load it for each of its uses.
+template <class Vector>
+static inline Vector kept(Vector v) {
+#ifdef __x86_64__
+    asm("" : "+v"(v));
+#endif
+    return v;
 }
