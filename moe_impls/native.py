@@ -336,3 +336,9 @@ def prepare(experts: Experts) -> Prepared:
         return _compute(x, routing, experts, w_in, w_out, combine)
 
     return as_one_node(f, w_out.shape[1])
+
+
+@operator(SUPPORT, "native_prepared")
+def forward_prepared(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
+    """Compute x [T, D] -> y [T, O] on weights that are laid out anew; see ``moe_impls.interface``."""
+    return prepare(experts)(x, routing, combine=combine)

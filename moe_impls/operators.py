@@ -154,11 +154,14 @@ class _Graph(NamedTuple):
         return [gradient.contiguous() for gradient in found]
 
 
-def operator(support: Support) -> Callable[[Forward], Forward]:
-    """Make a decorator for the ``forward`` of a module that declares ``support``."""
+def operator(support: Support, name: str = "") -> Callable[[Forward], Forward]:
+    """Make a decorator for the ``forward`` of a module that declares ``support``.
+
+    name: of the operator, that of the module unless given.
+    """
 
     def decorate(forward: Forward) -> Forward:
-        compute = _define_operators(forward.__module__.rpartition(".")[2], support, forward)
+        compute = _define_operators(name or forward.__module__.rpartition(".")[2], support, forward)
 
         @functools.wraps(forward)
         def either(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:

@@ -22,7 +22,8 @@ from moe_impls import suite
 from moe_impls.interface import Experts, Implementation, Prepared, Routing, Support
 
 PREPARED = "+prepared"
-# Each name is a module of this package that exports `forward`, or with `+prepared` its `prepare`.
+# Each name is a module of this package that exports `forward`, or with `+prepared` its `prepare`, which its
+# `forward` calls, or where that does not its `forward_prepared`.
 IMPLEMENTATIONS = (
     "auto",
     "dense_mask",
@@ -136,11 +137,17 @@ def _resolve(name: str) -> Implementation:
         check_signature(name, function, 3, ("combine", *of_ranks))
     if name.endswith(PREPARED):
         support = replace(support, gradients=False, second_order=False)
-        anew = functools.partial(_prepared_anew, function) if ":" in name else module.forward
-        return Implementation(name, anew, support, function)
-    names = ("choose", "is_available", "missing", "tuning_seconds")
-    optional = {n: getattr(module, n) for n in names if hasattr(module, n)}
+        if ":" in name:
+            anew = functools.partial(_prepared_anew, function)
+        else:
+            anew = getattr(module, "forward_prepared", module.forward)
+        return Implementation(name, anew, support, function, **_optional(module, "is_available", "missing"))
+    optional = _optional(module, "choose", "is_available", "missing", "tuning_seconds")
     return Implementation(name, function, support, **optional)
+
+
+def _optional(module: ModuleType, *names: str) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
 
 
 def _refuse_a_class(name: str, function: object) -> None:

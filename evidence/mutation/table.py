@@ -61,7 +61,7 @@ JUDGES: dict[str, Judges] = {
     "gathered": _of("gathered"),
     "grouped_mm": _of("grouped_mm"),
     "index_add": _of("index_add"),
-    "native": _of("native", tests="test_fast_paths.py"),
+    "native": _of("native", "native+prepared", tests="test_fast_paths.py", named="native"),
     "packed": _of("packed+prepared", tests="test_fast_paths.py", named="packed"),
     "padded": _of("padded"),
     "recompute": _of("recompute", tests="test_fast_paths.py"),

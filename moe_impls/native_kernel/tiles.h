@@ -26,9 +26,9 @@ constexpr int64_t CHUNK = 512;
 constexpr int64_t MOST_ROWS = 96;  // of one expert, that a thread multiplies with a tile
 constexpr int64_t STEPS = 8;       // after which cache lines are fetched
 
-// The products of R rows with `steps` numbers, or pairs, of each feature of a tile are added to sums; of few rows from as
-// many places at once as there are registers for sums: memory is read faster in several streams. Meanwhile so many
-// cache lines are fetched after every few steps.
+// The products of R rows with `steps` numbers, or pairs, of each feature of a tile are added to sums; where an expert has
+// few rows, from as many places at once as there are registers for sums: memory is read faster in several streams.
+// Meanwhile so many cache lines are fetched after every few steps.
 template <int R, class W>
 static void tile_rows(const typename Multiply<W>::Row* const* rows, int64_t first, const W* tile, int64_t steps,
                       bool streams, const char* fetched, int64_t lines, Floats (*sums)[TILE_VECTORS]) {
@@ -107,7 +107,9 @@ static void tiled_products(const typename Multiply<W>::Row* rows, const int64_t*
         for (; item < last; item++) {
             const Part& part = parts[item / tiles_of];
             const int64_t f = item % tiles_of * TILE, count = std::min<int64_t>(TILE, F - f);
-            const int64_t size = part.end - part.first, groups = (size + TILED_ROWS - 1) / TILED_ROWS;
+            const int64_t size = part.end - part.first;
+            const bool streams = size <= TILED_ROWS;  // of half as many rows at a time
+            const int64_t most = streams ? TILED_ROWS / 2 : TILED_ROWS, groups = (size + most - 1) / most;
             const W* tile = tiles + (part.e * tiles_of * TILE + f) * steps * PAIR;
             for (int64_t r = 0; r < size; r++) {
                 const int64_t n = part.first + r;
@@ -120,11 +122,11 @@ static void tiled_products(const typename Multiply<W>::Row* rows, const int64_t*
                     const int64_t r = size * group / groups, fetched = LINES * group / groups;
                     const int64_t lines = (LINES * (group + 1) / groups - fetched) * STEPS / CHUNK;
                     tile_of<W>(size * (group + 1) / groups - r, rows + r, first, tile + d * STRIDE, end - d,
-                               groups == 1, next + fetched * 64, groups > 1 ? lines : 0, sums + r);
+                               streams, next + fetched * 64, streams ? 0 : lines, sums + r);
                 }
             };
             const int64_t whole = D / PAIR;
-            const int64_t chunk = groups > 1 ? CHUNK : CHUNK * (TILED_ROWS / size);
+            const int64_t chunk = streams ? CHUNK * (TILED_ROWS / std::min(size, most)) : CHUNK;
             for (int64_t d = 0; d < whole; d += chunk) multiply(x, d * PAIR, d, std::min(d + chunk, whole));
             if (whole < steps) {
                 for (int64_t r = 0; r < size; r++) {

@@ -67,7 +67,7 @@ def test_an_interrupted_tuning_leaves_the_old_table(monkeypatch, tmp_path: Path)
 def test_auto_is_no_candidate_and_neither_is_what_compiles_or_has_to_be_prepared() -> None:
     names = {subject.name for subject in tune.candidates()}
     assert {"sorted_dispatch", "padded"} <= names
-    assert not names & {"auto", "compiled", "gathered", "packed+prepared"}
+    assert not names & {"auto", "compiled", "gathered", "native+prepared", "packed+prepared"}
 
 
 def test_who_is_far_from_the_fastest_is_left_out(monkeypatch) -> None:

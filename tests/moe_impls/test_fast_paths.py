@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
 from moe_impls import kernel_file, native, packed, recompute
 from moe_impls.functional import activate
-from moe_impls.interface import dtype_name
+from moe_impls.interface import Prepared, dtype_name
 from moe_impls.registry import resolve
 
 
@@ -31,9 +32,12 @@ def small(**changes) -> Inputs:
 
 
 @pytest.mark.parametrize("name", ["w_in", "b_in", "w_out", "b_out"])
-def test_packed_weights_that_changed_are_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize("prepare", [packed.prepare, native.prepare], ids=["packed", "native"])
+def test_prepared_weights_that_changed_are_refused_by_name(
+    prepare: Callable[..., Prepared], name: str
+) -> None:
     inputs = small()
-    f = packed.prepare(inputs.experts)
+    f = prepare(inputs.experts)
     f(inputs.x, inputs.routing)
     inputs.experts.tensors[name][1].zero_()
     with pytest.raises(RuntimeError, match=rf"{name} was written to after prepare\(experts\): call prepare"):
@@ -93,30 +97,50 @@ def test_recompute_is_right_on_cpus_that_multiply_a_dtype_and_on_those_that_do_n
             case.run()
 
 
+NATIVE = pytest.mark.parametrize("name", ["native", "native+prepared"])
+
+
 @pytest.mark.parametrize("D", [16, 37])  # one that is a whole number of vectors, and one that is not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
-def test_native_is_right_for_every_number_of_rows_of_an_expert(dtype: torch.dtype, D: int) -> None:
+@NATIVE
+def test_native_is_right_for_every_number_of_rows_of_an_expert(name: str, dtype: torch.dtype, D: int) -> None:
     for rows in range(1, 150):
         layer = Problem(
             "rows", T=rows, D=D, H=11, O=D, E=1, K=1, activation="swiglu", dtype=dtype, exact=True
         )
-        exact(resolve("native"), layer)
+        exact(resolve(name), layer)
+
+
+@pytest.mark.parametrize("features", [1, 23, 24, 25, 47, 48, 49, 97])  # around the widths of tiles
+def test_native_is_right_for_every_number_of_features(features: int) -> None:
+    layer = Problem("features", T=7, D=features, H=features, O=features, E=3, K=2, exact=True)
+    exact(resolve("native+prepared"), layer)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])  # in several streams, in one, and in groups
+@NATIVE
+def test_native_is_right_for_a_few_long_rows(name: str, rows: int) -> None:
+    values(resolve(name), Problem("long", T=rows, D=9001, H=3, O=5, E=1, K=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
-def test_native_is_right_where_the_rows_of_an_expert_are_more_than_a_cache_holds(dtype: torch.dtype) -> None:
+@NATIVE
+def test_native_is_right_where_the_rows_of_an_expert_are_more_than_a_cache_holds(
+    name: str, dtype: torch.dtype
+) -> None:
     layer = Problem("wide", T=450, D=1501, H=9, O=30, E=2, K=1, activation="swiglu", dtype=dtype)
-    values(resolve("native"), layer)
+    values(resolve(name), layer)
 
 
 @pytest.mark.parametrize("numbers", [1, 30, 400, 5000])  # from one slot at a time to a few experts
 @pytest.mark.parametrize("combine", ["sum", "logsumexp"])
 @pytest.mark.parametrize("load", ["uniform", "one_hot_expert", "half_empty"])
+@NATIVE
 def test_native_is_right_for_groups_of_slots_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, load: str, combine: str, numbers: int
+    monkeypatch: pytest.MonkeyPatch, name: str, load: str, combine: str, numbers: int
 ) -> None:
     monkeypatch.setattr(native, "GROUP", numbers)
-    values(resolve("native"), replace(SMALL, T=100, load=load, combine=combine))
+    values(resolve(name), replace(SMALL, T=100, load=load, combine=combine))
 
 
 def test_the_groups_of_native_hold_every_slot_of_every_expert_once() -> None:

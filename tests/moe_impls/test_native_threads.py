@@ -55,7 +55,8 @@ os._exit(0 if torch.equal(native.forward(*inputs[:3]), before) else 3)
 
 
 def test_native_computes_in_a_process_that_was_forked_from_one_that_used_it() -> None:
-    subprocess.run([sys.executable, "-c", IN_A_FORK], check=True, timeout=120, cwd=ROOT)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # those of torch, once started, do not outlive a fork
+    subprocess.run([sys.executable, "-c", IN_A_FORK], check=True, timeout=120, cwd=ROOT, env=alone)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system chooses the processors")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Problem
-from moe_impls import MoE, RouterSpec, auto, operators, packed, recompute
+from moe_impls import MoE, RouterSpec, auto, native, operators, packed, recompute
 from moe_impls.functional import constant_in_graphs
-from moe_impls.interface import CLAMPED, Experts, Routing
+from moe_impls.interface import CLAMPED, Experts, Prepared, Routing
 from moe_impls.registry import resolve
 from reporting.provenance import ROOT
 
-INFERENCE = ("auto", "native", "recompute", "sorted_dispatch", "packed")
+INFERENCE = ("auto", "native", "native_prepared", "recompute", "sorted_dispatch", "packed")
 TRAINING = ("auto", "recompute", "sorted_dispatch")
 PLAIN = replace(SMALL, activation="silu", output_activation="none")
 OPTIONS: tuple[Any, ...] = ("silu", "none", [7.0, 1.702, 1.0], "sum", None, True)
@@ -70,7 +70,7 @@ def require_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", INFERENCE)
 def test_an_operator_passes_opcheck(name: str, bias: bool) -> None:
-    resolve("packed+prepared" if name == "packed" else name)
+    resolve({"packed": "packed+prepared", "native_prepared": "native+prepared"}.get(name, name))
     run = getattr(torch.ops.moe_impls, name).default
     torch.library.opcheck(run, (*arguments(replace(PLAIN, bias=bias)), *OPTIONS))
 
@@ -264,9 +264,12 @@ def test_what_a_routing_holds_is_refused_when_a_graph_runs() -> None:
         forward(x, routing._replace(expert_ids=routing.expert_ids + 1), experts)
 
 
-def test_prepared_weights_are_one_node_and_last_as_long_as_the_function() -> None:
+@pytest.mark.parametrize("prepare", [packed.prepare, native.prepare], ids=["packed", "native"])
+def test_prepared_weights_are_one_node_and_last_as_long_as_the_function(
+    prepare: Callable[..., Prepared],
+) -> None:
     x, routing, experts, _ = make_inputs(PLAIN)
-    f = packed.prepare(experts)
+    f = prepare(experts)
     wanted = f(x, routing)
     for backend in ("eager", "inductor"):
         assert torch.equal(torch.compile(f, fullgraph=True, backend=backend)(x, routing), wanted)
@@ -345,7 +348,7 @@ def test_an_eager_call_goes_through_no_operator(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(operators._Call, "run", fail)
     x, routing, experts, _ = make_inputs(PLAIN)
-    for name in ("auto", "native", "recompute", "sorted_dispatch", "packed+prepared"):
+    for name in ("auto", "native", "recompute", "sorted_dispatch", "packed+prepared", "native+prepared"):
         resolve(name).forward(x, Routing(*routing), Experts(*vars(experts).values()))
 
 
