@@ -5,6 +5,8 @@ Shapes, dtypes and options are checked of tensors that hold nothing, too, as whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -129,3 +131,21 @@ def check_supported(name: str, support: Support, experts: Experts, combine: str)
     check_choice(f"output_activation {of}", experts.output_activation, support.output_activations)
     check_choice(f"combine {of}", combine, support.combines)
     check_choice(f"bias {of}", experts.b_in is not None, support.biases)
+
+
+def watch_writes(experts: Experts) -> Callable[[], None]:
+    """Return a function that refuses weights that were written to since, for what ``prepare`` made of them.
+
+    Writes that no version counter sees are not noticed: through ``.data``, and to tensors of inference mode.
+
+    Raises:
+        RuntimeError: by that function; the message names the weight.
+    """
+    written = {name: t._version for name, t in experts.tensors.items() if not t.is_inference()}
+
+    def check() -> None:
+        for name, version in written.items():
+            if experts.tensors[name]._version != version:
+                raise RuntimeError(f"{name} was written to after prepare(experts): call prepare again")
+
+    return check

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_impls.checking import watch_writes
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import CLAMPED, Experts, Prepared, Routing, Support, dtype_name
 from moe_impls.kernel_file import FLAGS, PACKAGED, SOURCE, compile_kernel, is_whole, level_of, source
@@ -325,14 +326,12 @@ def prepare(experts: Experts) -> Prepared:
     Raises:
         RuntimeError: by ``f``, if a weight was written to since.
     """
-    written = {name: t._version for name, t in experts.tensors.items() if not t.is_inference()}
+    check_unwritten = watch_writes(experts)
     w_in, w_out = _Tiles.of(experts.w_in), _Tiles.of(experts.w_out)
 
     @torch.no_grad()
     def f(x: Tensor, routing: Routing, *, combine: str = "sum") -> Tensor:
-        for name, version in written.items():
-            if experts.tensors[name]._version != version:
-                raise RuntimeError(f"{name} was written to after prepare(experts): call prepare again")
+        check_unwritten()
         return _compute(x, routing, experts, w_in, w_out, combine)
 
     return as_one_node(f, w_out.shape[1])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_impls.checking import watch_writes
 from moe_impls.dispatcher import sort_by_expert
 from moe_impls.functional import activate, combine_slots
 from moe_impls.interface import Experts, Prepared, Routing, Support
@@ -40,7 +41,7 @@ def prepare(experts: Experts) -> Prepared:
     Raises:
         RuntimeError: by ``f``, if a weight was written to since.
     """
-    written = {name: t._version for name, t in experts.tensors.items() if not t.is_inference()}
+    check_unwritten = watch_writes(experts)
     E, O, _ = experts.w_out.shape
 
     def blocks(weight: Tensor) -> Tensor:
@@ -55,9 +56,7 @@ def prepare(experts: Experts) -> Prepared:
 
     @torch.no_grad()
     def f(x: Tensor, routing: Routing, *, combine: str = "sum") -> Tensor:
-        for name, version in written.items():
-            if experts.tensors[name]._version != version:
-                raise RuntimeError(f"{name} was written to after prepare(experts): call prepare again")
+        check_unwritten()
         T, K = routing.expert_ids.shape
         order, counts = sort_by_expert(routing.expert_ids, E)  # [T * K], [E]
         rows = x[order // K]  # [T * K, D]

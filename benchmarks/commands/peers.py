@@ -250,23 +250,24 @@ def measure_cell(
         mode=mode,
         **{size: getattr(p, size) for size in ("T", "D", "H", "E", "K")},
         ours=best,
-        ours_ms=_rounded(ours_ms),
+        ours_ms=rounded(ours_ms),
         peer=peer,
-        peer_ms=_rounded(median_s[peer] * 1e3),
-        **{n: v if isinstance(v, str | int) else _rounded(v) for n, v in asdict(between).items()},
+        peer_ms=rounded(median_s[peer] * 1e3),
+        **{n: v if isinstance(v, str | int) else rounded(v) for n, v in asdict(between).items()},
         auto_took=taken(resolve("auto"), p, inputs, mode),
-        auto_ratio=_rounded(of_auto.ratio),
-        auto_low=_rounded(of_auto.low),
-        auto_high=_rounded(of_auto.high),
-        of_products=_rounded(limits.compute_limit_ms / ours_ms),
-        of_reading=_rounded(limits.traffic_limit_ms / ours_ms),
+        auto_ratio=rounded(of_auto.ratio),
+        auto_low=rounded(of_auto.low),
+        auto_high=rounded(of_auto.high),
+        of_products=rounded(limits.compute_limit_ms / ours_ms),
+        of_reading=rounded(limits.traffic_limit_ms / ours_ms),
         times_ms="; ".join(f"{n} {s * 1e3:.4g}" for n, s in sorted(median_s.items(), key=lambda i: i[1])),
-        pause_ms=_rounded(regime.pause_s * 1e3),
+        pause_ms=rounded(regime.pause_s * 1e3),
         busy=regime.busy,
     )
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Round to four digits."""
     return float(f"{value:.4g}")
 
 
@@ -349,7 +350,7 @@ def measure_growth(quick: bool) -> list[Growth]:
             inputs = make_inputs(p)
             for mode in ("forward", "forward_backward"):
                 for name, s in samples(p, mode, inputs, [[i] for i in implementations]).items():
-                    found.append(Growth(axis, value, mode, name, _rounded(statistics.median(s) * 1e3)))
+                    found.append(Growth(axis, value, mode, name, rounded(statistics.median(s) * 1e3)))
     return found
 
 

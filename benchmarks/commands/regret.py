@@ -22,6 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.commands import peers, tune
+from benchmarks.commands.peers import rounded
 from benchmarks.options import RESULTS
 from benchmarks.sweep import journal, record
 from benchmarks.sweep.workload import taken, undeclared
@@ -143,22 +144,18 @@ def measure_cell(
         dtype=dtype_name(p.dtype),
         mode=mode,
         **{size: getattr(p, size) for size in ("T", "D", "H", "E", "K")},
-        busiest=_rounded(busiest_over_mean(inputs.routing.expert_ids, p.E)),
+        busiest=rounded(busiest_over_mean(inputs.routing.expert_ids, p.E)),
         fastest=fastest,
-        fastest_ms=_rounded(median_s[fastest] * 1e3),
+        fastest_ms=rounded(median_s[fastest] * 1e3),
         auto_took=took,
-        auto_ms=_rounded(median_s["auto"] * 1e3),
-        choice_regret=_rounded(choice.ratio),
-        regret=_rounded(timed.ratio),
-        low=_rounded(timed.low),
-        high=_rounded(timed.high),
+        auto_ms=rounded(median_s["auto"] * 1e3),
+        choice_regret=rounded(choice.ratio),
+        regret=rounded(timed.ratio),
+        low=rounded(timed.low),
+        high=rounded(timed.high),
         rounds=timed.rounds,
         times_ms="; ".join(f"{n} {s * 1e3:.4g}" for n, s in sorted(median_s.items(), key=itemgetter(1))),
     )
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def measure_all(folder: Path, made: dict[str, object]) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_impls.checking import watch_writes
 from moe_impls.interface import Experts, Prepared, Routing, Support
 
 
@@ -130,16 +131,14 @@ def prepare(experts: Experts) -> Prepared:
     Raises:
         RuntimeError: by ``f``, if a weight was written to since.
     """
-    written = {name: t._version for name, t in experts.tensors.items() if not t.is_inference()}
+    check_unwritten = watch_writes(experts)
     layer = functools.lru_cache(maxsize=2)(functools.partial(_layer, experts, MOST_TOKENS))
     usual = min(USUAL_K, len(experts.w_in))
     layer(usual)
 
     @torch.no_grad()
     def f(x: Tensor, routing: Routing, *, combine: str = "sum") -> Tensor:
-        for name, version in written.items():
-            if experts.tensors[name]._version != version:
-                raise RuntimeError(f"{name} was written to after prepare(experts): call prepare again")
+        check_unwritten()
         return _compute(layer(max(usual, routing.gates.shape[1])), x, routing)
 
     return f

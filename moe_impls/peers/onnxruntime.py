@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_impls.checking import watch_writes
 from moe_impls.interface import CLAMPED, Clamp, Experts, Prepared, Routing, Support
 
 onnxruntime: Any = importlib.import_module("onnxruntime")  # which a type checker takes this file for
@@ -95,8 +96,8 @@ def prepare(experts: Experts) -> Prepared:
     Raises:
         RuntimeError: by ``f``, if a weight was written to since.
     """
-    written = {name: t._version for name, t in experts.tensors.items() if not t.is_inference()}
-    given, clamp = experts, experts.clamp if experts.activation == CLAMPED else SWIGLU
+    check_unwritten = watch_writes(experts)
+    clamp = experts.clamp if experts.activation == CLAMPED else SWIGLU
     if ACTIVATIONS[experts.activation] == "swiglu":
         b_in = None if experts.b_in is None else _in_turn(experts.b_in)
         experts = replace(experts, w_in=_in_turn(experts.w_in), b_in=b_in)
@@ -121,9 +122,7 @@ def prepare(experts: Experts) -> Prepared:
 
     @torch.no_grad()
     def f(x: Tensor, routing: Routing, *, combine: str = "sum") -> Tensor:
-        for name, version in written.items():
-            if given.tensors[name]._version != version:
-                raise RuntimeError(f"{name} was written to after prepare(experts): call prepare again")
+        check_unwritten()
         if len(x) == 0:
             return torch.empty_like(x)
         rows, gates = x.contiguous(), routing.gates.float()

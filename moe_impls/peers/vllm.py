@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_impls.checking import watch_writes
 from moe_impls.interface import CLAMPED, Clamp, Experts, Prepared, Routing, Support
 
 
@@ -72,8 +73,8 @@ def prepare(experts: Experts) -> Prepared:
     Raises:
         RuntimeError: by ``f``, if a weight was written to since.
     """
-    written = {name: t._version for name, t in experts.tensors.items() if not t.is_inference()}
-    given, act = experts, ACTIVATIONS[experts.activation]
+    check_unwritten = watch_writes(experts)
+    act = ACTIVATIONS[experts.activation]
     if experts.activation == CLAMPED:
         b_in = None if experts.b_in is None else _in_turn(experts.b_in)
         experts = replace(experts, w_in=_in_turn(experts.w_in), b_in=b_in)
@@ -84,9 +85,7 @@ def prepare(experts: Experts) -> Prepared:
 
     @torch.no_grad()
     def f(x: Tensor, routing: Routing, *, combine: str = "sum") -> Tensor:
-        for name, version in written.items():
-            if given.tensors[name]._version != version:
-                raise RuntimeError(f"{name} was written to after prepare(experts): call prepare again")
+        check_unwritten()
         y = x.new_empty(len(x), w_out.shape[1])
         gates, ids = routing.gates.float().contiguous(), routing.expert_ids.int().contiguous()
         rows = x.contiguous().flatten().view(x.shape)  # it reads the stride of rows even where there is one
