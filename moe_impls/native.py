@@ -11,152 +11,27 @@ pairs of them.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import tempfile
-import warnings
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_impls.checking import watch_writes
-from moe_impls.functional import activate, combine_slots
-from moe_impls.interface import CLAMPED, Experts, Prepared, Routing, Support, dtype_name
-from moe_impls.kernel_file import FLAGS, PACKAGED, SOURCE, compile_kernel, is_whole, level_of, source
+from moe_impls.functional import activate, combine_slots, needs_gradients
+from moe_impls.interface import CLAMPED, Clamp, Experts, Prepared, Routing, Support, dtype_name
+from moe_impls.kept_memory import take
+from moe_impls.kernel_library import DTYPES, is_available, library, missing, pointer
 from moe_impls.operators import as_one_node, operator
-from moe_impls.processor import instructions
 
-SUPPORT = Support(
-    devices=("cpu",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    gradients=False,
-    fullgraph=True,
-    exports=True,
-)
+__all__ = ["SUPPORT", "forward", "forward_prepared", "is_available", "missing", "prepare"]
+SUPPORT = Support(devices=("cpu",), dtypes=DTYPES, fullgraph=True, exports=True)
 # Numbers in hidden features at a time: memory of this size is taken again, more would be new pages.
 GROUP = 2**22
-
-
-def _processor() -> str:
-    """Name what the kernel is compiled for; a home directory may be shared by different machines."""
-    info = Path("/proc/cpuinfo")
-    first = info.read_text(encoding="utf-8").partition("\n\n")[0] if info.exists() else platform.processor()
-    return "\n".join(line for line in first.splitlines() if "MHz" not in line)
-
-
-@functools.cache
-def missing() -> str:
-    """Say why there is no kernel here; nothing where there is one. Tried once."""
-    try:
-        library()
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-def is_available() -> bool:
-    """Tell whether the kernel is compiled, or can be."""
-    return not missing()
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Load the kernel: that of the wheel, or one that was compiled here before, or is now.
-
-    A file that is torn, or of another source, is ignored with a warning that names it.
-
-    Raises:
-        RuntimeError: there is no kernel for this processor, and no C++ compiler, or it or the loader fails;
-            the message holds what it says.
-    """
-    if (found := _of_the_wheel()) is not None:
-        return found
-    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # which may hold options, as of ccache
-    if (compiler := shutil.which(command[0])) is None:
-        raise RuntimeError("implementation 'native' needs a C++ compiler: install g++ or set CXX")
-    command[0] = compiler
-    made_by = "\0".join([*FLAGS, *command, _processor()]).encode()
-    key = hashlib.sha256(source() + made_by).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_impls"
-    path = cache / f"native-{key}.so"
-    if (found := _whole(path)) is not None:
-        return found
-    with contextlib.suppress(OSError):  # a home that cannot be written to: compiled again in the next process
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            os.replace(compile_kernel(command, ("-march=native",), folder), path)
-        return _loaded(path)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return _loaded(compile_kernel(command, ("-march=native",), folder))
-        except OSError as error:
-            raise RuntimeError(f"the compiled {SOURCE.name} cannot be loaded: {error}") from error
-
-
-def _of_the_wheel() -> ctypes.CDLL | None:
-    """Load the kernel that came with the package for processors like this one, if one did."""
-    level = level_of(instructions())
-    return None if level is None else _whole(PACKAGED / f"{level}.so")
-
-
-def _whole(path: Path) -> ctypes.CDLL | None:
-    """Load a kernel if it is there, whole and of this source."""
-    try:
-        if is_whole(path):
-            return _loaded(path)
-        why = "it is torn, or compiled from another source"
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        why = str(error)
-    warnings.warn(f"{path} is ignored: {why}", stacklevel=2)
-    return None
-
-
-POINTER, SIZE, FLAG, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool, ctypes.c_int
-# What the functions of native.cpp take and return.
-FUNCTIONS = {
-    **{
-        f"products_{name}": ((*[POINTER] * 7, *[SIZE] * 3, THREADS), None)
-        for name in map(dtype_name, SUPPORT.dtypes)
-    },
-    **{
-        f"tiled_products_{name}": ((*[POINTER] * 6, *[SIZE] * 3, THREADS), None)
-        for name in map(dtype_name, SUPPORT.dtypes)
-    },
-    "tile_features": ((), SIZE),
-    "add_slots": ((*[POINTER] * 5, *[SIZE] * 3, *[FLAG] * 2, THREADS), None),
-    "activate_rows": (
-        (*[POINTER] * 2, FLAG, *[SIZE] * 2, FLAG, ctypes.c_int, *[ctypes.c_float] * 3, THREADS),
-        None,
-    ),
-    "sort_slots": ((POINTER, *[SIZE] * 3, POINTER), FLAG),
-    "packed_numbers": ((SIZE,) * 3, SIZE),
-    "bfloat16_row_bytes": ((), ctypes.c_int),
-}
-
-
-def _loaded(path: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path))
-    for name, (arguments, result) in FUNCTIONS.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = arguments, result
-    return found
-
-
-def _pointer(t: Tensor | None, first: int = 0) -> int | None:
-    """Return the address of element `first`; None for None."""
-    return None if t is None else t.data_ptr() + first * t.element_size()
 
 
 def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
@@ -164,7 +39,7 @@ def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
     T, K = expert_ids.shape
     found = expert_ids.new_empty(E + 1 + 2 * T * K)
     ids = expert_ids.contiguous()
-    if not library().sort_slots(_pointer(ids), T * K, E, K, _pointer(found)):
+    if not library().sort_slots(pointer(ids), T * K, E, K, pointer(found)):
         raise ValueError(f"expert_ids holds an id that is not in [0, {E})")
     return found.split([E + 1, T * K, T * K])
 
@@ -202,7 +77,7 @@ def _hidden(h: Tensor, experts: Experts, dtype: torch.dtype) -> Tensor:
     numbers = experts.clamp if experts.activation == CLAMPED else (math.inf, 1.0, 0.0)
     shape = dtype == torch.bfloat16, *to.shape
     library().activate_rows(
-        _pointer(h), _pointer(to), *shape, gated, function, *numbers, torch.get_num_threads()
+        pointer(h), pointer(to), *shape, gated, function, *numbers, torch.get_num_threads()
     )
     return to
 
@@ -215,9 +90,21 @@ class _Group(NamedTuple):
     stop: int
     begin: Tensor
 
+    @property
+    def places(self) -> slice:
+        return slice(self.start, self.stop)
 
-def _groups(begin: Tensor, places: int, width: int) -> list[_Group]:
-    """Group all places, as many together as have about GROUP numbers in rows of this width."""
+    def of_experts(self) -> Iterator[tuple[int, int, int]]:
+        """List each expert with the places [start, stop) of its slots."""
+        for e, (start, stop) in enumerate(pairwise(self.begin.tolist()), self.first):
+            yield e, start, stop
+
+
+def _groups(begin: Tensor, places: int, width: int, whole: bool = False) -> list[_Group]:
+    """Group all places, as many together as have about GROUP numbers in rows of this width.
+
+    whole: each expert is in one group, however many places it has.
+    """
     most = max(GROUP // max(width, 1), 1)
     if places <= most:
         return [_Group(0, 0, places, begin)]
@@ -228,7 +115,7 @@ def _groups(begin: Tensor, places: int, width: int) -> list[_Group]:
         groups.append(_Group(first, cuts[0], cuts[-1], begin.new_tensor(cuts)))
 
     for e, stop in enumerate(begin[1:].tolist()):
-        while stop - cuts[0] > most:
+        while stop - cuts[0] > most and not (whole and len(cuts) == 1):
             if len(cuts) == 1:  # an expert with more of them
                 cuts.append(cuts[0] + most)
             end()
@@ -263,17 +150,17 @@ def _products(
     (_, features, D), experts, count = weight.shape, len(begin) - 1, stop - start
     kernels = library()
     out = rows.new_empty(count, features, dtype=torch.float32)
-    of_rows = _pointer(rows), _pointer(index, start), _pointer(begin)
-    of_bias, sizes = _pointer(bias, first * features), (experts, features, D, torch.get_num_threads())
+    of_rows = pointer(rows), pointer(index, start), pointer(begin)
+    of_bias, sizes = pointer(bias, first * features), (experts, features, D, torch.get_num_threads())
     if isinstance(weight, _Tiles):
         tiles = weight.tiles
         products = getattr(kernels, f"tiled_products_{dtype_name(tiles.dtype)}")
-        products(*of_rows, _pointer(tiles, first * tiles.stride(0)), of_bias, _pointer(out), *sizes)
+        products(*of_rows, pointer(tiles, first * tiles.stride(0)), of_bias, pointer(out), *sizes)
     else:
         packed = rows.new_empty(kernels.packed_numbers(experts, count, D))
         products = getattr(kernels, f"products_{dtype_name(weight.dtype)}")
-        of_weight = _pointer(weight, first * features * D)
-        products(*of_rows, of_weight, of_bias, _pointer(out), _pointer(packed), *sizes)
+        of_weight = pointer(weight, first * features * D)
+        products(*of_rows, of_weight, of_bias, pointer(out), pointer(packed), *sizes)
     return out
 
 
@@ -285,8 +172,25 @@ def _add_slots(
     The first group finds y as it was allocated.
     """
     start = group.start
-    pointers = _pointer(out), _pointer(slots, start), _pointer(tokens, start), _pointer(gates), _pointer(y)
+    pointers = pointer(out), pointer(slots, start), pointer(tokens, start), pointer(gates), pointer(y)
     library().add_slots(*pointers, len(out), *y.shape, start == 0, positive, torch.get_num_threads())
+
+
+def _outputs(
+    x: Tensor,
+    tokens: Tensor,
+    groups: list[_Group],
+    experts: Experts,
+    w_in: Tensor | _Tiles,
+    w_out: Tensor | _Tiles,
+) -> Iterator[tuple[_Group, Tensor, Tensor]]:
+    """Compute, of each group, h [N, F] before the activation and the outputs [N, O] of its slots, float32."""
+    row_dtype = _row_dtype(experts.w_in.dtype)
+    rows = x.to(row_dtype).contiguous()
+    b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
+    for group in groups:
+        h = _products(rows, tokens, w_in, b_in, group)
+        yield group, h, _products(_hidden(h, experts, row_dtype), None, w_out, b_out, group)
 
 
 def _compute(
@@ -295,28 +199,150 @@ def _compute(
     """Compute y [T, O] with weights that are contiguous, or in tiles."""
     (T, K), (E, features, D), (_, O, _) = routing.expert_ids.shape, w_in.shape, w_out.shape
     begin, slots, tokens = _sorted(routing.expert_ids, E)
-    row_dtype = _row_dtype(experts.w_in.dtype)
-    rows = x.to(row_dtype).contiguous()
     gates = routing.gates.to(torch.float32).contiguous()
-    b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
     positive = experts.output_activation == "relu"
     sums = combine == "sum"
     y = x.new_empty(T if sums else T * K, O, dtype=torch.float32)  # of tokens, or of their slots
-    for group in _groups(begin, T * K, max(D, features)):
-        h = _products(rows, tokens, w_in, b_in, group)
-        out = _products(_hidden(h, experts, row_dtype), None, w_out, b_out, group)
+    groups = _groups(begin, T * K, max(D, features))
+    for group, _, out in _outputs(x, tokens, groups, experts, w_in, w_out):
         if sums:
             _add_slots(out, slots, tokens, gates, y, group, positive)
         else:
-            y[slots[group.start : group.stop]] = out.relu_() if positive else out
+            y[slots[group.places]] = out.relu_() if positive else out
     return (y if sums else combine_slots(y.view(T, K, O), routing.gates, combine)).to(x.dtype)
 
 
+def _products_along(rows: Tensor, index: Tensor | None, weight: Tensor, group: _Group) -> Tensor:
+    """Multiply a group's rows [N, F], or those that index [T * K] holds, by [E, F, D]: [N, D], float32."""
+    (_, features, D), count = weight.shape, group.stop - group.start
+    out = rows.new_empty(count, D)
+    products = getattr(library(), f"products_along_{dtype_name(weight.dtype)}")
+    of_rows = pointer(rows), pointer(index, group.start), pointer(group.begin)
+    of_weight = pointer(weight, group.first * features * D)
+    sizes = len(group.begin) - 1, features, D, torch.get_num_threads()
+    products(*of_rows, of_weight, pointer(out), *sizes)
+    return out
+
+
+def _write_products(
+    a: Tensor, a_index: Tensor | None, b: Tensor, b_index: Tensor | None, to: Tensor, group: _Group
+) -> None:
+    """Write the sums of aᵀ b over the rows of each expert of a group, [P, Q], to those of to [E, P, Q]."""
+    (_, P, Q), kernels, start = to.shape, library(), group.start
+    packed = a.new_empty((group.stop - start) * kernels.packed_numbers_of_rows(P, Q))
+    of_rows = pointer(a), pointer(a_index, start), pointer(b), pointer(b_index, start), pointer(group.begin)
+    products = getattr(kernels, f"products_of_rows_{dtype_name(to.dtype)}")
+    sizes = len(group.begin) - 1, P, Q, torch.get_num_threads()
+    products(*of_rows, pointer(to, group.first * P * Q), pointer(packed), *sizes)
+
+
+class _Slots(torch.autograd.Function):
+    """The sums y [T, O] of the slots' outputs times gates [T, K]; without gates all outputs [T * K, O].
+
+    Of all activations h [T * K, F] is kept for the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor | None,
+        w_in: Tensor,
+        b_in: Tensor | None,
+        w_out: Tensor,
+        b_out: Tensor | None,
+        expert_ids: Tensor,
+        activation: str,
+        clamp: Clamp,
+    ) -> Tensor:
+        (T, K), (E, features, D) = expert_ids.shape, w_in.shape
+        w_in, w_out = w_in.contiguous(), w_out.contiguous()
+        begin, slots, tokens = _sorted(expert_ids, E)
+        wide = None if gates is None else gates.to(torch.float32).contiguous()
+        y = x.new_empty(T * K if wide is None else T, w_out.shape[1], dtype=torch.float32)
+        groups, kept = _groups(begin, T * K, max(D, features), whole=True), []
+        experts = Experts(w_in, b_in, w_out, b_out, activation, clamp=clamp)
+        for group, h, out in _outputs(x, tokens, groups, experts, w_in, w_out):
+            kept.append(h)
+            if wide is None:
+                y[slots[group.places]] = out
+            else:
+                _add_slots(out, slots, tokens, wide, y, group, positive=False)
+        ctx.save_for_backward(x, wide, w_in, w_out, b_out, slots, tokens, *kept)
+        ctx.groups, ctx.activation = groups, (activation, clamp)
+        ctx.gates_dtype = None if gates is None else gates.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # gradients without a graph would be taken for constants
+            raise RuntimeError(
+                "'native' has no gradients of gradients (create_graph=True): use 'sorted_dispatch'"
+            )
+        x, gates, w_in, w_out, b_out, slots, tokens, *kept = ctx.saved_tensors
+        wants_x, wants_gates, wants_w_in, wants_b_in, wants_w_out, wants_b_out, *_ = ctx.needs_input_grad
+        rows, dy = x.to(torch.float32).contiguous(), dy.contiguous()
+        dx = torch.empty_like(rows)
+        d_gates = rows.new_empty(len(slots)) if wants_gates else None  # of slots
+        dw_in = take(w_in.shape if wants_w_in else [0], w_in.dtype)
+        dw_out = take(w_out.shape if wants_w_out else [0], w_out.dtype)
+        db_in, db_out = (rows.new_zeros(w.shape[:2]) for w in (w_in, w_out))
+        ones = rows.new_ones(len(slots))
+        index = slots if gates is None else tokens  # of a place's row of dy
+        for group, h in zip(ctx.groups, kept, strict=True):
+            gate = None if gates is None else gates.flatten()[slots[group.places]].unsqueeze(1)  # [N, 1]
+            da = _products_along(dy, index, w_out, group)  # [N, H], without the gate
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                a = activate(h, *ctx.activation)
+            (dh,) = torch.autograd.grad(a, h, _times(da, gate))  # [N, F]
+            a = a.detach()
+            if d_gates is not None:
+                d_gates[slots[group.places]] = (da * a).sum(1)
+            if wants_w_out:
+                _write_products(dy, index, _times(a, gate), None, dw_out, group)
+            if wants_w_in:
+                _write_products(dh, None, rows, tokens, dw_in, group)
+            if wants_x:
+                _add_slots(
+                    _products_along(dh, None, w_in, group), slots, tokens, ones, dx, group, positive=False
+                )
+            for e, start, stop in group.of_experts() if wants_b_in or b_out is not None else ():
+                part, dy_rows = slice(start - group.start, stop - group.start), dy[index[start:stop]]
+                db_in[e] = dh[part].sum(0)
+                db_out[e] = _times(dy_rows, None if gate is None else gate[part]).sum(0)
+                if d_gates is not None and b_out is not None:
+                    d_gates[slots[start:stop]] += dy_rows @ b_out[e].to(torch.float32)
+        if d_gates is not None:
+            d_gates = d_gates.view_as(gates).to(ctx.gates_dtype)
+        found = (dx.to(x.dtype), d_gates, dw_in, db_in, dw_out, db_out, *[None] * 3)
+        return tuple(g if want else None for g, want in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def _times(t: Tensor, gate: Tensor | None) -> Tensor:
+    """Multiply rows [N, ...] with their gates [N, 1], if there are any."""
+    return t if gate is None else gate * t
+
+
+def _with_gradients(x: Tensor, routing: Routing, experts: Experts, combine: str) -> Tensor:
+    """Compute y [T, O] for a backward."""
+    weights = experts.w_in, experts.b_in, experts.w_out, experts.b_out
+    options = routing.expert_ids, experts.activation, experts.clamp
+    if combine == "sum" and experts.output_activation == "none":
+        return _Slots.apply(x, routing.gates, *weights, *options).to(x.dtype)
+    out = _Slots.apply(x, None, *weights, *options)
+    if experts.output_activation == "relu":
+        out = F.relu(out)
+    return combine_slots(out.view(*routing.expert_ids.shape, out.shape[1]), routing.gates, combine).to(x.dtype)
+
+
 @operator(SUPPORT)
-@torch.no_grad()
 def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Compute x [T, D] -> y [T, O]; see ``moe_impls.interface`` for the contract."""
-    return _compute(x, routing, experts, experts.w_in.contiguous(), experts.w_out.contiguous(), combine)
+    if needs_gradients(x, routing.gates, *experts.tensors.values()):
+        return _with_gradients(x, routing, experts, combine)
+    with torch.no_grad():
+        return _compute(x, routing, experts, experts.w_in.contiguous(), experts.w_out.contiguous(), combine)
 
 
 @torch.no_grad()
@@ -337,7 +363,7 @@ def prepare(experts: Experts) -> Prepared:
     return as_one_node(f, w_out.shape[1])
 
 
-@operator(SUPPORT, "native_prepared")
+@operator(replace(SUPPORT, gradients=False), "native_prepared")
 def forward_prepared(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
     """Compute x [T, D] -> y [T, O] on weights that are laid out anew; see ``moe_impls.interface``."""
     return prepare(experts)(x, routing, combine=combine)

@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+constexpr int64_t SUMMED = 512;  // numbers one after the other in a sum: it rounds the more, the longer it is
+
 // How rows are multiplied with weights of a type: STEP numbers of each at a time, rows of type Row.
 template <class W>
 struct Multiply {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "gradients.h"
 #include "multiply.h"
 #include "threads.h"
 #include "tiles.h"
@@ -36,7 +37,6 @@ constexpr int BLOCKS = 4;            // at most, of those one after the other
 constexpr int64_t PANELS = 1 << 17;  // numbers, about, in the panels that stay in a cache for all features
 constexpr int64_t SMALL = 1 << 15;   // numbers to pack that no other thread is woken for
 constexpr int64_t COLUMNS = 64;      // of y that a thread takes at a time, at least
-constexpr int64_t SUMMED = 512;      // numbers one after the other in a sum: it rounds the more, the longer it is
 constexpr int64_t LONG = 1024;       // numbers of a feature from which on the processor fetches what comes next itself
 
 static float total(Floats v) {
@@ -360,6 +360,21 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
                          float* out, int64_t E, int64_t F, int64_t D, int threads) {                              \
         tiled_products(static_cast<const Multiply<W>::Row*>(rows), index, begin, tiles, bias, out, E, F, D, threads); \
     }
+#define EXPORT_GRADIENTS(NAME, W)                                                                                    \
+    extern "C" void products_along_##NAME(const float* rows, const int64_t* index, const int64_t* begin,              \
+                                          const W* weight, float* out, int64_t E, int64_t F, int64_t D, int threads) { \
+        products_along(rows, index, begin, weight, out, E, F, D, threads);                                            \
+    }                                                                                                                 \
+    extern "C" void products_of_rows_##NAME(const float* a, const int64_t* a_index, const float* b,                   \
+                                            const int64_t* b_index, const int64_t* begin, W* to, float* packed,       \
+                                            int64_t E, int64_t P, int64_t Q, int threads) {                           \
+        products_of_rows(a, a_index, b, b_index, begin, to, packed, E, P, Q, threads);                                \
+    }
+EXPORT_GRADIENTS(float32, float)
+EXPORT_GRADIENTS(bfloat16, BFloat16)
+EXPORT_GRADIENTS(float16, Float16)
+// Numbers that products_of_rows packs of each row of P and the one of Q numbers beside it.
+extern "C" int64_t packed_numbers_of_rows(int64_t P, int64_t Q) { return packed_row(P) + packed_columns(Q); }
 EXPORT(products_float32, float)
 EXPORT(products_bfloat16, BFloat16)
 EXPORT(products_float16, Float16)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "multiply.h"
+#include "parts.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -90,22 +91,14 @@ static void tiled_products(const typename Multiply<W>::Row* rows, const int64_t*
     using Row = typename M::Row;
     constexpr int64_t PAIR = M::STEP / WIDTH, STRIDE = TILE_VECTORS * M::STEP;  // numbers of a tile for one d, or pair
     constexpr int64_t LINES = CHUNK * STRIDE * int64_t(sizeof(W)) / 64;
-    struct Part {
-        int64_t e, first, end;
-    };
-    std::vector<Part> parts;
-    for (int64_t e = 0; e < E; e++) {
-        const int64_t first = begin[e] - begin[0], size = begin[e + 1] - begin[e];
-        const int64_t count = (size + MOST_ROWS - 1) / MOST_ROWS;
-        for (int64_t i = 0; i < count; i++) parts.push_back({e, first + size * i / count, first + size * (i + 1) / count});
-    }
+    const std::vector<ExpertRows> parts = parts_of(begin, E, MOST_ROWS);
     const int64_t steps = (D + PAIR - 1) / PAIR, tiles_of = (F + TILE - 1) / TILE;
     share(int64_t(parts.size()) * tiles_of, 1, threads, [&](int64_t item, int64_t last) {
         Floats sums[MOST_ROWS][TILE_VECTORS];
         const Row *x[MOST_ROWS], *x_ends[MOST_ROWS];
         Row ends[MOST_ROWS][PAIR];  // the last number of rows that have an odd one, and a zero
         for (; item < last; item++) {
-            const Part& part = parts[item / tiles_of];
+            const ExpertRows& part = parts[item / tiles_of];
             const int64_t f = item % tiles_of * TILE, count = std::min<int64_t>(TILE, F - f);
             const int64_t size = part.end - part.first;
             const bool streams = size <= TILED_ROWS;  // of half as many rows at a time

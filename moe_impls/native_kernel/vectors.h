@@ -47,6 +47,10 @@ static inline void store(BFloat16* to, Floats v) {  // to the nearest, of two th
     const Halves halves = __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, Halves);
     std::memcpy(to, &halves, sizeof halves);
 }
+static inline void store(Float16* to, Floats v) {
+    const Float16s halves = __builtin_convertvector(v, Float16s);
+    std::memcpy(to, &halves, sizeof halves);
+}
 
 // A vector that stays in a register, where a compiler would load it for each of its uses.
 template <class Vector>
