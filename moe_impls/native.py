@@ -333,7 +333,8 @@ def _with_gradients(x: Tensor, routing: Routing, experts: Experts, combine: str)
     out = _Slots.apply(x, None, *weights, *options)
     if experts.output_activation == "relu":
         out = F.relu(out)
-    return combine_slots(out.view(*routing.expert_ids.shape, out.shape[1]), routing.gates, combine).to(x.dtype)
+    of_slots = out.view(*routing.expert_ids.shape, out.shape[1])
+    return combine_slots(of_slots, routing.gates, combine).to(x.dtype)
 
 
 @operator(SUPPORT)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.options import add_device
+from benchmarks.sweep import journal
 from benchmarks.sweep.workload import undeclared
 from benchmarks.timing import measure
 from benchmarks.workloads import MODES, flops
@@ -21,6 +23,7 @@ from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem, check_device
 from moe_impls import auto
 from moe_impls.interface import GATED_ACTIVATIONS, Implementation, dtype_name
+from moe_impls.processor import processor
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
 from reporting.pages import check_writable, write_atomically
 
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Ten minutes, half an hour on a CPU without instructions for bfloat16, or with --quick a third of "
         "that. The table is kept for this processor, its number of threads and this version of torch, and is "
-        "written once all is measured."
+        "written once all is measured; killed before, the same command goes on where it was."
     )
     parser.add_argument("--quick", action="store_true", help="a third of the cells")
     parser.add_argument("--out", type=Path, metavar="FILE", help=(
@@ -86,16 +89,23 @@ def layers(quick: bool, device: str = "cpu") -> list[tuple[Problem, list[tuple[i
 
 
 def measure_cell(
-    problem: Problem, mode: str, inputs: Inputs, implementations: Sequence[Implementation]
+    problem: Problem,
+    mode: str,
+    inputs: Inputs,
+    implementations: Sequence[Implementation],
+    first: str = auto.ALWAYS,
 ) -> auto.Cell:
-    """Time the implementations that take this call and come near the fastest, in order of their medians."""
+    """Time the implementations that take this call and come near the fastest, in order of their medians.
+
+    first: the one whose time limits the tries of the others.
+    """
     calls = {
         i.name: measure.call_of(i.forward, problem, inputs, mode)
         for i in implementations
         if undeclared(i, problem, mode) is None
     }
     device = problem.device
-    near = measure.near_the_fastest(calls, auto.ALWAYS, device, hopeless=auto.LEFT_OUT)
+    near = measure.near_the_fastest(calls, first, device, hopeless=auto.LEFT_OUT)
     timings = measure.all_timed(measure.interleave(near, device=device, seconds=SECONDS, min_rounds=ROUNDS))
     median_s = {name: statistics.median(timing.samples_s) for name, timing in timings.items()}
     return auto.Cell(
@@ -108,12 +118,34 @@ def measure_cell(
     )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A cell in the journal, as JSON."""
+
+    place: int
+    cell: str
+
+
 def tune(path: Path, *, quick: bool, device: str = "cpu") -> None:
     """Measure every cell of a device, then write the table, whole or not at all."""
-    implementations = candidates()
-    found: list[auto.Cell] = []
-    for whole, pairs in track(layers(quick, device), "measuring"):
-        inputs = make_inputs(whole)
-        for T, mode in pairs:
-            found.append(measure_cell(replace(whole, T=T), mode, inputs.first(T), implementations))
-    write_atomically(path, auto.dumps(found).encode())
+    implementations, plan = candidates(), layers(quick, device)
+    what = {
+        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "device": device, "quick": quick, "implementations": [i.name for i in implementations],
+    }  # fmt: skip
+    part = path.with_suffix(".part.csv")
+    with journal.opened(part, Measured, what) as begun:
+        cells = {row.place: auto.Cell(**json.loads(row.cell)) for row in begun.rows}
+        places = itertools.count()
+        for whole, pairs in track(plan, "measuring"):
+            inputs, fastest = None, {}  # of each mode, with the number of tokens before
+            for T, mode in pairs:
+                if (place := next(places)) not in cells:
+                    inputs = inputs or make_inputs(whole)
+                    of, first = inputs.first(T), fastest.get(mode, auto.ALWAYS)
+                    cell = measure_cell(replace(whole, T=T), mode, of, implementations, first)
+                    begun.append(Measured(place, json.dumps(asdict(cell))))
+                    cells[place] = cell
+                fastest[mode] = next(iter(cells[place].times_ms), auto.ALWAYS)
+        write_atomically(path, auto.dumps([cells[place] for place in sorted(cells)]).encode())
+    journal.discard(part)

@@ -28,7 +28,7 @@ def test_a_cell_lists_who_takes_the_call_from_the_fastest_to_the_slowest(monkeyp
         tune.measure_cell(PROBLEM, mode, INPUTS, subjects) for mode in ("forward", "forward_backward")
     )
     assert set(forward.times_ms) == {"dense_mask", "sorted_dispatch", "native"}
-    assert set(backward.times_ms) == {"dense_mask", "sorted_dispatch"}  # native has no gradients
+    assert set(backward.times_ms) == {"dense_mask", "sorted_dispatch", "native"}
     assert list(forward.times_ms.values()) == sorted(forward.times_ms.values())
     assert (backward.gradients, backward.gated, backward.T, backward.E) == (True, True, 8, 4)
 
@@ -51,17 +51,31 @@ def test_a_gpu_is_tuned_with_more_tokens_and_its_own_kernels() -> None:
     assert all(problem.device == "cuda:0" for problem, _ in tune.layers(True, "cuda:0"))
 
 
-def test_an_interrupted_tuning_leaves_the_old_table(monkeypatch, tmp_path: Path) -> None:
-    def interrupt(*arguments: object) -> auto.Cell:
-        raise KeyboardInterrupt
+def test_an_interrupted_tuning_leaves_the_old_table_and_goes_on_where_it_was(
+    monkeypatch, tmp_path: Path
+) -> None:
+    measured: list[int] = []
 
+    def measure_or_interrupt(problem: Problem, mode: str, inputs, implementations, first: str) -> auto.Cell:
+        if measured == [4]:
+            measured.append(0)
+            raise KeyboardInterrupt
+        measured.append(problem.T)
+        firsts.append(first)
+        return auto.Cell("cpu", "float32", False, True, problem.T, 16, 8, 4, 2, {"native": 1.5})
+
+    firsts: list[str] = []
     path = tmp_path / "auto.json"
     path.write_text("old")
-    monkeypatch.setattr(tune, "layers", lambda quick, device: [(PROBLEM, [(8, "forward")])])
-    monkeypatch.setattr(tune, "measure_cell", interrupt)
+    cells = [(4, "forward"), (8, "forward")]
+    monkeypatch.setattr(tune, "layers", lambda quick, device: [(PROBLEM, cells)])
+    monkeypatch.setattr(tune, "measure_cell", measure_or_interrupt)
     with pytest.raises(KeyboardInterrupt):
         tune.tune(path, quick=True)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old"
+    tune.tune(path, quick=True)
+    assert measured == [4, 0, 8] and firsts == [auto.ALWAYS, "native"]
+    assert [cell.T for cell in auto.read(path)] == [4, 8] and list(tmp_path.iterdir()) == [path]
 
 
 def test_auto_is_no_candidate_and_neither_is_what_compiles_or_has_to_be_prepared() -> None:
