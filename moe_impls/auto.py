@@ -4,7 +4,7 @@ A table lists cells, each a kind of call and sizes with the times of the impleme
 fastest there, on even loads. A call takes the one that is fastest on average over the nearest cells of its
 kind, of those that declare all that it needs. A call with a hot expert is looked up as one with fewer
 experts. ``python -m benchmarks tune`` measures the table of a machine; without one, a table that comes with
-the package is used, that of a CPU with instructions for bfloat16 or of one without.
+the package is used: that of a CPU with instructions for bfloat16, with AVX-512 alone, or with neither.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from moe_impls.interface import (
     dtype_name,
 )
 from moe_impls.operators import operator
-from moe_impls.processor import multiplies, processor
+from moe_impls.processor import instructions, multiplies, processor
 from moe_impls.registry import resolve
 
 SUPPORT = Support(autocast=True, fullgraph=True, exports=True)
@@ -81,8 +81,11 @@ class Cell:
 
 def shipped_path() -> Path:
     """Path of the table that comes with the package for CPUs like this one."""
-    like = "with" if multiplies(torch.bfloat16) else "without"
-    return Path(__file__).with_name(f"auto_{like}_bfloat16.json")
+    if multiplies(torch.bfloat16):
+        like = "with_bfloat16"
+    else:
+        like = "without_bfloat16" if "avx512f" in instructions() else "avx2"
+    return Path(__file__).with_name(f"auto_{like}.json")
 
 
 def tuned_path(device: str = "cpu") -> Path:

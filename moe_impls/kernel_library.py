@@ -101,6 +101,7 @@ def _whole(path: Path) -> ctypes.CDLL | None:
 
 
 POINTER, SIZE, FLAG, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool, ctypes.c_int
+FEATURES = FLAG, ctypes.c_int, *[ctypes.c_float] * 3
 # How many pointers those functions of native.cpp take that there are for each dtype of weights.
 OF_DTYPES = {"products": 7, "tiled_products": 6, "products_along": 5, "products_of_rows": 7}
 # What the functions take and return.
@@ -112,10 +113,10 @@ FUNCTIONS = {
     },
     "tile_features": ((), SIZE),
     "add_slots": ((*[POINTER] * 5, *[SIZE] * 3, *[FLAG] * 2, THREADS), None),
-    "activate_rows": (
-        (*[POINTER] * 2, FLAG, *[SIZE] * 2, FLAG, ctypes.c_int, *[ctypes.c_float] * 3, THREADS),
-        None,
-    ),
+    "activate_rows": ((*[POINTER] * 2, FLAG, *[SIZE] * 2, *FEATURES, THREADS), None),
+    "activate_rows_backward": ((*[POINTER] * 7, *[SIZE] * 2, *FEATURES, THREADS), None),
+    "sum_rows": ((*[POINTER] * 6, *[SIZE] * 2, THREADS), None),
+    "add_dots": ((*[POINTER] * 6, *[SIZE] * 2, THREADS), None),
     "sort_slots": ((POINTER, *[SIZE] * 3, POINTER), FLAG),
     "packed_numbers": ((SIZE,) * 3, SIZE),
     "packed_numbers_of_rows": ((SIZE,) * 2, SIZE),

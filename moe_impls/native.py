@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_impls import kernel_library
 from moe_impls.checking import watch_writes
 from moe_impls.functional import activate, combine_slots, needs_gradients
 from moe_impls.interface import CLAMPED, Clamp, Experts, Prepared, Routing, Support, dtype_name
 from moe_impls.kept_memory import take
-from moe_impls.kernel_library import DTYPES, is_available, library, missing, pointer
+from moe_impls.kernel_library import DTYPES, is_available, missing, pointer
 from moe_impls.operators import as_one_node, operator
 
 __all__ = ["SUPPORT", "forward", "forward_prepared", "is_available", "missing", "prepare"]
@@ -39,14 +40,14 @@ def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
     T, K = expert_ids.shape
     found = expert_ids.new_empty(E + 1 + 2 * T * K)
     ids = expert_ids.contiguous()
-    if not library().sort_slots(pointer(ids), T * K, E, K, pointer(found)):
+    if not kernel_library.library().sort_slots(pointer(ids), T * K, E, K, pointer(found)):
         raise ValueError(f"expert_ids holds an id that is not in [0, {E})")
     return found.split([E + 1, T * K, T * K])
 
 
 def _row_dtype(dtype: torch.dtype) -> torch.dtype:
     """Name the dtype of the rows that the kernel takes beside weights of a dtype."""
-    pairs = dtype == torch.bfloat16 and library().bfloat16_row_bytes() == 2
+    pairs = dtype == torch.bfloat16 and kernel_library.library().bfloat16_row_bytes() == 2
     return torch.bfloat16 if pairs else torch.float32
 
 
@@ -63,6 +64,12 @@ KERNELS_OWN = {
 }
 
 
+def _features(activation: str, clamp: Clamp) -> tuple[bool, int, float, float, float]:
+    """Write an activation of the kernel as it takes it."""
+    function, gated = KERNELS_OWN[activation]
+    return gated, function, *(clamp if activation == CLAMPED else (math.inf, 1.0, 0.0))
+
+
 def _hidden(h: Tensor, experts: Experts, dtype: torch.dtype) -> Tensor:
     """Compute the hidden features of h [N, F] float32: [N, H] in the dtype of the rows that follow.
 
@@ -71,13 +78,11 @@ def _hidden(h: Tensor, experts: Experts, dtype: torch.dtype) -> Tensor:
     """
     if experts.activation not in KERNELS_OWN:
         return activate(h, experts.activation, experts.clamp).to(dtype).contiguous()
-    function, gated = KERNELS_OWN[experts.activation]
-    N, features = h.shape
-    to = h.new_empty(N, features // 2 if gated else features, dtype=dtype)
-    numbers = experts.clamp if experts.activation == CLAMPED else (math.inf, 1.0, 0.0)
+    features = _features(experts.activation, experts.clamp)
+    to = h.new_empty(len(h), experts.w_out.shape[2], dtype=dtype)
     shape = dtype == torch.bfloat16, *to.shape
-    library().activate_rows(
-        pointer(h), pointer(to), *shape, gated, function, *numbers, torch.get_num_threads()
+    kernel_library.library().activate_rows(
+        pointer(h), pointer(to), *shape, *features, torch.get_num_threads()
     )
     return to
 
@@ -134,7 +139,7 @@ class _Tiles(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> _Tiles:
         E, features, D = weight.shape
-        width, pair = library().tile_features(), 4 // _row_dtype(weight.dtype).itemsize
+        width, pair = kernel_library.library().tile_features(), 4 // _row_dtype(weight.dtype).itemsize
         tiles = weight.new_empty(E, -(-features // width), -(-D // pair), width, pair)
         for of_expert, w in zip(tiles, weight, strict=True):
             whole = F.pad(w, (0, -D % pair, 0, -features % width))
@@ -148,7 +153,7 @@ def _products(
     """Multiply a group's rows [N, D], or those that index [T * K] holds: [N, F] in float32."""
     first, start, stop, begin = group
     (_, features, D), experts, count = weight.shape, len(begin) - 1, stop - start
-    kernels = library()
+    kernels = kernel_library.library()
     out = rows.new_empty(count, features, dtype=torch.float32)
     of_rows = pointer(rows), pointer(index, start), pointer(begin)
     of_bias, sizes = pointer(bias, first * features), (experts, features, D, torch.get_num_threads())
@@ -173,7 +178,9 @@ def _add_slots(
     """
     start = group.start
     pointers = pointer(out), pointer(slots, start), pointer(tokens, start), pointer(gates), pointer(y)
-    library().add_slots(*pointers, len(out), *y.shape, start == 0, positive, torch.get_num_threads())
+    kernel_library.library().add_slots(
+        *pointers, len(out), *y.shape, start == 0, positive, torch.get_num_threads()
+    )
 
 
 def _outputs(
@@ -216,7 +223,7 @@ def _products_along(rows: Tensor, index: Tensor | None, weight: Tensor, group: _
     """Multiply a group's rows [N, F], or those that index [T * K] holds, by [E, F, D]: [N, D], float32."""
     (_, features, D), count = weight.shape, group.stop - group.start
     out = rows.new_empty(count, D)
-    products = getattr(library(), f"products_along_{dtype_name(weight.dtype)}")
+    products = getattr(kernel_library.library(), f"products_along_{dtype_name(weight.dtype)}")
     of_rows = pointer(rows), pointer(index, group.start), pointer(group.begin)
     of_weight = pointer(weight, group.first * features * D)
     sizes = len(group.begin) - 1, features, D, torch.get_num_threads()
@@ -228,12 +235,69 @@ def _write_products(
     a: Tensor, a_index: Tensor | None, b: Tensor, b_index: Tensor | None, to: Tensor, group: _Group
 ) -> None:
     """Write the sums of aᵀ b over the rows of each expert of a group, [P, Q], to those of to [E, P, Q]."""
-    (_, P, Q), kernels, start = to.shape, library(), group.start
+    (_, P, Q), kernels, start = to.shape, kernel_library.library(), group.start
     packed = a.new_empty((group.stop - start) * kernels.packed_numbers_of_rows(P, Q))
     of_rows = pointer(a), pointer(a_index, start), pointer(b), pointer(b_index, start), pointer(group.begin)
     products = getattr(kernels, f"products_of_rows_{dtype_name(to.dtype)}")
     sizes = len(group.begin) - 1, P, Q, torch.get_num_threads()
     products(*of_rows, pointer(to, group.first * P * Q), pointer(packed), *sizes)
+
+
+def _hidden_backward(
+    h: Tensor,
+    da: Tensor,
+    gates: Tensor | None,
+    slots: Tensor,
+    d_gates: Tensor | None,
+    group: _Group,
+    activation: str,
+    clamp: Clamp,
+) -> tuple[Tensor, Tensor]:
+    """Go back from da [N, H], by the hidden features and without gates, to dh [N, F].
+
+    Returns it and the hidden features times gates [N, H]; writes to d_gates, of all slots.
+    """
+    if activation in KERNELS_OWN:
+        dh, a = torch.empty_like(h), torch.empty_like(da)
+        pointers = pointer(h), pointer(da), pointer(gates), pointer(slots, group.start)
+        kernel_library.library().activate_rows_backward(
+            *pointers, pointer(dh), pointer(a), pointer(d_gates), *da.shape,
+            *_features(activation, clamp), torch.get_num_threads(),
+        )  # fmt: skip
+        return dh, a
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        a = activate(h, activation, clamp)
+    own = slots[group.start : group.stop]
+    if d_gates is not None:
+        d_gates.view(-1)[own] = (da * a.detach()).sum(1)
+    gate = 1.0 if gates is None else gates.flatten()[own].unsqueeze(1)  # [N, 1]
+    (dh,) = torch.autograd.grad(a, h, gate * da)
+    return dh, gate * a.detach()
+
+
+def _write_sums(
+    rows: Tensor, index: Tensor | None, gates: Tensor | None, slots: Tensor, to: Tensor, group: _Group
+) -> None:
+    """Write the sum over each expert's rows, times their gates, to those of a group in to [E, F]."""
+    start, F = group.start, to.shape[1]
+    of_rows = (
+        pointer(rows),
+        pointer(index, start),
+        pointer(gates),
+        pointer(slots, start),
+        pointer(group.begin),
+    )
+    sizes = len(group.begin) - 1, F, torch.get_num_threads()
+    kernel_library.library().sum_rows(*of_rows, pointer(to, group.first * F), *sizes)
+
+
+def _add_dots(rows: Tensor, index: Tensor, vectors: Tensor, slots: Tensor, to: Tensor, group: _Group) -> None:
+    """Add the dot products of a group's rows with those vectors [E, F] of their experts, at their slots."""
+    start, F = group.start, vectors.shape[1]
+    of_rows = pointer(rows), pointer(index, start), pointer(group.begin), pointer(vectors, group.first * F)
+    sizes = len(group.begin) - 1, F, torch.get_num_threads()
+    kernel_library.library().add_dots(*of_rows, pointer(slots, start), pointer(to), *sizes)
 
 
 class _Slots(torch.autograd.Function):
@@ -256,13 +320,12 @@ class _Slots(torch.autograd.Function):
         clamp: Clamp,
     ) -> Tensor:
         (T, K), (E, features, D) = expert_ids.shape, w_in.shape
-        w_in, w_out = w_in.contiguous(), w_out.contiguous()
         begin, slots, tokens = _sorted(expert_ids, E)
         wide = None if gates is None else gates.to(torch.float32).contiguous()
         y = x.new_empty(T * K if wide is None else T, w_out.shape[1], dtype=torch.float32)
         groups, kept = _groups(begin, T * K, max(D, features), whole=True), []
         experts = Experts(w_in, b_in, w_out, b_out, activation, clamp=clamp)
-        for group, h, out in _outputs(x, tokens, groups, experts, w_in, w_out):
+        for group, h, out in _outputs(x, tokens, groups, experts, w_in.contiguous(), w_out.contiguous()):
             kept.append(h)
             if wide is None:
                 y[slots[group.places]] = out
@@ -282,46 +345,42 @@ class _Slots(torch.autograd.Function):
         x, gates, w_in, w_out, b_out, slots, tokens, *kept = ctx.saved_tensors
         wants_x, wants_gates, wants_w_in, wants_b_in, wants_w_out, wants_b_out, *_ = ctx.needs_input_grad
         rows, dy = x.to(torch.float32).contiguous(), dy.contiguous()
-        dx = torch.empty_like(rows)
-        d_gates = rows.new_empty(len(slots)) if wants_gates else None  # of slots
+        of_in, of_out = w_in.contiguous(), w_out.contiguous()
+        b_out = None if b_out is None else b_out.to(torch.float32).contiguous()
+        dx, db_in, db_out = torch.empty_like(rows), *(rows.new_empty(w.shape[:2]) for w in (w_in, w_out))
+        d_gates = torch.empty_like(gates) if wants_gates else None
         dw_in = take(w_in.shape if wants_w_in else [0], w_in.dtype)
         dw_out = take(w_out.shape if wants_w_out else [0], w_out.dtype)
-        db_in, db_out = (rows.new_zeros(w.shape[:2]) for w in (w_in, w_out))
         ones = rows.new_ones(len(slots))
         index = slots if gates is None else tokens  # of a place's row of dy
         for group, h in zip(ctx.groups, kept, strict=True):
-            gate = None if gates is None else gates.flatten()[slots[group.places]].unsqueeze(1)  # [N, 1]
-            da = _products_along(dy, index, w_out, group)  # [N, H], without the gate
-            with torch.enable_grad():
-                h = h.detach().requires_grad_()
-                a = activate(h, *ctx.activation)
-            (dh,) = torch.autograd.grad(a, h, _times(da, gate))  # [N, F]
-            a = a.detach()
-            if d_gates is not None:
-                d_gates[slots[group.places]] = (da * a).sum(1)
+            da = _products_along(dy, index, of_out, group)  # [N, H], without gates
+            dh, a = _hidden_backward(h, da, gates, slots, d_gates, group, *ctx.activation)
+            if d_gates is not None and b_out is not None:
+                _add_dots(dy, index, b_out, slots, d_gates, group)
             if wants_w_out:
-                _write_products(dy, index, _times(a, gate), None, dw_out, group)
+                _write_products(dy, index, a, None, dw_out, group)
             if wants_w_in:
                 _write_products(dh, None, rows, tokens, dw_in, group)
+            if wants_b_out:
+                _write_sums(dy, index, gates, slots, db_out, group)
+            if wants_b_in:
+                _write_sums(dh, None, None, slots, db_in, group)
             if wants_x:
-                _add_slots(
-                    _products_along(dh, None, w_in, group), slots, tokens, ones, dx, group, positive=False
-                )
-            for e, start, stop in group.of_experts() if wants_b_in or b_out is not None else ():
-                part, dy_rows = slice(start - group.start, stop - group.start), dy[index[start:stop]]
-                db_in[e] = dh[part].sum(0)
-                db_out[e] = _times(dy_rows, None if gate is None else gate[part]).sum(0)
-                if d_gates is not None and b_out is not None:
-                    d_gates[slots[start:stop]] += dy_rows @ b_out[e].to(torch.float32)
+                of_slots = _products_along(dh, None, of_in, group)
+                _add_slots(of_slots, slots, tokens, ones, dx, group, positive=False)
         if d_gates is not None:
-            d_gates = d_gates.view_as(gates).to(ctx.gates_dtype)
-        found = (dx.to(x.dtype), d_gates, dw_in, db_in, dw_out, db_out, *[None] * 3)
+            d_gates = d_gates.to(ctx.gates_dtype)
+        found = (
+            dx.to(x.dtype),
+            d_gates,
+            dw_in,
+            db_in.to(w_in.dtype),
+            dw_out,
+            db_out.to(w_out.dtype),
+            *[None] * 3,
+        )
         return tuple(g if want else None for g, want in zip(found, ctx.needs_input_grad, strict=True))
-
-
-def _times(t: Tensor, gate: Tensor | None) -> Tensor:
-    """Multiply rows [N, ...] with their gates [N, 1], if there are any."""
-    return t if gate is None else gate * t
 
 
 def _with_gradients(x: Tensor, routing: Routing, experts: Experts, combine: str) -> Tensor:

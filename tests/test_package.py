@@ -106,23 +106,29 @@ def test_only_the_package_and_its_command_are_installed(wheel: Path) -> None:
 
 USES_NATIVE = """
 import torch
-from moe_impls import kernel_file, native
+from moe_impls import kernel_file, kernel_library, native
 from moe_impls.processor import instructions
 from moe_impls.registry import resolve
 from moe_impls.testing import make_inputs, Problem
 
-assert native.PACKAGED.parent == kernel_file.SOURCE.parent.parent
-assert native.is_available(), native.missing()
+assert kernel_library.PACKAGED.parent == kernel_file.SOURCE.parent.parent
+assert native.is_available(), kernel_library.missing()
 here = instructions()
 for name, level in kernel_file.LEVELS.items():
     if level.needed <= here:
-        found = native._whole(native.PACKAGED / f"{name}.so")
-        native.library = lambda: found
+        found = kernel_library._whole(kernel_library.PACKAGED / f"{name}.so")
+        kernel_library.library = lambda: found
         for dtype in native.SUPPORT.dtypes:  # of whole numbers, so that every right result is the same
             sizes = {"T": 40, "D": 37, "H": 11, "O": 9, "E": 5, "K": 2}
             x, routing, experts, _ = make_inputs(Problem("exact", **sizes, dtype=dtype, exact=True))
             want = resolve("sorted_dispatch").forward(x, routing, experts)
             assert torch.equal(native.forward(x, routing, experts), want), (name, dtype)
+            leaves = [t.requires_grad_() for t in (x, routing.gates, *experts.tensors.values())]
+            of_native, of_other = (
+                torch.autograd.grad(forward(x, routing, experts).sum(), leaves)
+                for forward in (native.forward, resolve("sorted_dispatch").forward)
+            )
+            assert all(map(torch.equal, of_native, of_other)), (name, dtype)
         print(name)
 """
 

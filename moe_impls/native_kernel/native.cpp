@@ -39,14 +39,6 @@ constexpr int64_t SMALL = 1 << 15;   // numbers to pack that no other thread is 
 constexpr int64_t COLUMNS = 64;      // of y that a thread takes at a time, at least
 constexpr int64_t LONG = 1024;       // numbers of a feature from which on the processor fetches what comes next itself
 
-static float total(Floats v) {
-    Quad parts[WIDTH / 4];
-    std::memcpy(parts, &v, sizeof parts);
-    for (int half = WIDTH / 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
-}
-
 static int64_t padded(int64_t D, int64_t step) { return (D + step - 1) / step * step; }
 
 // R rows, STEP numbers of each in turn and zeros after the last: read one after the other, and not at distances
@@ -420,6 +412,42 @@ extern "C" void add_slots(const float* out, const int64_t* slot, const int64_t* 
             else
                 for (int64_t o = 0; o < count; o++) to[o] += gate * from[o];
         }
+    });
+}
+
+// to[e][f] = sum_n gates[slot[n]] rows[index[n]][f]   over begin[e] <= n + begin[0] < begin[e + 1]; no gates are ones
+extern "C" void sum_rows(const float* rows, const int64_t* index, const float* gates, const int64_t* slot,
+                         const int64_t* begin, float* to, int64_t E, int64_t F, int threads) {
+    const int64_t blocks = (F + COLUMNS - 1) / COLUMNS;
+    share(E * blocks, 1, F * (begin[E] - begin[0]) < SMALL ? 1 : threads, [&](int64_t item, int64_t last) {
+        for (; item < last; item++) {
+            const int64_t e = item / blocks, f = item % blocks * COLUMNS, count = std::min(COLUMNS, F - f);
+            float totals[COLUMNS] = {}, sums[COLUMNS] = {};
+            for (int64_t n = begin[e] - begin[0], row = 0; n < begin[e + 1] - begin[0]; n++) {
+                const float* from = rows + (index ? index[n] : n) * F + f;
+                const float gate = gates ? gates[slot[n]] : 1;
+                for (int64_t i = 0; i < count; i++) sums[i] += gate * from[i];
+                if (++row % SUMMED == 0)
+                    for (int64_t i = 0; i < count; i++) totals[i] += sums[i], sums[i] = 0;
+            }
+            for (int64_t i = 0; i < count; i++) to[e * F + f + i] = totals[i] + sums[i];
+        }
+    });
+}
+
+// to[slot[n]] += sum_f rows[index[n]][f] vectors[e][f]   of begin[e] <= n + begin[0] < begin[e + 1]
+extern "C" void add_dots(const float* rows, const int64_t* index, const int64_t* begin, const float* vectors,
+                         const int64_t* slot, float* to, int64_t E, int64_t F, int threads) {
+    const std::vector<ExpertRows> parts = parts_of(begin, E, BLOCK_ROWS);
+    share(int64_t(parts.size()), 1, F * (begin[E] - begin[0]) < SMALL ? 1 : threads, [&](int64_t i, int64_t last) {
+        for (; i < last; i++)
+            for (int64_t n = parts[i].first; n < parts[i].end; n++) {
+                Floats sum = {};
+                each_vector(F, [&](int64_t f, int64_t count) {
+                    sum += load_some(rows + index[n] * F + f, count) * load_some(vectors + parts[i].e * F + f, count);
+                });
+                to[slot[n]] += total(sum);
+            }
     });
 }
 

@@ -52,6 +52,29 @@ static inline void store(Float16* to, Floats v) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
+// Of a vector in memory the first `count` numbers; those that are not there are zeros.
+static inline Floats load_some(const float* p, int64_t count) {
+    if (count == WIDTH) return load(p);
+    Floats v = {};
+    std::memcpy(&v, p, count * sizeof *p);
+    return v;
+}
+template <class W>
+static inline void store_some(W* to, Floats v, int64_t count) {
+    if (count == WIDTH) return store(to, v);
+    W all[WIDTH];
+    store(all, v);
+    std::memcpy(to, all, count * sizeof *to);
+}
+
+static inline float total(Floats v) {
+    Quad parts[WIDTH / 4];
+    std::memcpy(parts, &v, sizeof parts);
+    for (int half = WIDTH / 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
+}
+
 // A vector that stays in a register, where a compiler would load it for each of its uses.
 template <class Vector>
 static inline Vector kept(Vector v) {

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs
-from moe_impls import Experts, MoE, Routing, auto, native, processor, registry
+from moe_impls import Experts, MoE, Routing, auto, kernel_library, processor, registry
 from moe_impls.auto import Cell
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, ResolveError, resolve
 
@@ -96,10 +96,10 @@ def test_a_gpu_that_no_table_knows_takes_the_fused_kernels_where_they_run(
 
 
 def test_what_does_not_take_the_call_is_passed_over(tuned: Path) -> None:
-    backward = replace(CELL, gradients=True, times_ms=fastest_first("native", "recompute", "index_add"))
+    backward = replace(CELL, gradients=True, times_ms=fastest_first("gathered", "recompute", "index_add"))
     put(tuned, backward)
     inputs = small().map(torch.Tensor.requires_grad_)
-    assert chosen(inputs) == "recompute"  # native has no gradients
+    assert chosen(inputs) == "recompute"  # gathered has no gradients
     assert chosen(inputs, "logsumexp") == "index_add"  # nor recompute this combine
 
 
@@ -125,9 +125,9 @@ def test_what_is_missing_and_what_that_costs_is_told_once(
 ) -> None:
     monkeypatch.setattr(auto, "_told", set())
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native, "PACKAGED", tmp_path)
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    monkeypatch.setattr(native, "missing", native.missing.__wrapped__)
+    monkeypatch.setattr(kernel_library, "PACKAGED", tmp_path)
+    monkeypatch.setattr(kernel_library, "library", kernel_library.library.__wrapped__)
+    monkeypatch.setattr(kernel_library, "missing", kernel_library.missing.__wrapped__)
     monkeypatch.setattr(auto, "_implementations", {"native": resolve("native")})
     put(tuned, replace(CELL, times_ms={"native": 1.0, "padded": 1.3}))
     told = (
@@ -247,30 +247,32 @@ def test_a_graph_on_a_gpu_takes_one_that_reads_nothing_on_the_host(
 
 
 @pytest.mark.parametrize(
-    "cpu_info, multiplies",
+    "cpu_info, multiplies, table",
     [
-        ("model name : A\nflags : fpu avx512f avx512_bf16\n", True),
-        ("model name : A\nflags : fpu avx512f\n", False),
-        ("Features : fp asimd bf16\n", True),
-        ("", False),
+        ("model name : A\nflags : fpu avx512f avx512_bf16\n", True, "auto_with_bfloat16.json"),
+        ("model name : A\nflags : fpu avx512f\n", False, "auto_without_bfloat16.json"),
+        ("model name : A\nflags : fpu avx2\n", False, "auto_avx2.json"),
+        ("Features : fp asimd bf16\n", True, "auto_with_bfloat16.json"),
+        ("", False, "auto_avx2.json"),
     ],
 )
-def test_cpus_with_instructions_for_bfloat16_and_without_have_tables_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu_info: str, multiplies: bool
+def test_cpus_with_instructions_for_bfloat16_with_avx512_and_with_neither_have_tables_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu_info: str, multiplies: bool, table: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(cpu_info)
     monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
     assert processor.multiplies(torch.bfloat16) == multiplies
     assert processor.multiplies(torch.float32) and not processor.multiplies(torch.float16)
-    assert auto.shipped_path().name == f"auto_{'with' if multiplies else 'without'}_bfloat16.json"
+    assert auto.shipped_path().name == table
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize(
+    "table", sorted(Path(auto.__file__).parent.glob("auto_*.json")), ids=lambda path: path.stem
+)
 def test_the_tables_that_come_with_the_package_name_implementations_for_every_kind_of_call(
-    monkeypatch: pytest.MonkeyPatch, multiplies: bool
+    table: Path,
 ) -> None:
-    monkeypatch.setattr(auto, "multiplies", lambda dtype: multiplies)
-    cells = auto.read(auto.shipped_path())
+    cells = auto.read(table)
     kinds = {(c.dtype, c.gradients, c.gated) for c in cells}
     assert kinds == {(d, g, a) for d in ("float32", "bfloat16") for g in (True, False) for a in (True, False)}
     assert {name for cell in cells for name in cell.times_ms} <= set(IMPLEMENTATIONS) - {"auto"}

@@ -21,7 +21,7 @@ from correctness.judging.compare import require_right
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
-from moe_impls import kernel_file, native, packed, recompute
+from moe_impls import kernel_file, kernel_library, native, packed, recompute
 from moe_impls.functional import activate
 from moe_impls.interface import Prepared, dtype_name
 from moe_impls.registry import resolve
@@ -78,11 +78,12 @@ def test_recompute_refuses_what_it_does_not_declare(changes: dict[str, str], mes
 
 
 @pytest.mark.parametrize("constant_dy", [True, False])
-def test_recompute_refuses_gradients_of_gradients(constant_dy: bool) -> None:
+@pytest.mark.parametrize("name", ["native", "recompute"])
+def test_gradients_of_gradients_are_refused(name: str, constant_dy: bool) -> None:
     inputs = small().map(lambda t: t.requires_grad_())
-    y = recompute.forward(*inputs[:3])
+    y = resolve(name).forward(*inputs[:3])
     loss = y.sum() if constant_dy else y.square().sum()
-    with pytest.raises(RuntimeError, match="'recompute' has no gradients of gradients .* 'sorted_dispatch'"):
+    with pytest.raises(RuntimeError, match=f"'{name}' has no gradients of gradients .* 'sorted_dispatch'"):
         torch.autograd.grad(loss, inputs.x, create_graph=True)
 
 
@@ -132,6 +133,30 @@ def test_native_is_right_where_the_rows_of_an_expert_are_more_than_a_cache_holds
     values(resolve(name), layer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("sizes", [(1300, 19, 9, 21, 1), (6, 2048, 1024, 40, 2)], ids=["sums", "gradients"])
+def test_native_is_right_for_long_sums_and_for_gradients_that_no_cache_holds(
+    sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    T, D, H, O, E = sizes
+    values(resolve("native"), Problem("long", T=T, D=D, H=H, O=O, E=E, K=1, activation="swiglu", dtype=dtype))
+
+
+@pytest.mark.parametrize("wanted", ["x", "gates", "w_in", "b_in", "w_out", "b_out"])
+@pytest.mark.parametrize("name", ["native", "recompute"])
+def test_one_gradient_alone_is_the_same_as_among_all(name: str, wanted: str) -> None:
+    x, routing, experts, _ = small(output_activation="none")
+    leaves = {"x": x, "gates": routing.gates, **experts.tensors}
+
+    def gradients(*names: str) -> dict[str, Tensor]:
+        own = {n: t.detach().clone().requires_grad_(n in names) for n, t in leaves.items()}
+        of_experts = replace(experts, **{n: own[n] for n in experts.tensors})
+        y = resolve(name).forward(own["x"], routing._replace(gates=own["gates"]), of_experts)
+        return dict(zip(names, torch.autograd.grad(y.sum(), [own[n] for n in names]), strict=True))
+
+    assert torch.equal(gradients(wanted)[wanted], gradients(*leaves)[wanted])
+
+
 @pytest.mark.parametrize("numbers", [1, 30, 400, 5000])  # from one slot at a time to a few experts
 @pytest.mark.parametrize("combine", ["sum", "logsumexp"])
 @pytest.mark.parametrize("load", ["uniform", "one_hot_expert", "half_empty"])
@@ -148,9 +173,11 @@ def test_the_groups_of_native_hold_every_slot_of_every_expert_once() -> None:
     for numbers in range(1, 200):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "GROUP", numbers)
-            groups = native._groups(begin, 36, width=5)
-        assert [place for g in groups for place in held(g)] == held(native._Group(0, 0, 36, begin))
+            groups, of_whole = (native._groups(begin, 36, width=5, whole=whole) for whole in (False, True))
+        for some in (groups, of_whole):
+            assert [place for g in some for place in held(g)] == held(native._Group(0, 0, 36, begin))
         assert all(g.stop - g.start <= max(numbers // 5, 1) for g in groups)
+        assert [e for g in of_whole for e, _, _ in g.of_experts()] == list(range(7))
 
 
 def held(group: native._Group) -> list[tuple[int, int]]:
@@ -161,16 +188,16 @@ def held(group: native._Group) -> list[tuple[int, int]]:
     return [(group.first + e, n) for e, of_expert in enumerate(slots) for n in of_expert]
 
 
-LIBRARY, MISSING = native.library.__wrapped__, native.missing.__wrapped__
+LIBRARY, MISSING = kernel_library.library.__wrapped__, kernel_library.missing.__wrapped__
 
 
 def without_library(monkeypatch: pytest.MonkeyPatch, cache: object, compiler: str) -> None:
     """Forget the kernel, and let there be this compiler."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(native, "PACKAGED", Path("no wheel"))
-    monkeypatch.setattr(native, "library", LIBRARY)
-    monkeypatch.setattr(native, "missing", MISSING)
+    monkeypatch.setattr(kernel_library, "PACKAGED", Path("no wheel"))
+    monkeypatch.setattr(kernel_library, "library", LIBRARY)
+    monkeypatch.setattr(kernel_library, "missing", MISSING)
 
 
 @pytest.mark.parametrize("wrong", [-1, SMALL.E])
@@ -198,7 +225,7 @@ def test_native_takes_a_compiler_with_options(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuntimeError, match="failed: enough"):
-        native.library()
+        kernel_library.library()
     assert asked[0][0].endswith("/env") and asked[0][1:3] == ["g++", "-DUSED"]
 
 
@@ -208,15 +235,15 @@ def test_native_passes_on_what_the_compiler_says_and_keeps_nothing(monkeypatch, 
     compiler.chmod(0o755)
     without_library(monkeypatch, tmp_path / "cache", str(compiler))
     with pytest.raises(RuntimeError, match=r"compiling native.cpp failed: no such flag"):
-        native.library()
+        kernel_library.library()
     assert list((tmp_path / "cache" / "moe_impls").iterdir()) == []
 
 
 def test_native_that_cannot_be_compiled_is_not_available(monkeypatch, tmp_path) -> None:
     without_library(monkeypatch, tmp_path, "false")
-    assert not native.is_available()
+    assert not kernel_library.is_available()
     with pytest.raises(RuntimeError, match=r"compiling native.cpp failed: .*false ended with status 1"):
-        native.library()
+        kernel_library.library()
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +252,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kernel")
     with pytest.MonkeyPatch.context() as patch:
         without_library(patch, folder, "g++")
-        native.library()
+        kernel_library.library()
     (path,) = (folder / "moe_impls").iterdir()
     return path
 
@@ -238,7 +265,7 @@ def whole(kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     def copy(compiler: object, flags: object, folder: str) -> Path:
         return Path(shutil.copy(kernel, folder))
 
-    monkeypatch.setattr(native, "compile_kernel", copy)
+    monkeypatch.setattr(kernel_library, "compile_kernel", copy)
     path = tmp_path / "cache" / "moe_impls" / kernel.name
     path.parent.mkdir(parents=True)
     return Path(shutil.copy(kernel, path))
@@ -251,7 +278,7 @@ def test_a_torn_kernel_is_ignored_named_and_compiled_anew(whole: Path, torn: byt
     with pytest.warns(
         UserWarning, match=re.escape(f"{whole} is ignored: it is torn, or compiled from another")
     ):
-        native.library()
+        kernel_library.library()
     assert kernel_file.is_whole(whole)
 
 
@@ -259,40 +286,40 @@ def test_a_kernel_of_another_source_is_ignored_and_named(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_file, "source", lambda: b"// of another version")
-    monkeypatch.setattr(native, "compile_kernel", None)
+    monkeypatch.setattr(kernel_library, "compile_kernel", None)
     with (
         pytest.warns(UserWarning, match=f"{whole.name} is ignored: .* another source"),
         pytest.raises(TypeError),
     ):
-        native.library()
+        kernel_library.library()
 
 
 def test_what_is_whole_and_cannot_be_loaded_is_ignored_and_named(whole: Path) -> None:
     whole.write_bytes(b"no library" + kernel_file._digest(b"no library"))
     with pytest.warns(UserWarning, match=f"{whole.name} is ignored: .*"):
-        native.library()
+        kernel_library.library()
 
 
 def test_native_is_compiled_where_nothing_can_be_kept(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(whole))  # no directory
-    native.library()
+    kernel_library.library()
 
 
 def test_the_kernel_of_the_wheel_for_this_processor_needs_no_compiler(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_library(monkeypatch, tmp_path / "empty", "no-such-compiler")
-    monkeypatch.setattr(native, "PACKAGED", tmp_path)
-    monkeypatch.setattr(native, "instructions", lambda: kernel_file.LEVELS["x86-64-v3"].needed)
-    assert "install g++" in native.missing()
+    monkeypatch.setattr(kernel_library, "PACKAGED", tmp_path)
+    monkeypatch.setattr(kernel_library, "instructions", lambda: kernel_file.LEVELS["x86-64-v3"].needed)
+    assert "install g++" in kernel_library.missing()
     (tmp_path / "x86-64-v4.so").write_bytes(whole.read_bytes())  # for a processor that has more
-    assert "install g++" in native.missing()
+    assert "install g++" in kernel_library.missing()
     (tmp_path / "x86-64-v3.so").write_bytes(whole.read_bytes())
-    assert native.is_available()
+    assert kernel_library.is_available()
     inputs = small()
     require_right({"y": native.forward(*inputs[:3])}, SMALL, inputs)
-    monkeypatch.setattr(native, "instructions", lambda: frozenset({"sse2"}))  # older than any of them
-    assert "install g++" in native.missing()
+    monkeypatch.setattr(kernel_library, "instructions", lambda: frozenset({"sse2"}))  # older than any of them
+    assert "install g++" in kernel_library.missing()
 
 
 def test_a_processor_gets_the_kernel_that_uses_most_of_what_it_has() -> None:
@@ -305,9 +332,9 @@ def test_a_processor_gets_the_kernel_that_uses_most_of_what_it_has() -> None:
 
 def test_native_is_compiled_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole.unlink()
-    native.library()
-    monkeypatch.setattr(native, "compile_kernel", None)
-    native.library()
+    kernel_library.library()
+    monkeypatch.setattr(kernel_library, "compile_kernel", None)
+    kernel_library.library()
     assert list(whole.parent.iterdir()) == [whole]
 
 

@@ -24,7 +24,7 @@ from moe_impls.registry import resolve
 from reporting.provenance import ROOT
 
 INFERENCE = ("auto", "native", "native_prepared", "recompute", "sorted_dispatch", "packed")
-TRAINING = ("auto", "recompute", "sorted_dispatch")
+TRAINING = ("auto", "native", "recompute", "sorted_dispatch")
 PLAIN = replace(SMALL, activation="silu", output_activation="none")
 OPTIONS: tuple[Any, ...] = ("silu", "none", [7.0, 1.702, 1.0], "sum", None, True)
 
@@ -252,7 +252,8 @@ def test_shapes_that_do_not_fit_are_told_where_the_graph_is_made() -> None:
     compiled = torch.compile(layer("native"), fullgraph=True, backend="eager")
     with pytest.raises(RuntimeError, match=r"x has shape \[3, 11\]; it must be \[..., 12\]"):
         compiled(torch.randn(3, 11))
-    with pytest.raises(RuntimeError, match="implementation 'native' has no gradients"):
+    compiled = torch.compile(layer("gathered"), fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="implementation 'gathered' has no gradients"):
         compiled(torch.randn(3, 12))
 
 

@@ -378,8 +378,8 @@ def test_an_implementation_that_does_not_take_the_model_says_why() -> None:
     with pytest.raises(ResolveError, match="name is 'fast'; valid are auto"):
         use(build(), "fast")
     model = build()
-    use(model, "native")
-    with pytest.raises(Refused, match="native has no gradients"):
+    use(model, "gathered")
+    with pytest.raises(Refused, match="gathered has no gradients"):
         model(tokens())
 
 
