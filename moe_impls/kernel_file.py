@@ -62,7 +62,7 @@ def compile_kernel(compiler: Sequence[str], flags: Sequence[str], folder: str | 
         RuntimeError: the compiler fails; the message holds what it says.
     """
     shared = Path(folder) / "native.so"
-    command = [*compiler, *FLAGS, *flags, str(SOURCE), "-o", str(shared)]
+    command = [*compiler, *FLAGS, *flags, str(SOURCE), "-o", str(shared), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip()[-500:] or f"{shlex.join(compiler)} ended with status {done.returncode}"

@@ -323,7 +323,7 @@ class _Slots(torch.autograd.Function):
         begin, slots, tokens = _sorted(expert_ids, E)
         wide = None if gates is None else gates.to(torch.float32).contiguous()
         y = x.new_empty(T * K if wide is None else T, w_out.shape[1], dtype=torch.float32)
-        groups, kept = _groups(begin, T * K, max(D, features), whole=True), []
+        groups, kept = _groups(begin, T * K, max(features, D), whole=True), []
         experts = Experts(w_in, b_in, w_out, b_out, activation, clamp=clamp)
         for group, h, out in _outputs(x, tokens, groups, experts, w_in.contiguous(), w_out.contiguous()):
             kept.append(h)
@@ -331,8 +331,8 @@ class _Slots(torch.autograd.Function):
                 y[slots[group.places]] = out
             else:
                 _add_slots(out, slots, tokens, wide, y, group, positive=False)
-        ctx.save_for_backward(x, wide, w_in, w_out, b_out, slots, tokens, *kept)
-        ctx.groups, ctx.activation = groups, (activation, clamp)
+        ctx.save_for_backward(x, wide, w_in, w_out, b_out, begin, slots, tokens, *kept)
+        ctx.activation = activation, clamp
         ctx.gates_dtype = None if gates is None else gates.dtype
         return y
 
@@ -342,7 +342,7 @@ class _Slots(torch.autograd.Function):
             raise RuntimeError(
                 "'native' has no gradients of gradients (create_graph=True): use 'sorted_dispatch'"
             )
-        x, gates, w_in, w_out, b_out, slots, tokens, *kept = ctx.saved_tensors
+        x, gates, w_in, w_out, b_out, begin, slots, tokens, *kept = ctx.saved_tensors
         wants_x, wants_gates, wants_w_in, wants_b_in, wants_w_out, wants_b_out, *_ = ctx.needs_input_grad
         rows, dy = x.to(torch.float32).contiguous(), dy.contiguous()
         of_in, of_out = w_in.contiguous(), w_out.contiguous()
@@ -353,9 +353,11 @@ class _Slots(torch.autograd.Function):
         dw_out = take(w_out.shape if wants_w_out else [0], w_out.dtype)
         ones = rows.new_ones(len(slots))
         index = slots if gates is None else tokens  # of a place's row of dy
-        for group, h in zip(ctx.groups, kept, strict=True):
+        groups = _groups(begin, len(slots), max(w_in.shape[1:]), whole=True)
+        for group, h in zip(groups, kept, strict=True):
             da = _products_along(dy, index, of_out, group)  # [N, H], without gates
             dh, a = _hidden_backward(h, da, gates, slots, d_gates, group, *ctx.activation)
+            del da
             if d_gates is not None and b_out is not None:
                 _add_dots(dy, index, b_out, slots, d_gates, group)
             if wants_w_out:

@@ -35,7 +35,7 @@ static Activated activated(Floats g, Activation activation, float alpha) {
     const Floats s = activation == SIGMOID ? g * alpha : (g + CUBIC * g * g * g) * SCALE;
     const Floats slope = activation == SIGMOID ? all(alpha) : (3 * CUBIC * g * g + 1) * SCALE;  // of s
     const Floats divisor = exponential(-s) + 1, sigmoid = 1 / divisor;
-    return {g / divisor, sigmoid + g * slope * (sigmoid * (1 - sigmoid))};
+    return {g / divisor, sigmoid + g * (slope * (sigmoid * (1 - sigmoid)))};  // far from 0 the last is 0, and not g^3 * 0
 }
 
 // Activations of features: h [N][F] to [N][H], H = F or, of gates and what they multiply, F / 2. Gates are at most
@@ -55,6 +55,7 @@ struct Features {
         const Activated a = activated(g > limit ? all(limit) : g, activation, alpha);
         const Floats multiplied = gated ? within(u) + offset : all(1);
         dg = g > limit ? Floats{} : d * multiplied * a.slope;
+        if (activation == RELU || activation == RELU2) dg = g <= 0 ? Floats{} : dg;  // infinite d, too
         du = u > limit || u < -limit ? Floats{} : d * a.value;
         return a.value * multiplied;
     }

@@ -105,6 +105,7 @@ static void products_along(const float* rows, const int64_t* index, const int64_
             int64_t starts[BLOCK_ROWS + 1];  // of groups of about the same number of rows
             for (int64_t group = 0; group <= groups; group++) starts[group] = size * group / groups;
             const W *first = weight + part.e * F * D + d, *following = d + BLOCK_COLUMNS < D ? first + BLOCK_COLUMNS : first;
+            if (F == 0) std::fill_n(sums.data(), BLOCK_COLUMNS * size, 0.0f);
             for (int64_t f = 0; f < F; f += DEPTH) {
                 const int64_t depth = std::min(DEPTH, F - f);
                 for (int64_t k = 0; k < depth; k++) pack_columns(first + (f + k) * D, count, STRIDE, panels.data() + k * PANEL);

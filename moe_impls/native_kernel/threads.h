@@ -12,9 +12,12 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "openmp.h"
 #ifdef __linux__
 #include <dirent.h>
 #include <sched.h>
@@ -23,14 +26,6 @@
 #endif
 
 namespace {
-
-void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 // Items [0, items), of which each thread takes `chunk` at a time: first those of a range of its own one after the other,
 // since what follows in memory is fetched already, then from the ends of what is left of others' ranges. `work` may be
@@ -109,6 +104,9 @@ class Helpers {
     }
 
     void live() {
+#ifdef __linux__
+        pthread_setname_np(pthread_self(), std::string(OURS, 1, sizeof OURS - 3).c_str());
+#endif
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
             if (auto job = join()) {
@@ -193,12 +191,16 @@ class Helpers {
     }
 };
 
-// Of this process, never deleted: its threads live to the end. A forked process has none of its parent's.
-Helpers* helpers = (pthread_atfork(nullptr, nullptr, [] { helpers = new Helpers; }), new Helpers);
+// Of this process, never deleted: its threads live to the end. A forked process has none of its parent's, and none of
+// OpenMP's either, which does not know that.
+bool forked = false;
+Helpers* helpers = (pthread_atfork(nullptr, nullptr, [] { forked = true, helpers = new Helpers; }), new Helpers);
+thread_local OpenMP openmp;
 
 // Call work(first, end) on parts of [0, items), by so many threads at most. Returns when all is done.
 template <class Work>
 void share(int64_t items, int64_t chunk, int threads, const Work& work) noexcept {
+    const int all = threads;
     threads = int(std::min<int64_t>(threads, (items + chunk - 1) / chunk));
     if (threads <= 1) {
         if (items > 0) work(0, items);
@@ -206,8 +208,12 @@ void share(int64_t items, int64_t chunk, int threads, const Work& work) noexcept
     }
     auto run = [](const void* w, int64_t first, int64_t end) { (*static_cast<const Work*>(w))(first, end); };
     const std::shared_ptr<Job> job(new Job(items, chunk, run, &work, threads));
-    helpers->open(job);
-    job->help();
+    if (!forked && openmp.is_awake(all)) {  // of fewer threads it would end the others
+        openmp.run([](void* shared) { static_cast<Job*>(shared)->help(); }, job.get(), all);
+    } else {
+        helpers->open(job);
+        job->help();
+    }
     for (int turns = 0; !job->is_done(); turns++)
         if (turns < 1000)
             relax();

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from correctness.problems.catalogue import SMALL
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs
-from moe_impls import Experts, MoE, Routing, auto, kernel_library, processor, registry
+from moe_impls import Experts, MoE, Routing, auto, kernel_library, native, processor, registry
 from moe_impls.auto import Cell
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, ResolveError, resolve
 
@@ -128,6 +128,7 @@ def test_what_is_missing_and_what_that_costs_is_told_once(
     monkeypatch.setattr(kernel_library, "PACKAGED", tmp_path)
     monkeypatch.setattr(kernel_library, "library", kernel_library.library.__wrapped__)
     monkeypatch.setattr(kernel_library, "missing", kernel_library.missing.__wrapped__)
+    monkeypatch.setattr(native, "missing", kernel_library.missing)
     monkeypatch.setattr(auto, "_implementations", {"native": resolve("native")})
     put(tuned, replace(CELL, times_ms={"native": 1.0, "padded": 1.3}))
     told = (

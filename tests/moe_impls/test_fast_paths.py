@@ -23,7 +23,7 @@ from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
 from moe_impls import kernel_file, kernel_library, native, packed, recompute
 from moe_impls.functional import activate
-from moe_impls.interface import Prepared, dtype_name
+from moe_impls.interface import Experts, Prepared, Routing, dtype_name
 from moe_impls.registry import resolve
 
 
@@ -383,3 +383,40 @@ def test_the_activations_of_the_kernel_take_extreme_numbers_as_those_of_torch(ac
         atol=1e-30,
         equal_nan=True,
     )
+
+
+@pytest.mark.parametrize("activation", native.KERNELS_OWN)
+def test_natives_own_derivatives_of_activations_are_torchs(activation: str) -> None:
+    _, gated = native.KERNELS_OWN[activation]
+    numbers = torch.tensor([0.0, 1e14, -1e14, -88.5, 88.5, 7.0, 7.5, -7.5, *torch.linspace(-12, 12, 97)])
+    h = torch.cat([numbers, numbers.flip(0)] if gated else [numbers]).unsqueeze(0).requires_grad_()
+    clamp = make_inputs(SMALL).experts.clamp
+    for of_feature in (1.5, torch.inf):  # what comes back to features that are off is nothing, even then
+        da = torch.full([1, len(numbers)], of_feature)
+        gates, d_gates = torch.tensor([[0.5]]), torch.empty(1, 1)
+        group = native._Group(0, 0, 1, torch.tensor([0, 1]))
+        options = gates, torch.tensor([0]), d_gates, group, activation, clamp
+        dh, a = native._hidden_backward(h.detach(), da, *options)
+        wanted = activate(h.double(), activation, clamp)
+        (wanted_dh,) = torch.autograd.grad(wanted, h, 0.5 * da.double())
+        finite = wanted_dh.isfinite()
+        torch.testing.assert_close(dh[finite], wanted_dh[finite], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(a.double(), 0.5 * wanted.detach(), rtol=1e-6, atol=1e-6)
+        of_gates = (da.double() * wanted.detach()).sum(1).float()
+        torch.testing.assert_close(d_gates[0], of_gates, equal_nan=True)
+
+
+@pytest.mark.parametrize("sizes", [{"H": 0}, {"O": 0}], ids=str)
+def test_native_has_the_gradients_of_nothing_where_a_dimension_is_empty(sizes: dict[str, int]) -> None:
+    def gradients(name: str) -> tuple[Tensor, ...]:
+        D, H, O = 5, sizes.get("H", 3), sizes.get("O", 4)
+        torch.manual_seed(0)
+        weights = torch.randn(2, H, D), torch.randn(2, H), torch.randn(2, O, H), torch.randn(2, O)
+        leaves = [t.requires_grad_() for t in (torch.randn(6, D), torch.rand(6, 1), *weights)]
+        routing = Routing(torch.tensor([[0], [1], [0], [1], [1], [1]]), leaves[1])
+        y = resolve(name).forward(leaves[0], routing, Experts(*leaves[2:]))
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    gradients("native")  # whose memory is taken again
+    for found, wanted in zip(gradients("native"), gradients("dense_mask"), strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -69,3 +69,30 @@ def test_native_is_right_with_more_threads_than_processors(four_threads: None) -
     finally:
         os.sched_setaffinity(0, processors)
     assert torch.equal(alone, shared)
+
+
+AFTER_AN_OPERATION = """
+import os, torch
+from correctness.problems.inputs import make_inputs
+from moe_impls import native
+from tests.moe_impls.test_native_threads import LARGE_ENOUGH
+
+def names():
+    return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+
+inputs, matrix = make_inputs(LARGE_ENOUGH), torch.ones(700, 700)
+torch.set_num_threads(2)
+before = native.forward(*inputs[:3])
+assert names().count("moe_impls") == 1, names()
+for _ in range(30):  # by the threads of the operation before it, or by ours
+    matrix @ matrix
+    assert torch.equal(native.forward(*inputs[:3]), before)
+    torch.set_num_threads(3)
+    assert torch.equal(native.forward(*inputs[:3]), before)
+    torch.set_num_threads(2)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list threads")
+def test_native_computes_after_operations_of_torch_and_with_other_numbers_of_threads() -> None:
+    subprocess.run([sys.executable, "-c", AFTER_AN_OPERATION], check=True, timeout=120, cwd=ROOT)
