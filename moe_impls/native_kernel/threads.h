@@ -1,7 +1,7 @@
 // Work that threads share, of which none waits for one that comes late: a thread that sleeps, or gets no processor,
 // takes no part of it, and the caller does that. The caller waits for parts that are taken. (A parallel region of
 // OpenMP ends when all its threads have come, however little is left to do: milliseconds on a machine that does other
-// things, too.)
+// things, too. Its threads do the work only where they are awake anyway.)
 #pragma once
 #include <pthread.h>
 

@@ -26,9 +26,12 @@ constexpr int TILE = TILE_VECTORS * WIDTH;
 constexpr int64_t CHUNK = 512;
 constexpr int64_t MOST_ROWS = 96;  // of one expert, that a thread multiplies with a tile
 constexpr int64_t STEPS = 8;       // after which cache lines are fetched
+constexpr int STREAMS = 4;         // at least, that the weights of an expert with few rows are read in
+constexpr int64_t FEW_ROWS = 2 * TILED_ROWS;
 
 // The products of R rows with `steps` numbers, or pairs, of each feature of a tile are added to sums; where an expert has
-// few rows, from as many places at once as there are registers for sums: memory is read faster in several streams.
+// few rows, from several places at once: memory is read faster in several streams. Each has sums of its own where there
+// are registers for them.
 // Meanwhile so many cache lines are fetched after every few steps.
 template <int R, class W>
 static void tile_rows(const typename Multiply<W>::Row* const* rows, int64_t first, const W* tile, int64_t steps,
@@ -36,8 +39,8 @@ static void tile_rows(const typename Multiply<W>::Row* const* rows, int64_t firs
     using M = Multiply<W>;
     constexpr int64_t PAIR = M::STEP / WIDTH, STRIDE = TILE_VECTORS * M::STEP;
     auto multiply = [&](auto places, int64_t begin, int64_t count) {
-        constexpr int P = decltype(places)::value;
-        Floats s[P][R][TILE_VECTORS] = {};
+        constexpr int P = decltype(places)::value, OWN = std::min(P, TILED_ROWS / R);
+        Floats s[OWN][R][TILE_VECTORS] = {};
         const typename M::Row* x[R];
         for (int r = 0; r < R; r++) x[r] = rows[r] + first + begin * PAIR;
         const W* from = tile + begin * STRIDE;
@@ -50,17 +53,17 @@ static void tile_rows(const typename Multiply<W>::Row* const* rows, int64_t firs
                                w2 = kept(M::weight(w + 2 * M::STEP));
                     for (int r = 0; r < R; r++) {
                         const auto one = M::all(x[r] + (p * count + d) * PAIR);
-                        s[p][r][0] = M::add(s[p][r][0], one, w0);
-                        s[p][r][1] = M::add(s[p][r][1], one, w1);
-                        s[p][r][2] = M::add(s[p][r][2], one, w2);
+                        s[p % OWN][r][0] = M::add(s[p % OWN][r][0], one, w0);
+                        s[p % OWN][r][1] = M::add(s[p % OWN][r][1], one, w1);
+                        s[p % OWN][r][2] = M::add(s[p % OWN][r][2], one, w2);
                     }
                 }
         }
-        for (int p = 0; p < P; p++)
+        for (int p = 0; p < OWN; p++)
             for (int r = 0; r < R; r++)
                 for (int v = 0; v < TILE_VECTORS; v++) sums[r][v] += s[p][r][v];
     };
-    constexpr int P = TILED_ROWS / R;
+    constexpr int P = std::max(TILED_ROWS / R, STREAMS);
     const int64_t count = streams ? steps / P : 0;
     if (count > 0) multiply(std::integral_constant<int, P>(), 0, count);
     multiply(std::integral_constant<int, 1>(), count * P, steps - count * P);
@@ -101,8 +104,8 @@ static void tiled_products(const typename Multiply<W>::Row* rows, const int64_t*
             const ExpertRows& part = parts[item / tiles_of];
             const int64_t f = item % tiles_of * TILE, count = std::min<int64_t>(TILE, F - f);
             const int64_t size = part.end - part.first;
-            const bool streams = size <= TILED_ROWS;  // of half as many rows at a time
-            const int64_t most = streams ? TILED_ROWS / 2 : TILED_ROWS, groups = (size + most - 1) / most;
+            const bool streams = size <= FEW_ROWS;
+            const int64_t groups = (size + TILED_ROWS - 1) / TILED_ROWS, most = (size + groups - 1) / groups;
             const W* tile = tiles + (part.e * tiles_of * TILE + f) * steps * PAIR;
             for (int64_t r = 0; r < size; r++) {
                 const int64_t n = part.first + r;
@@ -115,11 +118,11 @@ static void tiled_products(const typename Multiply<W>::Row* rows, const int64_t*
                     const int64_t r = size * group / groups, fetched = LINES * group / groups;
                     const int64_t lines = (LINES * (group + 1) / groups - fetched) * STEPS / CHUNK;
                     tile_of<W>(size * (group + 1) / groups - r, rows + r, first, tile + d * STRIDE, end - d,
-                               streams, next + fetched * 64, streams ? 0 : lines, sums + r);
+                               streams, next + fetched * 64, streams && group == 0 ? 0 : lines, sums + r);
                 }
             };
             const int64_t whole = D / PAIR;
-            const int64_t chunk = streams ? CHUNK * (TILED_ROWS / std::min(size, most)) : CHUNK;
+            const int64_t chunk = streams ? CHUNK * (TILED_ROWS / most) : CHUNK;
             for (int64_t d = 0; d < whole; d += chunk) multiply(x, d * PAIR, d, std::min(d + chunk, whole));
             if (whole < steps) {
                 for (int64_t r = 0; r < size; r++) {
