@@ -44,7 +44,7 @@ MAX_FLOPS = {"cpu": 1.2e11, "cuda": 2e13}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Ten minutes, half an hour on a CPU without instructions for bfloat16, or with --quick a third of "
+        "Ten minutes, twenty on a CPU without instructions for bfloat16, or with --quick a third of "
         "that. The table is kept for this processor, its number of threads and this version of torch, and is "
         "written once all is measured; killed before, the same command goes on where it was."
     )

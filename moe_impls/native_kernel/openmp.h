@@ -1,9 +1,13 @@
 // The threads that torch's operations compute with. After each operation they look for the next one for milliseconds, on
 // the processors that threads of ours would need: a call that comes then is best done by them.
 #pragma once
+#ifdef __linux__
+#include <dirent.h>
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -12,10 +16,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#ifdef __linux__
-#include <dirent.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace {
@@ -28,6 +28,7 @@ void relax() {
 #endif
 }
 
+#ifdef __linux__
 constexpr char OURS[] = "(moe_impls)";  // the name of our own threads, as Linux shows it
 
 // Those of GCC's OpenMP, or of what has its entry point, that belong to the calling thread. Whether they are looking for
@@ -54,7 +55,6 @@ class OpenMP {
     // Whether a thread of the process is running beside the caller and ours. To meet those of OpenMP starts them where
     // they have not been yet, and a process whose threads were started hangs in OpenMP when it is forked.
     static bool others_run() {
-#ifdef __linux__
         DIR* tasks = opendir("/proc/self/task");
         if (!tasks) return false;
         const int own = int(syscall(SYS_gettid));
@@ -70,9 +70,6 @@ class OpenMP {
         }
         closedir(tasks);
         return found;
-#else
-        return false;
-#endif
     }
 
     void meet(int threads) {
@@ -112,5 +109,11 @@ class OpenMP {
     // Call work(on) in all of so many threads.
     void run(void (*work)(void*), void* on, int threads) const { parallel(work, on, unsigned(threads), 0); }
 };
+#else
+struct OpenMP {  // whose threads cannot be asked here
+    bool is_awake(int) const { return false; }
+    void run(void (*)(void*), void*, int) const {}
+};
+#endif
 
 }  // namespace
