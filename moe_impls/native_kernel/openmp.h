@@ -37,6 +37,7 @@ class OpenMP {
     using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
     using Time = std::chrono::steady_clock::time_point;
     static constexpr std::chrono::milliseconds PATIENCE{100};  // threads may end at any time: how often they are met anew
+    static constexpr int SIGHTINGS = 3;                        // of running threads, before that
     static constexpr int ASKED = 3;                            // of them, at most
     static constexpr int TURNS = 16;                           // between two looks at a clock
 
@@ -46,6 +47,7 @@ class OpenMP {
     clockid_t own{};
     std::atomic<int> met{0};
     Time last{};
+    int seen = 0;
 
     static int64_t nanoseconds(clockid_t clock) {
         timespec t;
@@ -91,8 +93,11 @@ class OpenMP {
     bool is_awake(int threads) {
         if (!parallel) return false;
         if (known != threads) {
-            if (const auto now = std::chrono::steady_clock::now(); now - last < PATIENCE || (last = now, !others_run()))
-                return false;
+            const Time now = std::chrono::steady_clock::now();
+            if (now - last < PATIENCE) return false;
+            last = now;
+            seen += others_run();
+            if (seen < SIGHTINGS) return false;
             meet(threads);
         }
         const int others = met.load(std::memory_order_relaxed), asked = others < ASKED ? others : ASKED;
