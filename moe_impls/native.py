@@ -67,7 +67,8 @@ KERNELS_OWN = {
 def _features(activation: str, clamp: Clamp) -> tuple[bool, int, float, float, float]:
     """Write an activation of the kernel as it takes it."""
     function, gated = KERNELS_OWN[activation]
-    return gated, function, *(clamp if activation == CLAMPED else (math.inf, 1.0, 0.0))
+    limit, alpha, offset = clamp if activation == CLAMPED else (math.inf, 1.0, 0.0)
+    return gated, function, limit, alpha, offset
 
 
 def _hidden(h: Tensor, experts: Experts, dtype: torch.dtype) -> Tensor:

@@ -412,9 +412,10 @@ def test_native_has_the_gradients_of_nothing_where_a_dimension_is_empty(sizes: d
         D, H, O = 5, sizes.get("H", 3), sizes.get("O", 4)
         torch.manual_seed(0)
         weights = torch.randn(2, H, D), torch.randn(2, H), torch.randn(2, O, H), torch.randn(2, O)
-        leaves = [t.requires_grad_() for t in (torch.randn(6, D), torch.rand(6, 1), *weights)]
-        routing = Routing(torch.tensor([[0], [1], [0], [1], [1], [1]]), leaves[1])
-        y = resolve(name).forward(leaves[0], routing, Experts(*leaves[2:]))
+        leaves = torch.randn(6, D), torch.rand(6, 1), *weights
+        x, gates, w_in, b_in, w_out, b_out = (t.requires_grad_() for t in leaves)
+        routing = Routing(torch.tensor([[0], [1], [0], [1], [1], [1]]), gates)
+        y = resolve(name).forward(x, routing, Experts(w_in, b_in, w_out, b_out))
         return torch.autograd.grad(y.square().sum(), leaves)
 
     gradients("native")  # whose memory is taken again
