@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.options import add_device
-from benchmarks.sweep import journal
+from benchmarks.sweep import journal, record
 from benchmarks.sweep.workload import undeclared
 from benchmarks.timing import measure
 from benchmarks.workloads import MODES, flops
@@ -23,8 +23,8 @@ from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem, check_device
 from moe_impls import auto
 from moe_impls.interface import GATED_ACTIVATIONS, Implementation, dtype_name
-from moe_impls.processor import processor
 from moe_impls.registry import IMPLEMENTATIONS, PREPARED, resolve
+from reporting import provenance
 from reporting.pages import check_writable, write_atomically
 
 TOKENS = {"cpu": (1, 4, 16, 64, 256, 1024, 4096), "cuda": (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)}
@@ -129,10 +129,14 @@ class Measured:
 def tune(path: Path, *, quick: bool, device: str = "cpu") -> None:
     """Measure every cell of a device, then write the table, whole or not at all."""
     implementations, plan = candidates(), layers(quick, device)
+    names = [i.name for i in implementations]
     what = {
-        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "device": device, "quick": quick, "implementations": [i.name for i in implementations],
-    }  # fmt: skip
+        **provenance.columns(),
+        **record.threads(),
+        "device": device,
+        "quick": quick,
+        "implementations": names,
+    }
     part = path.with_suffix(".part.csv")
     with journal.opened(part, Measured, what) as begun:
         cells = {row.place: auto.Cell(**json.loads(row.cell)) for row in begun.rows}

@@ -29,7 +29,7 @@ void relax() {
 }
 
 #ifdef __linux__
-constexpr char OURS[] = "(moe_impls)";  // the name of our own threads, as Linux shows it
+constexpr char NAME[] = "moe_impls";  // of our own threads
 
 // Those of GCC's OpenMP, or of what has its entry point, that belong to the calling thread. Whether they are looking for
 // work is what their clocks say, which stand still while they sleep.
@@ -37,7 +37,7 @@ class OpenMP {
     using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
     using Time = std::chrono::steady_clock::time_point;
     static constexpr std::chrono::milliseconds PATIENCE{100};  // threads may end at any time: how often they are met anew
-    static constexpr int SIGHTINGS = 3;                        // of running threads, before that
+    static constexpr int SIGHTINGS = 3;                        // of running threads, before they are met at all
     static constexpr int ASKED = 3;                            // of them, at most
     static constexpr int TURNS = 16;                           // between two looks at a clock
 
@@ -66,7 +66,7 @@ class OpenMP {
             char path[64], text[64] = {};  // "17 (name) S ..."
             std::snprintf(path, sizeof path, "/proc/self/task/%.16s/stat", task->d_name);
             if (std::FILE* stat = std::fopen(path, "r")) {
-                found = std::fgets(text, sizeof text, stat) && !std::strstr(text, OURS) && std::strstr(text, ") R");
+                found = std::fgets(text, sizeof text, stat) && !std::strstr(text, NAME) && std::strstr(text, ") R");
                 std::fclose(stat);
             }
         }

@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -105,7 +104,7 @@ class Helpers {
 
     void live() {
 #ifdef __linux__
-        pthread_setname_np(pthread_self(), std::string(OURS, 1, sizeof OURS - 3).c_str());
+        pthread_setname_np(pthread_self(), NAME);
 #endif
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {

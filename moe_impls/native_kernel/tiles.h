@@ -31,8 +31,7 @@ constexpr int64_t FEW_ROWS = 2 * TILED_ROWS;
 
 // The products of R rows with `steps` numbers, or pairs, of each feature of a tile are added to sums; where an expert has
 // few rows, from several places at once: memory is read faster in several streams. Each has sums of its own where there
-// are registers for them.
-// Meanwhile so many cache lines are fetched after every few steps.
+// are registers for them. Meanwhile so many cache lines are fetched after every few steps.
 template <int R, class W>
 static void tile_rows(const typename Multiply<W>::Row* const* rows, int64_t first, const W* tile, int64_t steps,
                       bool streams, const char* fetched, int64_t lines, Floats (*sums)[TILE_VECTORS]) {
