@@ -76,7 +76,6 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "choices", "tuning_seconds", "_blocks_for", "_milliseconds", "_Blocks",
     ),
     "triton_kernels": ("_inlined",),
-    "native": ("_processor", "missing", "is_available", "library", "_of_the_wheel", "_whole"),
 }  # fmt: skip
 
 
