@@ -16,7 +16,7 @@ COMMANDS = {
     "regret": "what `auto` loses by its choice, on loads that it was not tuned on",
     "compare": "two implementations, or two versions of one, in rounds",
     "gate": "exit status 1 if an implementation is slower than at a commit",
-    "peers": "ours beside other libraries': an hour, or --quick 8 minutes",
+    "peers": "ours beside other libraries': two hours, or --quick 8 minutes",
     "ep": "bytes, collectives and waits of experts spread over ranks",
     "ep-model": "experts over many ranks on paper, for released models",
     "model": "transformers models with our experts, end to end",

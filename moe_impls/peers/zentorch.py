@@ -2,7 +2,9 @@
 
 It knows gated experts by SiLU and GELU, and writes to a result that it is given. Weights are laid out in the
 first call and kept by their address, until all that is kept is thrown away: ``prepare`` does that first. Its
-package belongs to one version of torch, as its number says.
+package belongs to one version of torch, as its number says. On a CPU without instructions for bfloat16 its
+products in bfloat16 (`dlp_gemm_rowvar_f32_fallback` of zentorch 2.13) write past their memory, which ends the
+process or hangs it, from a few dozen tokens on: only a CPU that has them is given bfloat16.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moe_impls.interface import Experts, Prepared, Routing, Support
+from moe_impls.processor import multiplies
 
 importlib.import_module("zentorch")  # registers torch.ops.zentorch
 ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
 SUPPORT = Support(
     devices=("cpu",),
-    dtypes=(torch.float32, torch.bfloat16),
+    dtypes=tuple(dtype for dtype in (torch.float32, torch.bfloat16) if multiplies(dtype)),
     activations=tuple(ACTIVATIONS),
     output_activations=("none",),
     combines=("sum",),
