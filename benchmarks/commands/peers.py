@@ -32,7 +32,8 @@ from benchmarks.timing.measure import Call
 from benchmarks.workloads import MODELS
 from correctness.problems.inputs import make_inputs
 from correctness.problems.problem import Inputs, Problem
-from moe_impls.interface import Implementation, check_choice, dtype_name
+from moe_impls.interface import Forward, Implementation, check_choice, dtype_name
+from moe_impls.processor import multiplies
 from moe_impls.registry import IMPLEMENTATIONS, PEERS, resolve, usable
 from reporting import provenance
 from reporting.pages import check_writable, markdown_table, write_atomically
@@ -89,6 +90,8 @@ HOPELESS = 1.2  # times the fastest of ours, or of the peers: what takes longer 
 HOPELESS_BESIDE = 2.0  # the same beside other work, where a try tells less
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 CANDIDATES = 3  # of a side, at most
+MOST, MOST_S = 10.0, 1.0  # times the fastest of ours, and seconds: what takes longer than both is not timed
+FEWER = (1, 8, 64, 512)  # tokens of the calls that show who is hopeless before the whole is tried
 PART = "peers.part.csv"  # what is measured so far
 
 
@@ -196,25 +199,36 @@ def samples(
 ) -> dict[str, tuple[float, ...]]:
     """Time, in common rounds, each that takes the call and comes near the fastest of its group.
 
-    One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out. ``pause_s``
-    passes before each call.
+    One that in its first try takes more memory than MEMORY_BYTES, or than there is, is left out, and so is
+    one that takes MOST times as long as the first group. ``pause_s`` passes before each call.
     """
     near: dict[str, Call] = {}
+    at_most_s: float | None = None
     # Tried first: what others take is limited by what it took, and it is one of the fastest.
     first = taken(resolve("auto"), problem, inputs, mode)
     with memory.memory_limit("cpu", min(MEMORY_BYTES, memory.available_memory_bytes("cpu"))):
         for group in groups:
-            calls = {
-                i.name: measure.call_of(i.ready(inputs.experts), problem, inputs, mode)
-                for i in group
-                if undeclared(i, problem, mode) is None
-            }
+            ready = {i.name: i.ready(inputs.experts) for i in group if undeclared(i, problem, mode) is None}
+            calls = {name: measure.call_of(f, problem, inputs, mode) for name, f in ready.items()}
             auto = {name: calls.pop(name) for name in ("auto",) if name in calls}  # timed however slow it is
-            near |= measure.near_the_fastest(calls, first, hopeless=hopeless, most=CANDIDATES) | auto
+            smaller = {name: _on_fewer_tokens(ready[name], problem, inputs, mode) for name in calls}
+            near |= auto | measure.near_the_fastest(
+                calls, first, hopeless=hopeless, most=CANDIDATES, at_most_s=at_most_s, smaller=smaller
+            )
+            ours_s = min(measure.time_calls(call, 1, "cpu") for call in near.values())
+            at_most_s = at_most_s or max(MOST * ours_s, MOST_S)
     before = dict.fromkeys(near, functools.partial(time.sleep, pause_s)) if pause_s else None
     timed = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS, before=before)
     timings = measure.all_timed(timed)
     return {name: timing.samples_s for name, timing in timings.items()}
+
+
+def _on_fewer_tokens(forward: Forward, problem: Problem, inputs: Inputs, mode: str) -> list[Call]:
+    """Make calls on fewer tokens where the CPU has no instructions for the dtype: some are very slow there."""
+    if multiplies(problem.dtype):
+        return []
+    tokens = [T for T in FEWER if T < problem.T]
+    return [measure.call_of(forward, replace(problem, T=T), inputs.first(T), mode) for T in tokens]
 
 
 def measure_cell(
@@ -224,7 +238,7 @@ def measure_cell(
     ours: Sequence[Implementation],
     peers: Sequence[Implementation],
 ) -> Cell | None:
-    """Measure one cell; None if no peer takes the call."""
+    """Measure one cell; None if no peer takes the call in a tenth of our speed."""
     p, mode = problem, regime.mode
     prepared = [i for i in ours if i.prepare is not None]
     as_they_are = [i for i in ours if i.prepare is None]

@@ -218,7 +218,14 @@ TRY_S, TRIES = 0.1, (2, 6)  # a try of so many calls, at least and at most, ends
 
 
 def near_the_fastest(
-    calls: Mapping[str, Call], first: str, device: str = "cpu", *, hopeless: float, most: int | None = None
+    calls: Mapping[str, Call],
+    first: str,
+    device: str = "cpu",
+    *,
+    hopeless: float,
+    most: int | None = None,
+    at_most_s: float | None = None,
+    smaller: Mapping[str, Sequence[Call]] | None = None,
 ) -> dict[str, Call]:
     """Keep the calls that come near the fastest in a first try, the fastest first.
 
@@ -229,14 +236,23 @@ def near_the_fastest(
         first: the name of the one that is tried first, from which the limit of the others comes.
         hopeless: times the fastest, what takes longer is left out.
         most: so many of them at most; all unless given.
+        at_most_s: what takes longer is left out, too, were it the fastest.
+        smaller: calls of the same on fewer tokens, the smallest first. If one takes longer than the limit,
+            twice, the whole is not tried: a single operation may take minutes, and no limit interrupts that.
 
     Raises:
         Whatever else a call raises.
     """
     tried_s: dict[str, float] = {}
-    limit_s: float | None = None
+    limit_s = at_most_s
+
+    def is_slow(call: Call) -> bool:
+        return limit_s is not None and all(time_calls(call, 1, device) > limit_s for _ in range(2))
+
     for name in sorted(calls, key=lambda name: name != first):
         try:
+            if any(map(is_slow, (smaller or {}).get(name, ()))):
+                continue
             took_s: list[float] = []
             most_s = None if limit_s is None else TRIES[0] * limit_s + TRY_S
             with limited(most_s, None, wall_s=most_s):
@@ -250,6 +266,7 @@ def near_the_fastest(
                 raise
             continue
         limit_s = max(hopeless * min(tried_s.values()), LEAST_LIMIT_S)
+        limit_s = limit_s if at_most_s is None else min(limit_s, at_most_s)
     near = [name for name, s in tried_s.items() if limit_s is not None and s <= limit_s]
     return {name: calls[name] for name in sorted(near, key=tried_s.__getitem__)[:most]}
 

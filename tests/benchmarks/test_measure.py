@@ -296,6 +296,26 @@ def test_calls_that_take_too_long_or_too_much_memory_are_not_near_the_fastest() 
     assert list(measure.near_the_fastest(calls, "near", hopeless=3, most=1)) == ["fast"]
 
 
+def test_what_is_too_slow_on_fewer_tokens_is_not_tried_on_all() -> None:
+    whole = []
+    calls = {"fast": busy(0.001), "slow": lambda: whole.append("slow"), "near": busy(0.0015)}
+    smaller = {"fast": [busy(0.001)], "slow": [busy(0.001), busy(0.05)], "near": [busy(0.001)]}
+    near = measure.near_the_fastest(calls, "fast", hopeless=3, smaller=smaller)
+    assert list(near) == ["fast", "near"] and not whole
+
+
+def test_a_limit_may_leave_no_call() -> None:
+    slow = {"slow": busy(0.05), "slower": busy(0.06)}
+    assert measure.near_the_fastest(slow, "slow", hopeless=3, at_most_s=0.01) == {}
+    assert list(measure.near_the_fastest(slow, "slow", hopeless=3, at_most_s=1)) == ["slow", "slower"]
+
+
+def test_memory_that_runs_out_on_fewer_tokens_leaves_a_call_out() -> None:
+    calls = {"fast": busy(0.001), "greedy": busy(0.001)}
+    smaller = {"greedy": [lambda: torch.empty(2**50)]}
+    assert list(measure.near_the_fastest(calls, "fast", hopeless=3, smaller=smaller)) == ["fast"]
+
+
 def test_what_else_a_first_try_raises_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         measure.near_the_fastest({"fast": busy(0.001), "broken": lambda: 1 // 0}, "fast", hopeless=3)
