@@ -91,7 +91,7 @@ HOPELESS_BESIDE = 2.0  # the same beside other work, where a try tells less
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 CANDIDATES = 3  # of a side, at most
 MOST, MOST_S = 10.0, 1.0  # times the fastest of ours, and seconds: what takes longer than both is not timed
-FEWER = (1, 8, 64, 512)  # tokens of the calls that show who is hopeless before the whole is tried
+FEWER = (1, 4, 16, 64, 256, 1024)  # tokens of the calls that show who is hopeless before the whole is tried
 PART = "peers.part.csv"  # what is measured so far
 
 
@@ -224,7 +224,7 @@ def samples(
 
 
 def _on_fewer_tokens(forward: Forward, problem: Problem, inputs: Inputs, mode: str) -> list[Call]:
-    """Make calls on fewer tokens where the CPU has no instructions for the dtype: some are very slow there."""
+    """Make calls on fewer tokens, where the CPU has no instructions for the dtype and some are very slow."""
     if multiplies(problem.dtype):
         return []
     tokens = [T for T in FEWER if T < problem.T]
