@@ -3,8 +3,8 @@
 Two limits of one call, of which the larger counts:
 
     compute  two dense matrix products of the call's T·K rows with one expert's weights, in the same dtype,
-             each with the products of its two gradients if there is a backward: the same FLOPs and shapes,
-             nothing routed, activated or combined
+             or in float32 on a CPU without instructions for that, each with the products of its two gradients
+             if there is a backward: the same FLOPs and shapes, nothing routed, activated or combined
     traffic  every byte that this routing needs, once: tokens, ids, gates and the weights of the experts that
              received a token are read; results are written, with a backward the gradients of all experts
 
@@ -25,6 +25,7 @@ from benchmarks.timing.measure import Call, all_timed, interleave
 from benchmarks.workloads import flops
 from correctness.problems.problem import Problem
 from moe_impls.interface import Routing
+from moe_impls.processor import multiplies
 
 # An efficiency above this is a fault of the model: something is counted that need not be done.
 FAULT = 1.05
@@ -90,7 +91,7 @@ def measure_roofline(
     operations = flops(problem, mode)
     read_rate, copy_rate = (buffer_bytes / best_s[name] for name in ("read", "copy"))
     return Roofline(
-        gemm_square_tflop_per_s=square_rate(problem.dtype, problem.device) / TERA,
+        gemm_square_tflop_per_s=square_rate(multiplied_in(problem), problem.device) / TERA,
         gemm_experts_tflop_per_s=operations / best_s["products"] / TERA,
         read_gb_per_s=read_rate / GIGA,
         copy_gb_per_s=copy_rate / GIGA,
@@ -102,9 +103,15 @@ def measure_roofline(
     )
 
 
+def multiplied_in(problem: Problem) -> torch.dtype:
+    """Name the dtype of the fastest products of this problem's numbers: wider ones convert what they read."""
+    is_slow = torch.device(problem.device).type == "cpu" and not multiplies(problem.dtype)
+    return torch.float32 if is_slow else problem.dtype
+
+
 def dense_products(problem: Problem, mode: str) -> Call:
     """The products of the compute limit: ``flops(problem, mode)`` operations."""
-    p = problem
+    p, dtype = problem, multiplied_in(problem)
     generator = torch.Generator(p.device).manual_seed(p.seed)
 
     def operands(inner: int, outer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +121,7 @@ def dense_products(problem: Problem, mode: str) -> Call:
             (p.T * p.K, outer),
         )  # rows, weight, gradient of the result
         a, w, dy = (torch.randn(s, generator=generator, device=p.device, dtype=torch.float32) for s in shapes)
-        return a.to(p.dtype), w.to(p.dtype), dy.to(p.dtype)
+        return a.to(dtype), w.to(dtype), dy.to(dtype)
 
     pairs = (operands(p.D, p.F), operands(p.H, p.O))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,6 +218,15 @@ def test_the_limit_does_as_many_operations_as_the_row_says(mode: str) -> None:
     with FlopCounterMode(display=False) as counter:
         roofline.dense_products(problem, mode)()
     assert counter.get_total_flops() == flops(problem, mode)
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_the_limit_is_that_of_float32_where_the_cpu_cannot_multiply_the_dtype(
+    monkeypatch: pytest.MonkeyPatch, has_instructions: bool
+) -> None:
+    monkeypatch.setattr(roofline, "multiplies", lambda dtype: has_instructions or dtype.itemsize > 2)
+    multiplied = {roofline.multiplied_in(replace(PROBLEM, dtype=d)) for d in (torch.float32, torch.bfloat16)}
+    assert multiplied == ({torch.float32, torch.bfloat16} if has_instructions else {torch.float32})
 
 
 def test_memory_needed_grows_with_the_weights_and_with_gradients() -> None:
