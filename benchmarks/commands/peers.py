@@ -85,12 +85,12 @@ QUICK_LAYERS = (LAYERS[2], LAYERS[4])
 GROWTH = Problem("growth", T=256, D=256, H=256, O=256, E=32, K=4, bias=False)
 GROWN = {"E": (8, 16, 32, 64, 128, 256), "K": (1, 2, 4, 8, 16)}
 QUICK_GROWN = {"E": (8, 32, 128, 256), "K": (1, 4, 8, 16)}
-SECONDS, ROUNDS = 0.3, ratio.LEAST_ROUNDS
+SECONDS, ROUNDS, ROUNDS_PAUSED = 0.3, ratio.LEAST_ROUNDS, 40
 HOPELESS = 1.2  # times the fastest of ours, or of the peers: what takes longer in a first try is no candidate
 HOPELESS_BESIDE = 2.0  # the same beside other work, where a try tells less
 MEMORY_BYTES = 8 * 2**30  # of one call: what gathers more weights than this is no candidate, either
 CANDIDATES = 3  # of a side, at most
-MOST, MOST_S = 10.0, 1.0  # times the fastest of ours, and seconds: what takes longer than both is not timed
+MOST, MOST_S = 5.0, 1.0  # times the fastest of ours, and seconds: what takes longer than both is not timed
 FEWER = (1, 4, 16, 64, 256, 1024)  # tokens of the calls that show who is hopeless before the whole is tried
 PART = "peers.part.csv"  # what is measured so far
 
@@ -218,7 +218,8 @@ def samples(
             ours_s = min(measure.time_calls(call, 1, "cpu") for call in near.values())
             at_most_s = at_most_s or max(MOST * ours_s, MOST_S)
     before = dict.fromkeys(near, functools.partial(time.sleep, pause_s)) if pause_s else None
-    timed = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS, before=before)
+    most = ROUNDS_PAUSED if pause_s else measure.MAX_ROUNDS  # the pauses take most of the time
+    timed = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS, max_rounds=most, before=before)
     timings = measure.all_timed(timed)
     return {name: timing.samples_s for name, timing in timings.items()}
 
@@ -238,7 +239,7 @@ def measure_cell(
     ours: Sequence[Implementation],
     peers: Sequence[Implementation],
 ) -> Cell | None:
-    """Measure one cell; None if no peer takes the call in a tenth of our speed."""
+    """Measure one cell; None if no peer takes the call at a fifth of our speed."""
     p, mode = problem, regime.mode
     prepared = [i for i in ours if i.prepare is not None]
     as_they_are = [i for i in ours if i.prepare is None]
