@@ -141,11 +141,11 @@ def watch_writes(experts: Experts) -> Callable[[], None]:
     Raises:
         RuntimeError: by that function; the message names the weight.
     """
-    written = {name: t._version for name, t in experts.tensors.items() if not t.is_inference()}
+    written = [(name, t, t._version) for name, t in experts.tensors.items() if not t.is_inference()]
 
     def check() -> None:
-        for name, version in written.items():
-            if experts.tensors[name]._version != version:
+        for name, t, version in written:
+            if t._version != version:
                 raise RuntimeError(f"{name} was written to after prepare(experts): call prepare again")
 
     return check

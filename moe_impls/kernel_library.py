@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,21 @@ def _whole(path: Path) -> ctypes.CDLL | None:
 
 POINTER, SIZE, FLAG, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool, ctypes.c_int
 FEATURES = FLAG, ctypes.c_int, *[ctypes.c_float] * 3
+
+
+class Layer(ctypes.Structure):
+    """A call for a whole layer: addresses of tensors, and sizes; as in native_kernel/layer.h."""
+
+    _fields_ = (
+        *[(name, POINTER) for name in ("x", "w_in", "b_in", "w_out", "b_out", "ids", "gates", "y")],
+        *[(name, SIZE) for name in "TKEDFHO"],
+        *zip(("gated", "activation", "limit", "alpha", "offset"), FEATURES, strict=True),
+        ("positive", FLAG),
+        ("tiled", FLAG),
+        ("threads", THREADS),
+    )
+
+
 # How many pointers those functions of native.cpp take that there are for each dtype of weights.
 OF_DTYPES = {"products": 7, "tiled_products": 6, "products_along": 5, "products_of_rows": 7}
 # What the functions take and return.
@@ -111,6 +127,7 @@ FUNCTIONS = {
         for function, pointers in OF_DTYPES.items()
         for dtype in DTYPES
     },
+    **{f"layer_{dtype_name(dtype)}": ((ctypes.POINTER(Layer),), FLAG) for dtype in DTYPES},
     "tile_features": ((), SIZE),
     "add_slots": ((*[POINTER] * 5, *[SIZE] * 3, *[FLAG] * 2, THREADS), None),
     "activate_rows": ((*[POINTER] * 2, FLAG, *[SIZE] * 2, *FEATURES, THREADS), None),
@@ -130,6 +147,11 @@ def _loaded(path: Path) -> ctypes.CDLL:
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, result
     return found
+
+
+def of_dtype(name: str, dtype: torch.dtype) -> Any:
+    """Return a function of the kernel that there is for each dtype of weights."""
+    return getattr(library(), f"{name}_{dtype_name(dtype)}")
 
 
 def pointer(t: Tensor | None, first: int = 0) -> int | None:

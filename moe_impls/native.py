@@ -24,15 +24,17 @@ from torch.nn import functional as F
 from moe_impls import kernel_library
 from moe_impls.checking import watch_writes
 from moe_impls.functional import activate, combine_slots, needs_gradients
-from moe_impls.interface import CLAMPED, Clamp, Experts, Prepared, Routing, Support, dtype_name
+from moe_impls.interface import CLAMPED, Clamp, Experts, Prepared, Routing, Support
 from moe_impls.kept_memory import take
-from moe_impls.kernel_library import DTYPES, is_available, missing, pointer
+from moe_impls.kernel_library import DTYPES, is_available, missing, of_dtype, pointer
 from moe_impls.operators import as_one_node, operator
 
 __all__ = ["SUPPORT", "forward", "forward_prepared", "is_available", "missing", "prepare"]
 SUPPORT = Support(devices=("cpu",), dtypes=DTYPES, fullgraph=True, exports=True)
 # Numbers in hidden features at a time: memory of this size is taken again, more would be new pages.
 GROUP = 2**22
+AT_ONCE = 2**19  # numbers in hidden features up to which all is one call of the kernel
+WRONG_ID = "expert_ids holds an id that is not in [0, {})"
 
 
 def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
@@ -41,7 +43,7 @@ def _sorted(expert_ids: Tensor, E: int) -> tuple[Tensor, ...]:
     found = expert_ids.new_empty(E + 1 + 2 * T * K)
     ids = expert_ids.contiguous()
     if not kernel_library.library().sort_slots(pointer(ids), T * K, E, K, pointer(found)):
-        raise ValueError(f"expert_ids holds an id that is not in [0, {E})")
+        raise ValueError(WRONG_ID.format(E))
     return found.split([E + 1, T * K, T * K])
 
 
@@ -160,11 +162,11 @@ def _products(
     of_bias, sizes = pointer(bias, first * features), (experts, features, D, torch.get_num_threads())
     if isinstance(weight, _Tiles):
         tiles = weight.tiles
-        products = getattr(kernels, f"tiled_products_{dtype_name(tiles.dtype)}")
+        products = of_dtype("tiled_products", tiles.dtype)
         products(*of_rows, pointer(tiles, first * tiles.stride(0)), of_bias, pointer(out), *sizes)
     else:
         packed = rows.new_empty(kernels.packed_numbers(experts, count, D))
-        products = getattr(kernels, f"products_{dtype_name(weight.dtype)}")
+        products = of_dtype("products", weight.dtype)
         of_weight = pointer(weight, first * features * D)
         products(*of_rows, of_weight, of_bias, pointer(out), pointer(packed), *sizes)
     return out
@@ -201,11 +203,35 @@ def _outputs(
         yield group, h, _products(_hidden(h, experts, row_dtype), None, w_out, b_out, group)
 
 
+def _at_once(
+    x: Tensor, routing: Routing, experts: Experts, w_in: Tensor | _Tiles, w_out: Tensor | _Tiles
+) -> Tensor:
+    """Compute y [T, O] by one call of the kernel, with sums of few slots and an activation of its own."""
+    (T, K), (E, features, D), (_, O, H) = routing.expert_ids.shape, w_in.shape, w_out.shape
+    y = x.new_empty(T, O)
+    ids, gates = routing.expert_ids.contiguous(), routing.gates.to(torch.float32).contiguous()
+    tiled = isinstance(w_in, _Tiles)
+    first, last = (w.tiles if isinstance(w, _Tiles) else w for w in (w_in, w_out))
+    b_in, b_out = (None if b is None else b.contiguous() for b in (experts.b_in, experts.b_out))
+    tensors = x.contiguous(), first, b_in, last, b_out, ids, gates, y
+    call = kernel_library.Layer(
+        *map(pointer, tensors), T, K, E, D, features, H, O,
+        *_features(experts.activation, experts.clamp),
+        experts.output_activation == "relu", tiled, torch.get_num_threads(),
+    )  # fmt: skip
+    if not of_dtype("layer", x.dtype)(call):
+        raise ValueError(WRONG_ID.format(E))
+    return y
+
+
 def _compute(
     x: Tensor, routing: Routing, experts: Experts, w_in: Tensor | _Tiles, w_out: Tensor | _Tiles, combine: str
 ) -> Tensor:
     """Compute y [T, O] with weights that are contiguous, or in tiles."""
     (T, K), (E, features, D), (_, O, _) = routing.expert_ids.shape, w_in.shape, w_out.shape
+    few = 0 < T * K * max(D, features) <= AT_ONCE
+    if few and combine == "sum" and experts.activation in KERNELS_OWN and x.dtype == experts.w_in.dtype:
+        return _at_once(x, routing, experts, w_in, w_out)
     begin, slots, tokens = _sorted(routing.expert_ids, E)
     gates = routing.gates.to(torch.float32).contiguous()
     positive = experts.output_activation == "relu"
@@ -224,7 +250,7 @@ def _products_along(rows: Tensor, index: Tensor | None, weight: Tensor, group: _
     """Multiply a group's rows [N, F], or those that index [T * K] holds, by [E, F, D]: [N, D], float32."""
     (_, features, D), count = weight.shape, group.stop - group.start
     out = rows.new_empty(count, D)
-    products = getattr(kernel_library.library(), f"products_along_{dtype_name(weight.dtype)}")
+    products = of_dtype("products_along", weight.dtype)
     of_rows = pointer(rows), pointer(index, group.start), pointer(group.begin)
     of_weight = pointer(weight, group.first * features * D)
     sizes = len(group.begin) - 1, features, D, torch.get_num_threads()
@@ -239,7 +265,7 @@ def _write_products(
     (_, P, Q), kernels, start = to.shape, kernel_library.library(), group.start
     packed = a.new_empty((group.stop - start) * kernels.packed_numbers_of_rows(P, Q))
     of_rows = pointer(a), pointer(a_index, start), pointer(b), pointer(b_index, start), pointer(group.begin)
-    products = getattr(kernels, f"products_of_rows_{dtype_name(to.dtype)}")
+    products = of_dtype("products_of_rows", to.dtype)
     sizes = len(group.begin) - 1, P, Q, torch.get_num_threads()
     products(*of_rows, pointer(to, group.first * P * Q), pointer(packed), *sizes)
 

@@ -457,3 +457,5 @@ extern "C" int64_t packed_numbers(int64_t E, int64_t N, int64_t D) {
 }
 // Bytes of a number in the rows that products_bfloat16 takes: bfloat16 or float.
 extern "C" int bfloat16_row_bytes() { return sizeof(Multiply<BFloat16>::Row); }
+
+#include "layer.h"

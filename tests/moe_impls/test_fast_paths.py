@@ -101,6 +101,17 @@ def test_recompute_is_right_on_cpus_that_multiply_a_dtype_and_on_those_that_do_n
 NATIVE = pytest.mark.parametrize("name", ["native", "native+prepared"])
 
 
+@pytest.mark.parametrize("check", {c: 0 for c in CHECKS if not c.drawn}, ids=lambda c: c.name)
+@NATIVE
+def test_native_is_right_in_several_calls_of_the_kernel_as_in_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, check: Check
+) -> None:
+    monkeypatch.setattr(native, "AT_ONCE", 0)
+    for case in cases([implementation(resolve(name))], [check]):
+        if case.skip is None and case.problem.T <= 100:
+            case.run()
+
+
 @pytest.mark.parametrize("D", [16, 37])  # one that is a whole number of vectors, and one that is not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
 @NATIVE
@@ -164,6 +175,7 @@ def test_one_gradient_alone_is_the_same_as_among_all(name: str, wanted: str) -> 
 def test_native_is_right_for_groups_of_slots_of_any_size(
     monkeypatch: pytest.MonkeyPatch, name: str, load: str, combine: str, numbers: int
 ) -> None:
+    monkeypatch.setattr(native, "AT_ONCE", 0)
     monkeypatch.setattr(native, "GROUP", numbers)
     values(resolve(name), replace(SMALL, T=100, load=load, combine=combine))
 
