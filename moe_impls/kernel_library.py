@@ -119,7 +119,7 @@ class Layer(ctypes.Structure):
 
 
 # How many pointers those functions of native.cpp take that there are for each dtype of weights.
-OF_DTYPES = {"products": 7, "tiled_products": 6, "products_along": 5, "products_of_rows": 7}
+OF_DTYPES = {"products": 7, "tiled_products": 6, "products_along": 6, "products_of_rows": 7}
 # What the functions take and return.
 FUNCTIONS = {
     **{

@@ -150,10 +150,26 @@ class _Tiles(NamedTuple):
         return cls(tiles, weight.shape)
 
 
+def _is_turned(weight: Tensor) -> bool:
+    """Tell whether weights [E, P, Q] lie in memory as [E, Q, P], as those of gpt-oss do."""
+    return weight.mT.is_contiguous() and not weight.is_contiguous()
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """Return weights as the kernel takes them in training: as they are, contiguous or turned, or a copy.
+
+    Of turned ones the product forward is the one that others have backward, and its rows are float32.
+    """
+    as_they_are = _is_turned(weight) and _row_dtype(weight.dtype) == torch.float32
+    return weight if as_they_are else weight.contiguous()
+
+
 def _products(
     rows: Tensor, index: Tensor | None, weight: Tensor | _Tiles, bias: Tensor | None, group: _Group
 ) -> Tensor:
     """Multiply a group's rows [N, D], or those that index [T * K] holds: [N, F] in float32."""
+    if isinstance(weight, Tensor) and _is_turned(weight):
+        return _products_along(rows, index, weight.mT, bias, group)
     first, start, stop, begin = group
     (_, features, D), experts, count = weight.shape, len(begin) - 1, stop - start
     kernels = kernel_library.library()
@@ -246,15 +262,19 @@ def _compute(
     return (y if sums else combine_slots(y.view(T, K, O), routing.gates, combine)).to(x.dtype)
 
 
-def _products_along(rows: Tensor, index: Tensor | None, weight: Tensor, group: _Group) -> Tensor:
+def _products_along(
+    rows: Tensor, index: Tensor | None, weight: Tensor, bias: Tensor | None, group: _Group
+) -> Tensor:
     """Multiply a group's rows [N, F], or those that index [T * K] holds, by [E, F, D]: [N, D], float32."""
+    if _is_turned(weight):
+        return _products(rows, index, weight.mT, bias, group)
     (_, features, D), count = weight.shape, group.stop - group.start
     out = rows.new_empty(count, D)
     products = of_dtype("products_along", weight.dtype)
     of_rows = pointer(rows), pointer(index, group.start), pointer(group.begin)
     of_weight = pointer(weight, group.first * features * D)
     sizes = len(group.begin) - 1, features, D, torch.get_num_threads()
-    products(*of_rows, of_weight, pointer(out), *sizes)
+    products(*of_rows, of_weight, pointer(bias, group.first * D), pointer(out), *sizes)
     return out
 
 
@@ -262,12 +282,21 @@ def _write_products(
     a: Tensor, a_index: Tensor | None, b: Tensor, b_index: Tensor | None, to: Tensor, group: _Group
 ) -> None:
     """Write the sums of aᵀ b over the rows of each expert of a group, [P, Q], to those of to [E, P, Q]."""
+    if _is_turned(to):
+        a, a_index, b, b_index, to = b, b_index, a, a_index, to.mT
     (_, P, Q), kernels, start = to.shape, kernel_library.library(), group.start
     packed = a.new_empty((group.stop - start) * kernels.packed_numbers_of_rows(P, Q))
     of_rows = pointer(a), pointer(a_index, start), pointer(b), pointer(b_index, start), pointer(group.begin)
     products = of_dtype("products_of_rows", to.dtype)
     sizes = len(group.begin) - 1, P, Q, torch.get_num_threads()
     products(*of_rows, pointer(to, group.first * P * Q), pointer(packed), *sizes)
+
+
+def _gradient_of(weight: Tensor, wanted: bool) -> Tensor:
+    """Take memory for the gradient of what `_laid_out` returned, in its layout; none if that is unwanted."""
+    if not wanted:
+        return take([0], weight.dtype)
+    return take(weight.mT.shape, weight.dtype).mT if _is_turned(weight) else take(weight.shape, weight.dtype)
 
 
 def _hidden_backward(
@@ -352,7 +381,7 @@ class _Slots(torch.autograd.Function):
         y = x.new_empty(T * K if wide is None else T, w_out.shape[1], dtype=torch.float32)
         groups, kept = _groups(begin, T * K, max(features, D), whole=True), []
         experts = Experts(w_in, b_in, w_out, b_out, activation, clamp=clamp)
-        for group, h, out in _outputs(x, tokens, groups, experts, w_in.contiguous(), w_out.contiguous()):
+        for group, h, out in _outputs(x, tokens, groups, experts, _laid_out(w_in), _laid_out(w_out)):
             kept.append(h)
             if wide is None:
                 y[slots[group.places]] = out
@@ -372,17 +401,16 @@ class _Slots(torch.autograd.Function):
         x, gates, w_in, w_out, b_out, begin, slots, tokens, *kept = ctx.saved_tensors
         wants_x, wants_gates, wants_w_in, wants_b_in, wants_w_out, wants_b_out, *_ = ctx.needs_input_grad
         rows, dy = x.to(torch.float32).contiguous(), dy.contiguous()
-        of_in, of_out = w_in.contiguous(), w_out.contiguous()
+        of_in, of_out = _laid_out(w_in), _laid_out(w_out)
         b_out = None if b_out is None else b_out.to(torch.float32).contiguous()
         dx, db_in, db_out = torch.empty_like(rows), *(rows.new_empty(w.shape[:2]) for w in (w_in, w_out))
         d_gates = torch.empty_like(gates) if wants_gates else None
-        dw_in = take(w_in.shape if wants_w_in else [0], w_in.dtype)
-        dw_out = take(w_out.shape if wants_w_out else [0], w_out.dtype)
+        dw_in, dw_out = (_gradient_of(w, want) for w, want in ((of_in, wants_w_in), (of_out, wants_w_out)))
         ones = rows.new_ones(len(slots))
         index = slots if gates is None else tokens  # of a place's row of dy
         groups = _groups(begin, len(slots), max(w_in.shape[1:]), whole=True)
         for group, h in zip(groups, kept, strict=True):
-            da = _products_along(dy, index, of_out, group)  # [N, H], without gates
+            da = _products_along(dy, index, of_out, None, group)  # [N, H], without gates
             dh, a = _hidden_backward(h, da, gates, slots, d_gates, group, *ctx.activation)
             del da
             if d_gates is not None and b_out is not None:
@@ -396,7 +424,7 @@ class _Slots(torch.autograd.Function):
             if wants_b_in:
                 _write_sums(dh, None, None, slots, db_in, group)
             if wants_x:
-                of_slots = _products_along(dh, None, of_in, group)
+                of_slots = _products_along(dh, None, of_in, None, group)
                 _add_slots(of_slots, slots, tokens, ones, dx, group, positive=False)
         if d_gates is not None:
             d_gates = d_gates.to(ctx.gates_dtype)

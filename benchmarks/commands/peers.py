@@ -383,7 +383,8 @@ Written by `python -m benchmarks peers{_options(made)}` at commit {commit} with 
 implementation of this project in a cell, *peer* the fastest of the others: {", ".join(compared())}.
 Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
 first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
-or comes after the {CANDIDATES} fastest, was not timed further. *auto_ratio*: `auto` over the fastest of ours
+or comes after the {CANDIDATES} fastest, was not timed further, nor were peers beyond {MOST:g} times ours and
+{MOST_S:g} s: where all of them are, there is no cell. *auto_ratio*: `auto` over the fastest of ours
 that needs no `prepare`. *of_products*: the time of dense products of the same FLOPs over ours. *of_reading*:
 the time of the least traffic at the bandwidth measured beside it, over ours. A peer is *ahead* where the
 whole interval of the ratio is below 1. *After a pause*: 50 ms before

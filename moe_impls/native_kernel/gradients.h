@@ -87,10 +87,10 @@ static void pack_columns(const W* row, int64_t count, int64_t stride, float* to)
         for (int64_t i = 0; i < PANEL; i++) to[i] = c + i < count ? value(row[c + i]) : 0;
 }
 
-// out[n][d] = sum_f rows[index[n]][f] * weight[e][f][d]   for begin[e] <= n + begin[0] < begin[e + 1]
+// out[n][d] = sum_f rows[index[n]][f] * weight[e][f][d] + bias[e][d]   for begin[e] <= n + begin[0] < begin[e + 1]
 template <class W>
-static void products_along(const float* rows, const int64_t* index, const int64_t* begin, const W* weight, float* out,
-                           int64_t E, int64_t F, int64_t D, int threads) {
+static void products_along(const float* rows, const int64_t* index, const int64_t* begin, const W* weight, const W* bias,
+                           float* out, int64_t E, int64_t F, int64_t D, int threads) {
     constexpr int64_t STRIDE = DEPTH * PANEL + APART;
     const std::vector<ExpertRows> parts = parts_of(begin, E, BLOCK_ROWS);
     const int64_t blocks = (D + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
@@ -132,9 +132,12 @@ static void products_along(const float* rows, const int64_t* index, const int64_
                     }
             }
             for (int64_t r = 0; r < size; r++)
-                for (int64_t c = 0; c < count; c += PANEL)
-                    std::memcpy(out + (part.first + r) * D + d + c, sums.data() + c * size + r * PANEL,
-                                std::min(PANEL, count - c) * sizeof(float));
+                for (int64_t c = 0; c < count; c += PANEL) {
+                    const float* sum = sums.data() + c * size + r * PANEL;
+                    float* to = out + (part.first + r) * D + d + c;
+                    const W* b = bias ? bias + part.e * D + d + c : nullptr;
+                    for (int64_t i = 0; i < std::min(PANEL, count - c); i++) to[i] = sum[i] + (b ? value(b[i]) : 0);
+                }
         }
     });
 }

@@ -354,8 +354,9 @@ static void products(const typename Multiply<W>::Row* rows, const int64_t* index
     }
 #define EXPORT_GRADIENTS(NAME, W)                                                                                    \
     extern "C" void products_along_##NAME(const float* rows, const int64_t* index, const int64_t* begin,              \
-                                          const W* weight, float* out, int64_t E, int64_t F, int64_t D, int threads) { \
-        products_along(rows, index, begin, weight, out, E, F, D, threads);                                            \
+                                          const W* weight, const W* bias, float* out, int64_t E, int64_t F,           \
+                                          int64_t D, int threads) {                                                   \
+        products_along(rows, index, begin, weight, bias, out, E, F, D, threads);                                      \
     }                                                                                                                 \
     extern "C" void products_of_rows_##NAME(const float* a, const int64_t* a_index, const float* b,                   \
                                             const int64_t* b_index, const int64_t* begin, W* to, float* packed,       \

@@ -180,6 +180,33 @@ def test_native_is_right_for_groups_of_slots_of_any_size(
     values(resolve(name), replace(SMALL, T=100, load=load, combine=combine))
 
 
+def turned(weight: Tensor) -> Tensor:
+    return weight.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("names", [("w_in",), ("w_out",), ("w_in", "w_out")], ids="+".join)
+def test_native_is_right_for_weights_that_lie_turned_in_memory(
+    dtype: torch.dtype, names: tuple[str, ...]
+) -> None:
+    own = resolve("native").forward
+
+    def forward(x: Tensor, routing: Routing, experts: Experts, *, combine: str = "sum") -> Tensor:
+        experts = replace(experts, **{name: turned(experts.tensors[name]) for name in names})
+        return own(x, routing, experts, combine=combine)
+
+    for layer in (SMALL, replace(SMALL, D=37, H=11, O=23, load="zipf", combine="logsumexp")):
+        values(replace(resolve("native"), forward=forward), replace(layer, T=100, dtype=dtype, bias=True))
+
+
+def test_gradients_of_turned_weights_lie_turned_too() -> None:
+    inputs = small(T=50).map(lambda t: (turned(t) if t.dim() == 3 else t).requires_grad_())
+    found = torch.autograd.grad(
+        resolve("native").forward(*inputs[:3]).sum(), [inputs.experts.w_in, inputs.experts.w_out]
+    )
+    assert all(native._is_turned(gradient) for gradient in found)
+
+
 def test_the_groups_of_native_hold_every_slot_of_every_expert_once() -> None:
     begin = torch.tensor([0, 0, 3, 3, 30, 31, 36, 36])
     for numbers in range(1, 200):
