@@ -12,6 +12,7 @@ import shlex
 import shutil
 import tempfile
 import warnings
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,12 @@ class Layer(ctypes.Structure):
     )
 
 
+class Outcome(IntEnum):
+    """What a call for a whole layer returns."""
+
+    DONE, WRONG_ID, NO_MEMORY = range(3)
+
+
 # How many pointers those functions of native.cpp take that there are for each dtype of weights.
 OF_DTYPES = {"products": 7, "tiled_products": 6, "products_along": 6, "products_of_rows": 7}
 # What the functions take and return.
@@ -127,7 +134,7 @@ FUNCTIONS = {
         for function, pointers in OF_DTYPES.items()
         for dtype in DTYPES
     },
-    **{f"layer_{dtype_name(dtype)}": ((ctypes.POINTER(Layer),), FLAG) for dtype in DTYPES},
+    **{f"layer_{dtype_name(dtype)}": ((ctypes.POINTER(Layer),), ctypes.c_int) for dtype in DTYPES},
     "tile_features": ((), SIZE),
     "add_slots": ((*[POINTER] * 5, *[SIZE] * 3, *[FLAG] * 2, THREADS), None),
     "activate_rows": ((*[POINTER] * 2, FLAG, *[SIZE] * 2, *FEATURES, THREADS), None),

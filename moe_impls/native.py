@@ -26,14 +26,14 @@ from moe_impls.checking import watch_writes
 from moe_impls.functional import activate, combine_slots, needs_gradients
 from moe_impls.interface import CLAMPED, Clamp, Experts, Prepared, Routing, Support
 from moe_impls.kept_memory import take
-from moe_impls.kernel_library import DTYPES, is_available, missing, of_dtype, pointer
+from moe_impls.kernel_library import DTYPES, Outcome, is_available, missing, of_dtype, pointer
 from moe_impls.operators import as_one_node, operator
 
 __all__ = ["SUPPORT", "forward", "forward_prepared", "is_available", "missing", "prepare"]
 SUPPORT = Support(devices=("cpu",), dtypes=DTYPES, fullgraph=True, exports=True)
 # Numbers in hidden features at a time: memory of this size is taken again, more would be new pages.
 GROUP = 2**22
-AT_ONCE = 2**19  # numbers in hidden features up to which all is one call of the kernel
+AT_ONCE = 2**19  # numbers in rows of all slots up to which all is one call of the kernel
 WRONG_ID = "expert_ids holds an id that is not in [0, {})"
 
 
@@ -235,8 +235,11 @@ def _at_once(
         *_features(experts.activation, experts.clamp),
         experts.output_activation == "relu", tiled, torch.get_num_threads(),
     )  # fmt: skip
-    if not of_dtype("layer", x.dtype)(call):
+    outcome = of_dtype("layer", x.dtype)(call)
+    if outcome == Outcome.WRONG_ID:
         raise ValueError(WRONG_ID.format(E))
+    if outcome == Outcome.NO_MEMORY:
+        raise MemoryError(f"no memory for the hidden features and outputs of {T * K} slots")
     return y
 
 
@@ -245,7 +248,7 @@ def _compute(
 ) -> Tensor:
     """Compute y [T, O] with weights that are contiguous, or in tiles."""
     (T, K), (E, features, D), (_, O, _) = routing.expert_ids.shape, w_in.shape, w_out.shape
-    few = 0 < T * K * max(D, features) <= AT_ONCE
+    few = 0 < T * K * max(D, features, O) <= AT_ONCE
     if few and combine == "sum" and experts.activation in KERNELS_OWN and x.dtype == experts.w_in.dtype:
         return _at_once(x, routing, experts, w_in, w_out)
     begin, slots, tokens = _sorted(routing.expert_ids, E)

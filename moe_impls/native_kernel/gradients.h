@@ -39,8 +39,7 @@ struct Ahead {
 template <int R, int ROW, int STEP, class Put>
 static void multiply_panel(const float* a, const float* panel, int64_t depth, Ahead ahead, const Put& put) {
     Floats sums[R][SUM_VECTORS];
-    for (auto& row : sums)
-        for (Floats& sum : row) sum = Floats{};
+    std::memset(sums, 0, sizeof sums);
     auto add = [&](int64_t k) {
         Floats columns[SUM_VECTORS];
         for (int v = 0; v < SUM_VECTORS; v++) columns[v] = kept(load(panel + k * PANEL + v * WIDTH));

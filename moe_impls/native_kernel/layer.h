@@ -76,6 +76,16 @@ static bool compute(const Layer& of) {
     return true;
 }
 
-extern "C" bool layer_float32(const Layer* of) { return compute<float>(*of); }
-extern "C" bool layer_bfloat16(const Layer* of) { return compute<BFloat16>(*of); }
-extern "C" bool layer_float16(const Layer* of) { return compute<Float16>(*of); }
+enum Outcome { DONE, WRONG_ID, NO_MEMORY };
+template <class W>
+static Outcome outcome(const Layer& of) {
+    try {
+        return compute<W>(of) ? DONE : WRONG_ID;
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}
+
+extern "C" int layer_float32(const Layer* of) { return outcome<float>(*of); }
+extern "C" int layer_bfloat16(const Layer* of) { return outcome<BFloat16>(*of); }
+extern "C" int layer_float16(const Layer* of) { return outcome<Float16>(*of); }

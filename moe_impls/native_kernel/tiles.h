@@ -109,7 +109,7 @@ static void tiled_products(const typename Multiply<W>::Row* rows, const int64_t*
             for (int64_t r = 0; r < size; r++) {
                 const int64_t n = part.first + r;
                 x[r] = rows + (index ? index[n] : n) * D;
-                for (Floats& sum : sums[r]) sum = Floats{};
+                std::memset(sums[r], 0, sizeof sums[r]);
             }
             auto multiply = [&](const Row* const* rows, int64_t first, int64_t d, int64_t end) {
                 const char* next = (const char*)(tile + end * STRIDE);

@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,33 @@ def test_recompute_is_right_on_cpus_that_multiply_a_dtype_and_on_those_that_do_n
 
 
 NATIVE = pytest.mark.parametrize("name", ["native", "native+prepared"])
+
+
+LITTLE_MEMORY = """
+import resource
+from pathlib import Path
+
+import torch
+
+from moe_impls import Experts, Routing, native
+
+native.AT_ONCE = 2**40
+experts = Experts(torch.ones(1, 1, 1), None, torch.ones(1, 2**20, 1), None, "relu")
+x, routing = torch.ones(200, 1), Routing(torch.zeros(200, 1, dtype=torch.int64), torch.ones(200, 1))
+native.forward(x[:1], Routing(*(t[:1] for t in routing)), experts)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1000 * 2**20,) * 2)
+try:
+    native.forward(x, routing, experts)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as Linux does")
+def test_memory_that_runs_out_in_the_kernel_is_an_error() -> None:
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True)
+    assert "no memory for the hidden features and outputs of 200 slots" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("check", {c: 0 for c in CHECKS if not c.drawn}, ids=lambda c: c.name)
