@@ -41,6 +41,9 @@ from moe_impls.registry import resolve
 SUPPORT = Support(autocast=True, fullgraph=True, exports=True)
 VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
+WITHOUT = (
+    "recompute"  # where what a table names is not available, and what it names beside that is for other calls
+)
 UNMEASURED = {"cuda": "triton_fused"}  # where no table knows the device: two products, not two an expert
 # Computes every expert for every token, which with K = E is what is asked for; of few, reading the weights
 # takes longer than that.
@@ -207,6 +210,10 @@ def _nearest(
     taken = min(names, key=slowness.__getitem__, default=ALWAYS)
     wanted = min(declared, key=slowness.__getitem__, default=taken)
     if not takes(wanted):
+        # What is far slower than that is in few cells, and in those of other calls than this one.
+        measured = [name for name in names if name in near[0].times_ms]
+        other = WITHOUT if takes(WITHOUT) else ALWAYS
+        taken = min(measured, key=slowness.__getitem__, default=other)
         weight = sum((distance(cell) + 0.05) ** -2 for cell in near)
         longest = weight * math.log(LEFT_OUT)
         _tell(wanted, taken, math.exp((slowness.get(taken, longest) - slowness[wanted]) / weight))
@@ -220,7 +227,7 @@ def _tell(wanted: str, taken: str, slower: float) -> None:
     _told.add(wanted)
     warnings.warn(
         f"'auto' takes {taken!r} in place of {wanted!r}: {_resolved(wanted).missing()}. By the table of "
-        f"measurements such a call takes {slower:.1f} times as long or more",
+        f"measurements this call takes {slower:.1f} times as long or more, others lose more or less",
         stacklevel=2,
     )
 

@@ -62,7 +62,8 @@ def library() -> ctypes.CDLL:
         return found
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # which may hold options, as of ccache
     if (compiler := shutil.which(command[0])) is None:
-        raise RuntimeError("implementation 'native' needs a C++ compiler: install g++ or set CXX")
+        named = f", which is {command[0]!r} and not there" if os.environ.get("CXX") else ""
+        raise RuntimeError(f"implementation 'native' needs a C++ compiler: install g++ or set CXX{named}")
     command[0] = compiler
     made_by = "\0".join([*FLAGS, *command, _processor()]).encode()
     key = hashlib.sha256(source() + made_by).hexdigest()[:16]

@@ -373,18 +373,20 @@ def write(folder: Path, cells: pd.DataFrame, grown: list[Growth], made: dict[str
     """Write peers.csv, peers-growth.csv, their page and its plots; remove what was kept of the run so far."""
     growth = pd.DataFrame([made | asdict(point) for point in grown])
     share = report.quadratic_share(growth)
-    shown = ["regime", "layer", "dtype", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "auto_took",
-             "auto_ratio", "of_products", "of_reading"]  # fmt: skip
+    shown = ["regime", "layer", "dtype", "T", "ours", "ours_ms", "peer", "peer_ms", "ratio", "low", "high",
+             "auto_took", "auto_ratio", "of_products", "of_reading"]  # fmt: skip
     commit = str(made["git_commit"])[:12]
     page = f"""# Beside other libraries
 
 Written by `python -m benchmarks peers{_options(made)}` at commit {commit} with torch
 {made["torch_version"]} on {made["device_name"]}, {made["threads"]} threads. *Ours* is the fastest
 implementation of this project in a cell, *peer* the fastest of the others: {", ".join(compared())}.
-Both were timed in the same rounds; a ratio above 1 says that the peer takes longer. Who takes longer in a
-first try than {HOPELESS:g} times the fastest of its side, or more memory than {MEMORY_BYTES / 2**30:g} GiB,
-or comes after the {CANDIDATES} fastest, was not timed further, nor were peers beyond {MOST:g} times ours and
-{MOST_S:g} s: where all of them are, there is no cell. *auto_ratio*: `auto` over the fastest of ours
+Both were timed in the same rounds. *Ratio* is the median of the ratios of each round, from *low* to *high*;
+where the machine did other things, too, it is not that of the two medians. Above 1 the peer takes longer. Who
+takes longer in a first try than {HOPELESS:g} times the fastest of its side, or more memory than
+{MEMORY_BYTES / 2**30:g} GiB, or comes after the {CANDIDATES} fastest, was not timed further, nor a peer that
+takes more than {MOST:g} times as long as ours and {MOST_S:g} s: where all of them do, there is no cell.
+*auto_ratio*: `auto` over the fastest of ours
 that needs no `prepare`. *of_products*: the time of dense products of the same FLOPs over ours. *of_reading*:
 the time of the least traffic at the bandwidth measured beside it, over ours. A peer is *ahead* where the
 whole interval of the ratio is below 1. *After a pause*: 50 ms before

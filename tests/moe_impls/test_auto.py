@@ -133,13 +133,25 @@ def test_what_is_missing_and_what_that_costs_is_told_once(
     put(tuned, replace(CELL, times_ms={"native": 1.0, "padded": 1.3}))
     told = (
         r"'auto' takes 'padded' in place of 'native': implementation 'native' needs a C\+\+ compiler: "
-        r"install g\+\+ or set CXX. By the table of measurements such a call takes 1.3 times as long or more"
+        r"install g\+\+ or set CXX, which is 'no-such-compiler' and not there. By the table of measurements "
+        r"this call takes 1.3 times as long or more"
     )
     with pytest.warns(UserWarning, match=told):
         assert chosen(small()) == "padded"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen(small(T=20)) == "padded"
+
+
+def test_what_is_taken_in_place_of_what_is_missing_was_measured_on_such_calls(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = replace(resolve("native"), is_available=lambda: False)
+    monkeypatch.setattr(auto, "_implementations", {"native": absent})
+    monkeypatch.setattr(auto, "_told", {"native"})
+    far = replace(CELL, T=CELL.T * 64, times_ms={"native": 1.0, "padded": 1.1})
+    put(tuned, replace(CELL, times_ms={"native": 1.0}), far)
+    assert chosen(small()) == "recompute"
 
 
 def test_nothing_is_told_of_what_would_not_be_taken(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

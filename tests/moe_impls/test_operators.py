@@ -113,6 +113,17 @@ def test_a_compiled_layer_keeps_its_implementation_for_any_tokens(implementation
     assert operators_of(graph) == [f"moe_impls.{implementation}.default"]
 
 
+def test_a_layer_with_noise_trains_in_one_graph_for_any_tokens() -> None:
+    model, graphs = MoE(12, 12, 6, 10, output_activation="none"), []
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=lambda g, _: graphs.append(g) or g.forward
+    )
+    for T in (5, 9, 33):
+        y, loss = compiled(torch.randn(T, 12))
+        (y.sum() + loss).backward()
+    assert len(graphs) == 1
+
+
 def test_auto_chooses_inside_a_compiled_graph_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     choose = auto.choose
