@@ -7,7 +7,8 @@
 Weights that are transposed or whose gate and up rows alternate (gpt-oss, Aria) are laid out once for calls
 that need no gradient of them: a second copy in memory, made again when the weights change. On a CPU that is
 noticed by version counters and by a sample of the numbers; a write through ``.data`` that misses the sample,
-or on a GPU, needs ``refresh(model)``. A compiled graph and calls that need their gradients arrange them anew.
+or on a GPU, needs ``refresh(model)``. A compiled graph and calls that need their gradients arrange gates and
+ups anew.
 """
 
 from __future__ import annotations
