@@ -167,9 +167,10 @@ def noisy_top_k(
     clean = clean.to(dtype)
     scale = F.softplus(raw_scale.to(dtype)) + noise_epsilon
     if noise is None:
-        # In a graph of any number of tokens torch takes no generator, not even none.
-        drawn = {} if generator is None else {"generator": generator}
-        noise = torch.randn(clean.shape, device=clean.device, dtype=dtype, **drawn)
+        if generator is None:  # in a graph of any number of tokens torch does not take the argument
+            noise = torch.randn(clean.shape, device=clean.device, dtype=dtype)
+        else:
+            noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=dtype)
     noisy = clean + noise * scale
     routing = route(noisy, spec)
     E = clean.shape[1]
