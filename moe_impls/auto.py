@@ -41,9 +41,8 @@ from moe_impls.registry import resolve
 SUPPORT = Support(autocast=True, fullgraph=True, exports=True)
 VERSION = 2
 ALWAYS = "sorted_dispatch"  # takes every call that the contract allows
-WITHOUT = (
-    "recompute"  # where what a table names is not available, and what it names beside that is for other calls
-)
+# Where what a table names is not available, and what it names beside that was measured on other calls alone.
+WITHOUT = "recompute"
 UNMEASURED = {"cuda": "triton_fused"}  # where no table knows the device: two products, not two an expert
 # Computes every expert for every token, which with K = E is what is asked for; of few, reading the weights
 # takes longer than that.

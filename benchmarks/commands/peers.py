@@ -215,8 +215,9 @@ def samples(
             near |= auto | measure.near_the_fastest(
                 calls, first, hopeless=hopeless, most=CANDIDATES, at_most_s=at_most_s, smaller=smaller
             )
-            ours_s = min(measure.time_calls(call, 1, "cpu") for call in near.values())
-            at_most_s = at_most_s or max(MOST * ours_s, MOST_S)
+            if at_most_s is None:  # the first group is of ours
+                ours_s = min(measure.time_calls(call, 1, "cpu") for call in near.values())
+                at_most_s = max(MOST * ours_s, MOST_S)
     before = dict.fromkeys(near, functools.partial(time.sleep, pause_s)) if pause_s else None
     most = ROUNDS_PAUSED if pause_s else measure.MAX_ROUNDS  # the pauses take most of the time
     timed = measure.interleave(near, seconds=SECONDS, min_rounds=ROUNDS, max_rounds=most, before=before)
